@@ -1,0 +1,6 @@
+//! Keys, seals and certificates. Nothing here prints a key.
+
+pub mod keyring;
+pub mod pki;
+pub mod seal;
+pub mod tls;

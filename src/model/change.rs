@@ -1,0 +1,87 @@
+//! One write, zero or marker of a disk, at a sequence number.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::{DiskId, Extent, MachineId, PointId, PointKind};
+
+/// Largest data of one change, in bytes. Longer writes are cut by the agent.
+pub const CHANGE_BYTES_MAX: usize = 256 * 1024;
+/// Largest zero range of one change, in bytes.
+pub const ZERO_BYTES_MAX: u64 = 1 << 30;
+
+/// A change of one disk, as the source acknowledged it.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// Number in the disk's stream, from 1, without gaps within an epoch.
+    pub sequence: u64,
+    /// What happened.
+    pub kind: ChangeKind,
+}
+
+/// What a change does.
+#[derive(Clone, Debug)]
+pub enum ChangeKind {
+    /// Bytes written at an offset; a multiple of 512 at a multiple of 512.
+    Write {
+        /// First byte.
+        offset: u64,
+        /// The content.
+        data: Bytes,
+    },
+    /// A range that reads as zeroes afterwards (also what a discard becomes).
+    Zero(Extent),
+    /// A point in the stream that becomes a recovery point.
+    Mark(Box<Marker>),
+}
+
+impl ChangeKind {
+    /// The bytes of the disk it covers; none for a marker.
+    pub fn extent(&self) -> Option<Extent> {
+        match self {
+            ChangeKind::Write { offset, data } => Some(Extent::new(*offset, data.len() as u64)),
+            ChangeKind::Zero(extent) => Some(*extent),
+            ChangeKind::Mark(_) => None,
+        }
+    }
+
+    /// Bytes of content it carries.
+    pub fn data_len(&self) -> usize {
+        match self {
+            ChangeKind::Write { data, .. } => data.len(),
+            ChangeKind::Zero(_) | ChangeKind::Mark(_) => 0,
+        }
+    }
+}
+
+/// The part of a recovery point that stands in one disk's stream. Equal in every disk of the machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Marker {
+    /// The point it makes.
+    pub point: PointId,
+    /// The machine it belongs to.
+    pub machine: MachineId,
+    /// Crash- or application-consistent.
+    pub kind: PointKind,
+    /// Every disk that must have the marker before the point exists.
+    pub disks: Vec<DiskId>,
+    /// What a person called it; at most [`LABEL_BYTES_MAX`] bytes.
+    pub label: Option<String>,
+    /// Wall clock of the source, milliseconds since 1970. A label, never a basis for a decision.
+    pub wall_ms: i64,
+    /// How long new writes were held for it, in microseconds.
+    pub hold_us: u64,
+}
+
+/// Longest label of a point, in bytes.
+pub const LABEL_BYTES_MAX: usize = 256;
+/// Most disks of one machine.
+pub const DISKS_PER_MACHINE_MAX: usize = 64;
+
+impl Marker {
+    /// Whether the marker respects the bounds above. Receivers refuse others.
+    pub fn is_sane(&self) -> bool {
+        (1..=DISKS_PER_MACHINE_MAX).contains(&self.disks.len())
+            && self.label.as_ref().is_none_or(|l| l.len() <= LABEL_BYTES_MAX && !l.chars().any(char::is_control))
+    }
+}

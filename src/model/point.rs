@@ -1,0 +1,48 @@
+//! Recovery points as the catalogue keeps them.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{DiskId, MachineId, PointId, Position};
+
+/// What was at rest when a point was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PointKind {
+    /// As if the power had been cut.
+    Crash,
+    /// Applications were flushed and file systems frozen.
+    App,
+}
+
+impl PointKind {
+    /// As people read it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            PointKind::Crash => "crash-consistent",
+            PointKind::App => "app-consistent",
+        }
+    }
+}
+
+/// A moment a machine can be brought back to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveryPoint {
+    /// Its id.
+    pub id: PointId,
+    /// Whose.
+    pub machine: MachineId,
+    /// Its consistency.
+    pub kind: PointKind,
+    /// What a person called it.
+    pub label: Option<String>,
+    /// Wall clock of the source when it was taken, milliseconds since 1970.
+    pub wall_ms: i64,
+    /// How long writes were held, microseconds.
+    pub hold_us: u64,
+    /// Order of listing at this master target; later points have larger numbers, whatever the clocks say.
+    pub order: u64,
+    /// The marker's place in each disk's stream.
+    pub disks: BTreeMap<DiskId, Position>,
+}

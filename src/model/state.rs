@@ -1,0 +1,69 @@
+//! Replication states and health, in the field's words.
+
+use serde::{Deserialize, Serialize};
+
+/// What a disk's replication is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReplicationState {
+    /// The first full copy is on its way.
+    #[default]
+    InitialReplication,
+    /// The normal state: every write travels.
+    Delta,
+    /// Regions that were not tracked one by one are being sent again.
+    Resynchronising,
+    /// Replication stopped and needs somebody; the reason says what.
+    Error,
+}
+
+impl ReplicationState {
+    /// As people read it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ReplicationState::InitialReplication => "initial-replication",
+            ReplicationState::Delta => "delta",
+            ReplicationState::Resynchronising => "resynchronising",
+            ReplicationState::Error => "error",
+        }
+    }
+}
+
+/// What the agent tells downstream about a disk, once a second.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskReport {
+    /// What replication is doing.
+    pub state: ReplicationState,
+    /// Bytes that still have to be sent to leave initial replication or resynchronisation.
+    pub missing_bytes: u64,
+    /// Bytes held in the agent's memory backlog.
+    pub backlog_bytes: u64,
+    /// The newest change the agent captured.
+    pub captured: super::Position,
+    /// Age of the oldest change that is not yet safe, in microseconds; 0 when all is safe.
+    pub lag_us: u64,
+}
+
+/// Health in the field's three levels, with the order used for exit codes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Health {
+    /// Working.
+    #[default]
+    Healthy,
+    /// Needs attention soon.
+    Warning,
+    /// Does not protect now.
+    Critical,
+}
+
+impl Health {
+    /// As people read it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Health::Healthy => "healthy",
+            Health::Warning => "warning",
+            Health::Critical => "critical",
+        }
+    }
+}

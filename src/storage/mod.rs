@@ -1,0 +1,72 @@
+//! The file system as we use it: a small trait, so that tests can lose, tear and fail what the real one would keep.
+//!
+//! Rules every implementation keeps:
+//! - `write_at` writes all of it or fails; `read_at` reads all of it or fails.
+//! - `sync_data` makes every write that *completed before it was called* durable, with the file size they need.
+//! - After a failed `sync_data` the file refuses every further write and sync: the kernel may have dropped the
+//!   dirty pages, so a second sync that succeeds would prove nothing.
+//! - A file that was created is found after a crash only once `sync_dir` of its folder returned.
+
+pub mod aligned;
+pub mod log;
+pub mod uring;
+
+use std::future::Future;
+use std::io;
+use std::path::Path;
+
+use bytes::Bytes;
+
+pub use aligned::AlignedBuf;
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpenMode {
+    /// Must exist; not written.
+    Read,
+    /// Must exist.
+    Write,
+    /// Must not exist; an empty file is made.
+    Create,
+}
+
+/// An open file. Not `Send`: it lives on the thread that drives it.
+pub trait File: 'static {
+    /// Reads exactly `len` bytes at `offset`.
+    fn read_at(&self, offset: u64, len: usize) -> impl Future<Output = io::Result<AlignedBuf>>;
+    /// Writes all of `data` at `offset`.
+    fn write_at(&self, offset: u64, data: Bytes) -> impl Future<Output = io::Result<()>>;
+    /// Makes completed writes durable. See the module for what a failure means.
+    fn sync_data(&self) -> impl Future<Output = io::Result<()>>;
+    /// Reserves space for `[offset, offset + len)`, growing the file to it; the new bytes read as zeroes.
+    fn allocate(&self, offset: u64, len: u64) -> impl Future<Output = io::Result<()>>;
+    /// Makes a range read as zeroes, releasing its space where the file system can. Does not change the length.
+    fn punch(&self, offset: u64, len: u64) -> impl Future<Output = io::Result<()>>;
+    /// Length in bytes.
+    fn len(&self) -> io::Result<u64>;
+    /// Sets the length.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+    /// The next `[start, end)` at or after `offset` that may hold data; `None` if the rest is a hole.
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>>;
+}
+
+/// A file system.
+pub trait Storage: Clone + 'static {
+    /// Its files.
+    type File: File;
+    /// Opens a file, past the page cache where the file system allows it.
+    fn open(&self, path: &Path, mode: OpenMode) -> impl Future<Output = io::Result<Self::File>>;
+    /// Names in a folder, in no order.
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
+    /// Makes a folder and its parents, durably.
+    fn create_dir(&self, dir: &Path) -> io::Result<()>;
+    /// Removes a file. Durable after `sync_dir`.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+    /// Makes creations and removals in a folder durable.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+}
+
+/// The error every implementation gives for a write to a file whose sync failed.
+pub fn closed_for_writing() -> io::Error {
+    io::Error::other("a sync of this file failed earlier, it takes no more writes: restart to recover from what is durable")
+}

@@ -1,0 +1,283 @@
+//! Files through io_uring (tokio-uring). Each [`Uring`] belongs to one thread that does I/O and little else.
+//!
+//! tokio-uring submits when its thread parks, so a task here must never spin with `yield_now`. A dropped read or
+//! write still happens: callers always wait for the result.
+
+use std::cell::Cell;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
+use tokio::sync::Semaphore;
+
+use super::{AlignedBuf, File, OpenMode, Storage, closed_for_writing};
+
+/// Entries of a ring. In flight never exceeds it: a full completion queue would stall the ring.
+const RING_ENTRIES: u32 = 512;
+
+/// Runs `work` to its end on this thread with a ring of its own.
+///
+/// # Errors
+/// Fails with advice if the kernel or the sandbox refuses io_uring.
+pub fn run<T>(work: impl Future<Output = T>) -> io::Result<T> {
+    let runtime = tokio_uring::Runtime::new(tokio_uring::builder().entries(RING_ENTRIES)).map_err(|e| {
+        io::Error::new(e.kind(), format!("io_uring is not available ({e}): allow it in the container's seccomp profile and check sysctl kernel.io_uring_disabled"))
+    })?;
+    Ok(runtime.block_on(work))
+}
+
+/// The real file system. Cheap to clone; clones share one bound on operations in flight.
+#[derive(Clone)]
+pub struct Uring {
+    in_flight: Rc<Semaphore>,
+    direct: bool,
+}
+
+impl Uring {
+    /// Files opened past the page cache (O_DIRECT) where the file system can do it in units of 512 bytes.
+    pub fn direct() -> Self {
+        Self { in_flight: Rc::new(Semaphore::new(RING_ENTRIES as usize)), direct: true }
+    }
+
+    /// Files through the page cache.
+    pub fn buffered() -> Self {
+        Self { in_flight: Rc::new(Semaphore::new(RING_ENTRIES as usize)), direct: false }
+    }
+}
+
+impl Storage for Uring {
+    type File = UringFile;
+
+    async fn open(&self, path: &Path, mode: OpenMode) -> io::Result<UringFile> {
+        let flags = match mode {
+            OpenMode::Read => OFlags::RDONLY,
+            OpenMode::Write => OFlags::RDWR,
+            OpenMode::Create => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
+        } | OFlags::CLOEXEC;
+        let private = Mode::RUSR | Mode::WUSR;
+        let direct = if self.direct { open_direct(path, flags, private)? } else { None };
+        let fd = match direct {
+            Some(fd) => fd,
+            None => rustix::fs::open(path, flags, private)?,
+        };
+        let std_file = std::fs::File::from(fd.try_clone()?);
+        Ok(UringFile {
+            ring: tokio_uring::fs::File::from_std(std_file),
+            fd,
+            in_flight: self.in_flight.clone(),
+            closed: Cell::new(false),
+        })
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        std::fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+    }
+
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        create_dir_durable(dir)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_file(path)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        sync_dir(dir)
+    }
+}
+
+/// Opens past the page cache; `None` if this file system cannot (or only in units larger than a sector).
+fn open_direct(path: &Path, flags: OFlags, mode: Mode) -> io::Result<Option<OwnedFd>> {
+    match rustix::fs::open(path, flags | OFlags::DIRECT, mode) {
+        Ok(fd) => {
+            let what = rustix::fs::statx(&fd, "", rustix::fs::AtFlags::EMPTY_PATH, rustix::fs::StatxFlags::from_bits_retain(0x2000))?;
+            let align = what.stx_dio_offset_align;
+            if align == 0 || align > 512 {
+                // Reopening without O_DIRECT keeps the file that O_CREAT made.
+                let again = flags & !(OFlags::CREATE | OFlags::EXCL);
+                return Ok(Some(rustix::fs::open(path, again, mode)?));
+            }
+            Ok(Some(fd))
+        }
+        Err(rustix::io::Errno::INVAL) => {
+            // Some file systems create the file and then refuse O_DIRECT.
+            if flags.contains(OFlags::EXCL) && path.exists() {
+                return Ok(Some(rustix::fs::open(path, flags & !(OFlags::CREATE | OFlags::EXCL), mode)?));
+            }
+            Ok(None)
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Makes a folder and its parents, and syncs each parent, so that a crash cannot lose the new entry.
+///
+/// # Errors
+/// Those of the file system, with the path.
+pub fn create_dir_durable(dir: &Path) -> io::Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("cannot create folder {}: {e}", dir.display()));
+    if let Some(parent) = dir.parent().filter(|p| !p.as_os_str().is_empty()) {
+        create_dir_durable(parent)?;
+        std::fs::create_dir(dir).or_else(|e| if e.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(e) }).map_err(named)?;
+        return sync_dir(parent);
+    }
+    std::fs::create_dir_all(dir).map_err(named)
+}
+
+/// Makes creations, renames and removals in a folder durable.
+///
+/// # Errors
+/// Those of the file system.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
+    std::fs::File::open(dir)?.sync_all()
+}
+
+/// A file of [`Uring`].
+pub struct UringFile {
+    ring: tokio_uring::fs::File,
+    fd: OwnedFd,
+    in_flight: Rc<Semaphore>,
+    closed: Cell<bool>,
+}
+
+impl UringFile {
+    async fn slot(&self) -> tokio::sync::SemaphorePermit<'_> {
+        self.in_flight.acquire().await.expect("the semaphore is never closed")
+    }
+
+    fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        if self.closed.get() {
+            return Err(closed_for_writing());
+        }
+        Ok(rustix::fs::fallocate(self.fd.as_fd(), flags, offset, len)?)
+    }
+
+    async fn write_zeroes(&self, mut offset: u64, len: u64) -> io::Result<()> {
+        let zeroes = AlignedBuf::zeroed(1 << 20).freeze();
+        let end = offset + len;
+        while offset < end {
+            let step = (end - offset).min(zeroes.len() as u64);
+            self.write_at(offset, zeroes.slice(..step as usize)).await?;
+            offset += step;
+        }
+        Ok(())
+    }
+}
+
+impl File for UringFile {
+    async fn read_at(&self, offset: u64, len: usize) -> io::Result<AlignedBuf> {
+        let _slot = self.slot().await;
+        let mut buf = AlignedBuf::with_capacity(len);
+        let mut done = 0;
+        while done < len {
+            use tokio_uring::buf::BoundedBuf;
+            let (result, slice) = self.ring.read_at(buf.slice(done..len), offset + done as u64).await;
+            buf = slice.into_inner();
+            match result {
+                Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("file ends {} bytes early", len - done))),
+                Ok(n) => done += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        buf.set_len(len);
+        Ok(buf)
+    }
+
+    async fn write_at(&self, offset: u64, data: Bytes) -> io::Result<()> {
+        if self.closed.get() {
+            return Err(closed_for_writing());
+        }
+        let _slot = self.slot().await;
+        self.ring.write_all_at(data, offset).await.0
+    }
+
+    async fn sync_data(&self) -> io::Result<()> {
+        if self.closed.get() {
+            return Err(closed_for_writing());
+        }
+        let _slot = self.slot().await;
+        let result = self.ring.sync_data().await;
+        if result.is_err() {
+            self.closed.set(true);
+        }
+        result
+    }
+
+    async fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        match self.fallocate(FallocateFlags::empty(), offset, len) {
+            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()) => {
+                if self.len()? < offset + len { self.set_len(offset + len) } else { Ok(()) }
+            }
+            other => other,
+        }
+    }
+
+    async fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        match self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
+            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()) => self.write_zeroes(offset, len).await,
+            other => other,
+        }
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(rustix::fs::seek(&self.fd, SeekFrom::End(0))?)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        if self.closed.get() {
+            return Err(closed_for_writing());
+        }
+        Ok(rustix::fs::ftruncate(&self.fd, len)?)
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        let start = match rustix::fs::seek(&self.fd, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return Ok(None),
+            // Devices do not know holes: everything may be data.
+            Err(rustix::io::Errno::INVAL) => return Ok(Some((offset, self.len()?))),
+            Err(e) => return Err(e.into()),
+        };
+        let end = rustix::fs::seek(&self.fd, SeekFrom::Hole(start))?;
+        Ok(Some((start, end)))
+    }
+}
+
+/// Retries `attempt` while it reports a full file system, waiting a second between tries, and logs the first failure.
+/// A full file system damages nothing here, because every caller allocates before it changes anything.
+///
+/// # Errors
+/// Every other error of `attempt`.
+pub async fn wait_for_space<T>(what: &str, mut attempt: impl AsyncFnMut() -> io::Result<T>) -> io::Result<T> {
+    let mut told = false;
+    loop {
+        match attempt().await {
+            Err(e) if is_full(&e) => {
+                if !told {
+                    tracing::error!(what, error = %e, "file system is full: waiting; free space or enlarge it, work continues by itself");
+                    told = true;
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            other => {
+                if told && other.is_ok() {
+                    tracing::info!(what, "space is available again");
+                }
+                return other;
+            }
+        }
+    }
+}
+
+/// Whether an error means that the file system or the quota is full.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
