@@ -2,5 +2,6 @@
 
 pub mod keyring;
 pub mod pki;
+pub mod quic;
 pub mod seal;
 pub mod tls;

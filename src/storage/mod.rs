@@ -8,6 +8,7 @@
 //! - A file that was created is found after a crash only once `sync_dir` of its folder returned.
 
 pub mod aligned;
+pub mod catalogue;
 pub mod log;
 pub mod uring;
 

@@ -19,7 +19,7 @@
 //! | 68 | 4 | stored bytes after this header, tag included |
 //! | 72 | 4 | CRC-32C of the plain body |
 //! | 76 | 4 | 0 |
-//! | 80 | 8 | age of the oldest change when it was accepted, microseconds |
+//! | 80 | 8 | age of the last change when it was accepted, microseconds |
 //! | 88 | 8 | wall clock of the process server when it was accepted, milliseconds |
 //! | 96 | 32 | salt of the sealing session |
 //! | 128 | 8 | nonce counter within the session |
@@ -80,7 +80,7 @@ pub struct BatchHeader {
     pub stored_len: u32,
     /// CRC-32C of the plain body, made where it was folded and checked where it is applied.
     pub body_crc: u32,
-    /// Age of the oldest change at acceptance, microseconds.
+    /// Age of the last change at acceptance, microseconds.
     pub age_us: u64,
     /// Wall clock at acceptance, milliseconds.
     pub accepted_wall_ms: i64,

@@ -8,7 +8,7 @@
 //! | 0 | 1 | type: 1 batch, 2 report |
 //! | 1 | 3 | 0 |
 //! | 4 | 4 | body length |
-//! | 8 | 8 | age in microseconds: how long ago the oldest change of the batch was captured |
+//! | 8 | 8 | age in microseconds: how long ago the last change of the batch was captured |
 //!
 //! and the master target sends further replies as control messages.
 

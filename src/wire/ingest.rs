@@ -212,6 +212,8 @@ pub enum ServerMessage {
         /// As in `Opened`.
         credit: u64,
     },
+    /// Nothing new; the server is there.
+    Alive,
     /// The connection ends, and why.
     Goodbye {
         /// For a person.

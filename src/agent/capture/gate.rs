@@ -1,0 +1,56 @@
+//! Holds new writes of all disks of the machine while a marker is put into their streams.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use tokio::sync::Notify;
+
+/// The gate; lives on one thread.
+#[derive(Default)]
+pub struct Gate {
+    held: Cell<bool>,
+    inside: Cell<usize>,
+    opened: Notify,
+    empty: Notify,
+}
+
+/// A write that passed the gate.
+pub struct Passage(Rc<Gate>);
+
+impl Gate {
+    /// Passes, waiting while the gate is held.
+    pub async fn pass(self: &Rc<Self>) -> Passage {
+        while self.held.get() {
+            self.opened.notified().await;
+        }
+        self.inside.set(self.inside.get() + 1);
+        Passage(self.clone())
+    }
+
+    /// Lets nobody pass any more.
+    pub fn hold(&self) {
+        self.held.set(true);
+    }
+
+    /// Waits until everybody who passed has left.
+    pub async fn drained(&self) {
+        while self.inside.get() > 0 {
+            self.empty.notified().await;
+        }
+    }
+
+    /// Opens the gate.
+    pub fn release(&self) {
+        self.held.set(false);
+        self.opened.notify_waiters();
+    }
+}
+
+impl Drop for Passage {
+    fn drop(&mut self) {
+        self.0.inside.set(self.0.inside.get() - 1);
+        if self.0.inside.get() == 0 {
+            self.0.empty.notify_waiters();
+        }
+    }
+}

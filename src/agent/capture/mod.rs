@@ -1,0 +1,191 @@
+//! The capture thread: owns the disks of the machine, serves them over NBD, feeds their streams and makes markers.
+
+mod gate;
+mod markers;
+mod resync;
+mod volume;
+
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::SyncSender;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use self::gate::Gate;
+use self::volume::Volume;
+use super::shared::{AgentShared, Command};
+use crate::clock;
+use crate::config::agent::AgentSettings;
+use crate::nbd::{self, Listener};
+use crate::observe::metrics;
+
+/// Connections of one disk's export.
+const CONNECTIONS_MAX: usize = 64;
+
+/// Everything on this thread.
+pub struct Capture {
+    shared: Arc<AgentShared>,
+    volumes: Vec<Rc<Volume>>,
+    gate: Rc<Gate>,
+    marking: tokio::sync::Mutex<()>,
+    settings: AgentSettings,
+}
+
+/// Opens the disks, reports through `opened`, and serves until told to stop.
+pub async fn run(settings: AgentSettings, requests: mpsc::Receiver<Command>, opened: SyncSender<io::Result<Arc<AgentShared>>>) {
+    let (capture, listeners) = match open(settings).await {
+        Ok(opened) => opened,
+        Err(e) => return drop(opened.send(Err(e))),
+    };
+    let _ = opened.send(Ok(capture.shared.clone()));
+    for (volume, listener) in capture.volumes.iter().zip(listeners) {
+        tokio::task::spawn_local(accept(listener, volume.clone()));
+        tokio::task::spawn_local(resync::run(volume.clone()));
+    }
+    tokio::task::spawn_local(markers::timer(capture.clone()));
+    tokio::task::spawn_local(housekeeping(capture.clone()));
+    capture.serve(requests).await;
+}
+
+async fn open(settings: AgentSettings) -> io::Result<(Rc<Capture>, Vec<Listener>)> {
+    crate::storage::uring::create_dir_durable(&settings.state)?;
+    let gate = Rc::new(Gate::default());
+    let mut files = Vec::new();
+    for disk in &settings.disk {
+        files.push(volume::open_parts(&settings, disk).await?);
+    }
+    let shared = Arc::new(AgentShared {
+        machine: settings.machine.clone(),
+        machine_id: settings.machine_id(),
+        volumes: files.iter().map(|f| f.shared.clone()).collect(),
+        wake: Default::default(),
+        stopping: Default::default(),
+        connected: Default::default(),
+        last_error: Default::default(),
+        points: Default::default(),
+    });
+    let volumes = files.into_iter().map(|parts| Rc::new(Volume::new(parts, gate.clone(), shared.clone()))).collect();
+    let mut listeners = Vec::new();
+    for disk in &settings.disk {
+        listeners.push(Listener::bind(&disk.nbd).await?);
+    }
+    Ok((Rc::new(Capture { shared, volumes, gate, marking: tokio::sync::Mutex::new(()), settings }), listeners))
+}
+
+async fn accept(listener: Listener, volume: Rc<Volume>) {
+    let room = Rc::new(tokio::sync::Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let Ok(permit) = room.clone().acquire_owned_local().await else { return };
+        match listener.accept().await {
+            Ok(stream) => {
+                let volume = volume.clone();
+                tokio::task::spawn_local(async move {
+                    let label = volume.shared.label.clone();
+                    if let Err(error) = nbd::server::serve(stream, volume).await {
+                        tracing::info!(disk = label, %error, "an NBD client left");
+                    }
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(disk = volume.shared.label, %error, "could not accept an NBD client");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// Owned permits of a semaphore that lives on one thread.
+trait LocalSemaphore {
+    async fn acquire_owned_local(self) -> Result<LocalPermit, tokio::sync::AcquireError>;
+}
+
+struct LocalPermit(Rc<tokio::sync::Semaphore>);
+
+impl Drop for LocalPermit {
+    fn drop(&mut self) {
+        self.0.add_permits(1);
+    }
+}
+
+impl LocalSemaphore for Rc<tokio::sync::Semaphore> {
+    async fn acquire_owned_local(self) -> Result<LocalPermit, tokio::sync::AcquireError> {
+        self.acquire().await?.forget();
+        Ok(LocalPermit(self))
+    }
+}
+
+/// Once a second: mark safe regions clean, publish figures.
+async fn housekeeping(capture: Rc<Capture>) {
+    let idle = capture.settings.dirty_map.clean_after;
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        for volume in &capture.volumes {
+            if let Err(error) = volume.clean(idle).await {
+                tracing::error!(disk = volume.shared.label, %error, "the dirty map cannot be written; regions stay marked");
+            }
+            volume.publish();
+        }
+    }
+}
+
+impl Capture {
+    async fn serve(self: Rc<Self>, mut requests: mpsc::Receiver<Command>) {
+        while let Some(request) = requests.recv().await {
+            match request {
+                Command::NewEpoch { volume, above, reason, done } => {
+                    let _ = done.send(self.volumes[volume].restart_stream(above, None, reason).await.map_err(|e| e.to_string()));
+                }
+                Command::CheckGeneration { volume, generation, done } => {
+                    let _ = done.send(self.volumes[volume].generation() == generation);
+                }
+                Command::NewGeneration { volume, generation, done } => {
+                    let _ = done.send(self.volumes[volume].restart_stream(0, Some(generation), "new replica").await.map_err(|e| e.to_string()));
+                }
+                Command::Mark { label, kind, done } => {
+                    let capture = self.clone();
+                    tokio::task::spawn_local(async move {
+                        let _ = done.send(capture.mark(label, kind).await.map_err(|skip| skip.to_string()));
+                    });
+                }
+                Command::Stop(done) => {
+                    self.shared.stopping.store(true, Ordering::Relaxed);
+                    // New writes wait for the process to end; what was answered before is made durable.
+                    self.gate.hold();
+                    let _ = tokio::time::timeout(Duration::from_secs(5), self.gate.drained()).await;
+                    for volume in &self.volumes {
+                        if let Err(error) = volume.sync().await {
+                            tracing::error!(disk = volume.shared.label, %error, "could not flush the disk at stop");
+                        }
+                    }
+                    let _ = done.send(());
+                    return;
+                }
+            }
+        }
+    }
+
+    fn is_consistent(&self) -> bool {
+        self.volumes.iter().all(|v| v.missing_bytes() == 0)
+    }
+}
+
+impl Volume {
+    fn publish(&self) {
+        let now = clock::now();
+        let report = self.report(now);
+        let label = &self.shared.label;
+        let rungs = self.shared.backlog().rungs();
+        for (rung, position) in rungs {
+            metrics::position(label, rung, position);
+        }
+        metrics::disk_part(metrics::BACKLOG, label, "kind", "memory", metrics::number(report.backlog_bytes));
+        metrics::disk_part(metrics::BACKLOG, label, "kind", "map", metrics::number(report.missing_bytes));
+        metrics::disk_gauge(metrics::LAG, label, metrics::number(report.lag_us) / 1e6);
+        metrics::disk_count(metrics::CAPTURED_BYTES, label, self.take_captured_bytes());
+        self.shared.set_report(report);
+    }
+}

@@ -1,0 +1,412 @@
+//! One protected disk: the path of a write through gate, lock, dirty map, disk and stream.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::gate::Gate;
+use crate::agent::backlog::Backlog;
+use crate::agent::dirty_map::DirtyMap;
+use crate::agent::locks::{RangeGuard, RangeLocks};
+use crate::agent::regions::Regions;
+use crate::agent::shared::{AgentShared, VolumeShared};
+use crate::clock::{self, Mono, micros};
+use crate::config::agent::{AgentSettings, CacheMode, Disk};
+use crate::model::change::{CHANGE_BYTES_MAX, ZERO_BYTES_MAX};
+use crate::model::{BLOCK, ChangeKind, DiskReport, Extent, ReplicationState, SECTOR};
+use crate::nbd::protocol::NbdError;
+use crate::nbd::server::{Allocation, Export, ExportInfo};
+use crate::observe::metrics;
+use crate::storage::uring::{Uring, UringFile, is_full};
+use crate::storage::{AlignedBuf, File, OpenMode, Storage};
+
+/// A disk opened, before the machine is put together.
+pub struct Parts {
+    /// Shared state.
+    pub shared: Arc<VolumeShared>,
+    file: UringFile,
+    map: DirtyMap<UringFile>,
+}
+
+/// Opens a disk and its dirty map.
+///
+/// # Errors
+/// Names the disk and what to do.
+pub async fn open_parts(settings: &AgentSettings, disk: &Disk) -> io::Result<Parts> {
+    let named = |e: io::Error| io::Error::new(e.kind(), format!("disk {} ({}): {e}", disk.name, disk.path.display()));
+    let kind = std::fs::metadata(&disk.path).map_err(named)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(named(io::Error::other("is neither a file nor a block device")));
+    }
+    let storage = if disk.cache == CacheMode::Direct { Uring::direct() } else { Uring::buffered() };
+    let file = storage.open(&disk.path, OpenMode::Write).await.map_err(named)?;
+    let size = file.len().map_err(named)?;
+    if size == 0 || !size.is_multiple_of(SECTOR) {
+        return Err(named(io::Error::other(format!("its size of {size} bytes is not a positive multiple of 512; enlarge the file"))));
+    }
+    let id = settings.disk_id(disk);
+    let map_path = settings.state.join(format!("{}.dirty-map", disk.name));
+    let map = DirtyMap::open(&Uring::direct(), &map_path, id, size, settings.dirty_map.region).await.map_err(named)?;
+    let backlog = Backlog::new(map.header().epoch, settings.backlog.memory_max);
+    let shared = Arc::new(VolumeShared::new(id, &settings.machine, &disk.name, size, backlog));
+    Ok(Parts { shared, file, map })
+}
+
+/// One protected disk.
+pub struct Volume {
+    /// Shared with the session.
+    pub shared: Arc<VolumeShared>,
+    agent: Arc<AgentShared>,
+    file: UringFile,
+    map: DirtyMap<UringFile>,
+    regions: RefCell<Regions>,
+    sending: RefCell<HashSet<u64>>,
+    locks: Rc<RangeLocks>,
+    gate: Rc<Gate>,
+    captured_bytes: Cell<u64>,
+    broken: RefCell<Option<String>>,
+}
+
+impl Volume {
+    /// Puts a disk under the machine's gate. Everything its map marks is missing.
+    pub fn new(parts: Parts, gate: Rc<Gate>, agent: Arc<AgentShared>) -> Self {
+        let marked = parts.map.marked();
+        let header = parts.map.header();
+        if marked.count() > 0 && !header.initial {
+            metrics::disk_count(metrics::RESYNCS, &parts.shared.label, 1);
+            tracing::info!(disk = parts.shared.label, regions = marked.count(), "regions written shortly before the last stop will be sent again");
+        }
+        Self {
+            regions: RefCell::new(Regions::new(header.region, parts.shared.size, marked)),
+            sending: RefCell::default(),
+            shared: parts.shared,
+            agent,
+            file: parts.file,
+            map: parts.map,
+            locks: Rc::new(RangeLocks::default()),
+            gate,
+            captured_bytes: Cell::new(0),
+            broken: RefCell::default(),
+        }
+    }
+
+    /// Bytes whose content is not in the stream.
+    pub fn missing_bytes(&self) -> u64 {
+        self.regions.borrow().missing_bytes()
+    }
+
+    /// Starts a new epoch above `above` (and another generation), because the stream cannot go on. What the map marks is
+    /// missing from then on, and it marks everything that is not safe.
+    ///
+    /// # Errors
+    /// Those of the map's file; the old stream then stays as it is.
+    pub async fn restart_stream(&self, above: u64, generation: Option<u64>, reason: &'static str) -> io::Result<u64> {
+        if generation.is_some() {
+            self.map.mark_all().await?;
+        }
+        self.map
+            .update_header(|h| {
+                h.epoch = h.epoch.max(above) + 1;
+                if let Some(generation) = generation {
+                    h.generation = generation;
+                    h.initial = true;
+                }
+            })
+            .await?;
+        let epoch = self.map.header().epoch;
+        // No await from here on: a write captured between these steps would be in neither.
+        self.shared.backlog().restart(epoch);
+        if self.regions.borrow_mut().restart(&self.map.marked()) {
+            metrics::disk_count(metrics::RESYNCS, &self.shared.label, 1);
+        }
+        tracing::info!(disk = self.shared.label, epoch, reason, missing_bytes = self.missing_bytes(), "a new epoch of the stream begins");
+        Ok(epoch)
+    }
+
+    /// The history of the replica this map belongs to.
+    pub fn generation(&self) -> u64 {
+        self.map.header().generation
+    }
+
+    /// Initial replication or resynchronisation has put everything into the stream.
+    pub async fn became_consistent(&self) {
+        let initial = self.map.header().initial;
+        tracing::info!(disk = self.shared.label, initial, "everything is in the stream; recovery points continue");
+        if initial && let Err(error) = self.map.update_header(|h| h.initial = false).await {
+            tracing::error!(disk = self.shared.label, %error, "could not note the end of initial replication");
+        }
+    }
+
+    /// Marks regions clean that are safe and at rest.
+    ///
+    /// # Errors
+    /// Those of the map's file.
+    pub async fn clean(&self, idle: Duration) -> io::Result<()> {
+        let safe = self.shared.backlog().safe();
+        let clean = self.regions.borrow().cleanable(&self.map.marked(), safe, clock::now(), idle);
+        if clean.is_empty() {
+            return Ok(());
+        }
+        for &region in &clean {
+            self.regions.borrow_mut().cleaned(region);
+        }
+        self.map.clear(&clean).await
+    }
+
+    /// Makes everything answered durable on the local disk.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub async fn sync(&self) -> io::Result<()> {
+        self.file.sync_data().await
+    }
+
+    /// How the disk does.
+    pub fn report(&self, now: Mono) -> DiskReport {
+        let backlog = self.shared.backlog();
+        let missing_bytes = self.missing_bytes();
+        let state = match (missing_bytes, self.map.header().initial) {
+            _ if self.broken.borrow().is_some() => ReplicationState::Error,
+            (0, _) => ReplicationState::Delta,
+            (_, true) => ReplicationState::InitialReplication,
+            (_, false) => ReplicationState::Resynchronising,
+        };
+        DiskReport { state, missing_bytes, backlog_bytes: backlog.bytes(), captured: backlog.rungs()[0].1, lag_us: micros(backlog.lag(now)) }
+    }
+
+    /// Bytes captured since the last call.
+    pub fn take_captured_bytes(&self) -> u64 {
+        self.captured_bytes.replace(0)
+    }
+
+    /// The next missing region that nobody is sending.
+    pub fn next_missing(&self) -> Option<u64> {
+        let region = self.regions.borrow_mut().next_missing()?;
+        self.sending.borrow_mut().insert(region).then_some(region)
+    }
+
+    /// The attempt to send a region ended.
+    pub fn end_send(&self, region: u64) {
+        self.sending.borrow_mut().remove(&region);
+    }
+
+    /// Whether a region is missing.
+    pub fn is_missing(&self, region: u64) -> bool {
+        self.regions.borrow().is_missing(region)
+    }
+
+    /// Bytes of a region.
+    pub fn region_extent(&self, region: u64) -> Extent {
+        self.regions.borrow().extent(region)
+    }
+
+    /// A region is in the stream, up to `sequence`.
+    pub fn region_sent(&self, region: u64, extent: Extent, sequence: u64, now: Mono) {
+        let mut regions = self.regions.borrow_mut();
+        regions.captured(extent, sequence, now);
+        regions.sent(region);
+        drop(regions);
+        self.agent.wake.ring();
+    }
+
+    /// Locks a range.
+    pub async fn lock(&self, extent: Extent) -> RangeGuard {
+        self.locks.lock(extent).await
+    }
+
+    /// Reads from the local disk.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub async fn read_raw(&self, offset: u64, len: usize) -> io::Result<AlignedBuf> {
+        self.file.read_at(offset, len).await
+    }
+
+    /// The next range of the local disk that may hold data.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        self.file.next_data(offset)
+    }
+
+    /// The whole path of a change: gate, lock, map, disk, stream. `extent` is sector-aligned.
+    async fn change(&self, extent: Extent, action: Action, durable: bool) -> Result<(), NbdError> {
+        if self.broken.borrow().is_some() {
+            return Err(NbdError::Io);
+        }
+        let _passage = self.gate.pass().await;
+        let _lock = self.locks.lock(extent).await;
+        self.regions.borrow_mut().begin(extent);
+        let result = self.change_locked(extent, action).await;
+        self.regions.borrow_mut().end(extent);
+        let result = match result {
+            Ok(()) if durable => self.file.sync_data().await,
+            other => other,
+        };
+        result.map_err(|e| self.failed(&e))
+    }
+
+    async fn change_locked(&self, extent: Extent, action: Action) -> io::Result<()> {
+        let touched = self.regions.borrow().of(extent);
+        self.map.mark(touched).await?;
+        let (content, written) = match action {
+            Action::Write(data) => {
+                let result = self.file.write_at(extent.offset, data.clone()).await;
+                (Some((data, extent.offset)), result)
+            }
+            Action::Patch { data, offset } => match self.patch(extent, offset, &data).await {
+                Ok(whole) => {
+                    let result = self.file.write_at(extent.offset, whole.clone()).await;
+                    (Some((whole, extent.offset)), result)
+                }
+                Err(e) => return Err(e),
+            },
+            Action::Zero => (None, self.file.punch(extent.offset, extent.len).await),
+        };
+        if let Err(e) = written {
+            // Part of it may be on the disk: whatever stands there now is read and sent later.
+            self.lose(extent, "local write failed");
+            return Err(e);
+        }
+        self.capture(extent, content);
+        Ok(())
+    }
+
+    async fn patch(&self, extent: Extent, offset: u64, data: &[u8]) -> io::Result<Bytes> {
+        let mut whole = self.file.read_at(extent.offset, extent.len as usize).await?;
+        let at = (offset - extent.offset) as usize;
+        whole[at..at + data.len()].copy_from_slice(data);
+        Ok(whole.freeze())
+    }
+
+    /// Puts a change that is on the local disk into the stream, or marks its regions missing. Never waits.
+    fn capture(&self, extent: Extent, content: Option<(Bytes, u64)>) {
+        self.captured_bytes.set(self.captured_bytes.get() + extent.len);
+        if self.regions.borrow().all_missing(extent) {
+            return;
+        }
+        let now = clock::now();
+        let mut last = Ok(0);
+        {
+            let mut backlog = self.shared.backlog();
+            let step = if content.is_some() { CHANGE_BYTES_MAX as u64 } else { ZERO_BYTES_MAX };
+            let mut at = extent.offset;
+            while at < extent.end() && last.is_ok() {
+                let len = step.min(extent.end() - at);
+                let kind = match &content {
+                    Some((data, start)) => ChangeKind::Write { offset: at, data: data.slice((at - start) as usize..(at - start + len) as usize) },
+                    None => ChangeKind::Zero(Extent::new(at, len)),
+                };
+                last = backlog.push(kind, now);
+                at += len;
+            }
+        }
+        match last {
+            Ok(sequence) => self.regions.borrow_mut().captured(extent, sequence, now),
+            Err(_) => self.lose(extent, "backlog full"),
+        }
+        self.agent.wake.ring();
+    }
+
+    fn lose(&self, extent: Extent, reason: &'static str) {
+        if self.regions.borrow_mut().lose(extent) {
+            metrics::disk_count(metrics::RESYNCS, &self.shared.label, 1);
+            tracing::warn!(disk = self.shared.label, reason, "changes are tracked by region from now on; they will be sent when the stream keeps up, recovery points pause until then");
+        }
+    }
+
+    fn failed(&self, error: &io::Error) -> NbdError {
+        if is_full(error) {
+            return NbdError::NoSpace;
+        }
+        let mut broken = self.broken.borrow_mut();
+        if broken.is_none() {
+            tracing::error!(disk = self.shared.label, %error, "the local disk or its dirty map failed: the export answers errors until the agent is restarted");
+            *broken = Some(error.to_string());
+        }
+        NbdError::Io
+    }
+}
+
+/// What is done to the disk.
+enum Action {
+    /// Write these sectors.
+    Write(Bytes),
+    /// Write bytes that are not whole sectors: read the sectors, change them, write them.
+    Patch {
+        /// The bytes.
+        data: AlignedBuf,
+        /// Where they begin.
+        offset: u64,
+    },
+    /// Make it read as zeroes.
+    Zero,
+}
+
+impl Export for Volume {
+    fn info(&self) -> ExportInfo {
+        ExportInfo { name: self.shared.name.to_string(), size: self.shared.size, read_only: false }
+    }
+
+    async fn read(&self, extent: Extent) -> Result<Bytes, NbdError> {
+        let aligned = extent.aligned_out(SECTOR, self.shared.size);
+        let data = self.file.read_at(aligned.offset, aligned.len as usize).await.map_err(|error| {
+            tracing::error!(disk = self.shared.label, %error, offset = extent.offset, "a read of the local disk failed");
+            NbdError::Io
+        })?;
+        let from = (extent.offset - aligned.offset) as usize;
+        Ok(data.freeze().slice(from..from + extent.len as usize))
+    }
+
+    async fn write(&self, offset: u64, data: AlignedBuf, fua: bool) -> Result<(), NbdError> {
+        let extent = Extent::new(offset, data.len() as u64);
+        let aligned = extent.aligned_out(SECTOR, self.shared.size);
+        let action = if aligned == extent { Action::Write(data.freeze()) } else { Action::Patch { data, offset } };
+        self.change(aligned, action, fua).await
+    }
+
+    async fn zero(&self, extent: Extent, keep: bool, fua: bool) -> Result<(), NbdError> {
+        // Punching keeps neither space nor speed promises; zeroes are what both commands must read as.
+        let _ = keep;
+        let inner_start = extent.offset.next_multiple_of(BLOCK).min(extent.end());
+        let inner_end = (extent.end() / BLOCK * BLOCK).max(inner_start);
+        let edges = [Extent::new(extent.offset, inner_start - extent.offset), Extent::new(inner_end, extent.end() - inner_end)];
+        for edge in edges.into_iter().filter(|e| e.len > 0) {
+            self.write(edge.offset, AlignedBuf::zeroed(edge.len as usize), fua).await?;
+        }
+        if inner_end > inner_start {
+            self.change(Extent::new(inner_start, inner_end - inner_start), Action::Zero, fua).await?;
+        }
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<(), NbdError> {
+        self.file.sync_data().await.map_err(|e| self.failed(&e))
+    }
+
+    async fn allocation(&self, extent: Extent) -> Result<Vec<Allocation>, NbdError> {
+        let mut runs = Vec::new();
+        let mut at = extent.offset;
+        while at < extent.end() && runs.len() < 1024 {
+            let (start, end) = match self.file.next_data(at).map_err(|_| NbdError::Io)? {
+                Some((start, end)) => (start.min(extent.end()), end.min(extent.end())),
+                None => (extent.end(), extent.end()),
+            };
+            if start > at {
+                runs.push(Allocation { len: start - at, hole: true });
+            }
+            if end > start {
+                runs.push(Allocation { len: end - start, hole: false });
+            }
+            at = end.max(start);
+        }
+        Ok(runs)
+    }
+}

@@ -1,0 +1,405 @@
+//! The connection to the process server: sends what the backlogs hold, takes acknowledgements, reconnects with backoff.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::shared::{AgentShared, Command, VolumeShared};
+use crate::clock::{self, micros};
+use crate::config::agent::AgentSettings;
+use crate::config::limits::{HANDSHAKE_SECONDS, SILENCE_SECONDS};
+use crate::crypto::pki::{PkiError, Role};
+use crate::crypto::tls::{ALPN_INGEST, Credentials, TlsError, peer_identity, server_name};
+use crate::model::{Change, ChangeKind, Extent};
+use crate::observe::metrics;
+use crate::wire::ingest::{AgentMessage, FRAME_LEN, Frame, FrameType, Refusal, ServerMessage, change_cost};
+use crate::wire::{WireError, decode_control};
+
+const BACKOFF_FIRST: Duration = Duration::from_millis(100);
+const BACKOFF_MAX: Duration = Duration::from_secs(10);
+/// Bytes given to TLS at once.
+const STAGING_BYTES: usize = 512 << 10;
+/// A busy stream is polled this often before the thread sleeps until it is woken.
+const POLL: Duration = Duration::from_millis(1);
+const POLLS_BEFORE_SLEEP: u32 = 50;
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Error)]
+enum SessionError {
+    #[error("cannot reach the process server at {0}: {1}")]
+    Connect(String, io::Error),
+    #[error("the process server at {0} did not answer in time")]
+    Timeout(String),
+    #[error("TLS with the process server failed ({0}): check that both certificates come from one CA and have not expired")]
+    Handshake(io::Error),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    Identity(#[from] PkiError),
+    #[error("connection lost: {0}")]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("the process server said nothing for {SILENCE_SECONDS} s")]
+    Silent,
+    #[error("the process server ended the connection: {0}")]
+    Goodbye(String),
+    #[error("the capture thread has ended")]
+    Stopped,
+}
+
+/// Runs until the agent stops.
+pub fn run(settings: AgentSettings, credentials: Credentials, shared: Arc<AgentShared>, commands: mpsc::Sender<Command>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime on one thread can always be built");
+    runtime.block_on(tokio::task::LocalSet::new().run_until(reconnect(settings, credentials, shared, commands)));
+}
+
+async fn reconnect(settings: AgentSettings, credentials: Credentials, shared: Arc<AgentShared>, commands: mpsc::Sender<Command>) {
+    let mut backoff = BACKOFF_FIRST;
+    let mut told = String::new();
+    while !shared.stopping.load(Ordering::Relaxed) {
+        let started = clock::now();
+        let result = connect_and_run(&settings, &credentials, &shared, &commands).await;
+        shared.connected.store(false, Ordering::Relaxed);
+        for volume in &shared.volumes {
+            volume.open.store(false, Ordering::Relaxed);
+        }
+        let Err(error) = result else { return };
+        if matches!(error, SessionError::Stopped) {
+            return;
+        }
+        let message = error.to_string();
+        // The same failure again and again is one line in the log; `status` shows it all the time.
+        if message != told {
+            tracing::warn!(error = message, "not connected to the process server; writes go on, changes are kept");
+            told.clone_from(&message);
+        }
+        *shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(message);
+        if clock::now().since(started) > Duration::from_secs(30) {
+            backoff = BACKOFF_FIRST;
+            told.clear();
+        }
+        let jitter = Duration::from_micros(crate::storage::log::random_u64() % micros(backoff).max(1) / 2);
+        tokio::time::sleep(backoff / 2 + jitter).await;
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+    }
+}
+
+/// What the two halves of a connection share.
+struct Link {
+    shared: Arc<AgentShared>,
+    commands: mpsc::Sender<Command>,
+    slots: Vec<Slot>,
+    work: Notify,
+    reopen: RefCell<Vec<(usize, Duration)>>,
+}
+
+#[derive(Default)]
+struct Slot {
+    open: Cell<bool>,
+    credit: Cell<u64>,
+    spent: Cell<u64>,
+}
+
+async fn connect_and_run(settings: &AgentSettings, credentials: &Credentials, shared: &Arc<AgentShared>, commands: &mpsc::Sender<Command>) -> Result<(), SessionError> {
+    let address = settings.process_server.address.clone();
+    let limit = Duration::from_secs(HANDSHAKE_SECONDS);
+    let connect = async {
+        let tcp = TcpStream::connect(&address).await.map_err(|e| SessionError::Connect(address.clone(), e))?;
+        tcp.set_nodelay(true)?;
+        let connector = TlsConnector::from(Arc::new(credentials.client(ALPN_INGEST)?));
+        let mut tls = connector.connect(server_name(Role::ProcessServer), tcp).await.map_err(SessionError::Handshake)?;
+        peer_identity(tls.get_ref().1.peer_certificates(), Role::ProcessServer)?;
+        tls.get_mut().1.set_buffer_limit(Some(1 << 20));
+        let hello = control_frame(&AgentMessage::Hello { machine: shared.machine_id })?;
+        tls.write_all(&hello).await?;
+        let mut buffer = Vec::new();
+        match read_message(&mut tls, &mut buffer).await? {
+            ServerMessage::Welcome => Ok(tls),
+            ServerMessage::Goodbye { message } => Err(SessionError::Goodbye(message)),
+            _ => Err(WireError::Illegal("first message of the process server").into()),
+        }
+    };
+    let tls = tokio::time::timeout(limit, connect).await.map_err(|_| SessionError::Timeout(address.clone()))??;
+    tracing::info!(address, "connected to the process server");
+    shared.connected.store(true, Ordering::Relaxed);
+    *shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+    let (read, write) = tokio::io::split(tls);
+    let link = Rc::new(Link {
+        shared: shared.clone(),
+        commands: commands.clone(),
+        slots: shared.volumes.iter().map(|_| Slot::default()).collect(),
+        work: Notify::new(),
+        reopen: RefCell::new((0..shared.volumes.len()).map(|i| (i, Duration::ZERO)).collect()),
+    });
+    tokio::select! {
+        result = receive(link.clone(), read) => result,
+        result = send(link.clone(), write) => result,
+    }
+}
+
+async fn read_message<R: tokio::io::AsyncRead + Unpin>(read: &mut R, buffer: &mut Vec<u8>) -> Result<ServerMessage, SessionError> {
+    let mut header = [0; FRAME_LEN];
+    read.read_exact(&mut header).await?;
+    let frame = Frame::decode(&header)?;
+    if frame.kind != FrameType::Control {
+        return Err(WireError::Illegal("frame from the process server").into());
+    }
+    buffer.resize(frame.payload_len as usize, 0);
+    read.read_exact(buffer).await?;
+    if crc32c::crc32c(buffer) != frame.payload_crc {
+        return Err(WireError::Checksum("message").into());
+    }
+    Ok(decode_control(buffer)?)
+}
+
+fn control_frame(message: &AgentMessage) -> Result<Vec<u8>, WireError> {
+    let payload = postcard::to_stdvec(message).map_err(|_| WireError::Illegal("control message"))?;
+    let frame = Frame {
+        kind: FrameType::Control,
+        slot: 0,
+        payload_len: payload.len() as u32,
+        sequence: 0,
+        extent: Extent::new(0, 0),
+        age_us: 0,
+        payload_crc: crc32c::crc32c(&payload),
+    };
+    Ok([&frame.encode()[..], &payload].concat())
+}
+
+async fn receive(link: Rc<Link>, mut read: ReadHalf<TlsStream<TcpStream>>) -> Result<(), SessionError> {
+    let mut buffer = Vec::new();
+    loop {
+        let message = tokio::time::timeout(Duration::from_secs(SILENCE_SECONDS), read_message(&mut read, &mut buffer)).await;
+        match message.map_err(|_| SessionError::Silent)?? {
+            ServerMessage::Opened { slot, generation, resume_at, safe, credit } => {
+                let (index, volume) = link.volume(slot)?;
+                link.opened(index, &volume, generation, resume_at, credit).await?;
+                let epoch = volume.backlog().epoch();
+                volume.backlog().acknowledge(epoch, 0, safe);
+            }
+            ServerMessage::Refused { slot, reason, message } => {
+                let (index, volume) = link.volume(slot)?;
+                link.refused(index, &volume, reason, message).await?;
+            }
+            ServerMessage::Ack { slot, epoch, cached, safe, credit } => {
+                let (index, volume) = link.volume(slot)?;
+                volume.backlog().acknowledge(epoch, cached, safe);
+                link.slots[index].credit.set(credit);
+            }
+            ServerMessage::Alive => {}
+            ServerMessage::Goodbye { message } => return Err(SessionError::Goodbye(message)),
+            ServerMessage::Welcome => return Err(WireError::Illegal("second welcome").into()),
+        }
+        link.work.notify_one();
+        link.shared.wake.ring();
+    }
+}
+
+impl Link {
+    fn volume(&self, slot: u32) -> Result<(usize, Arc<VolumeShared>), SessionError> {
+        let index = slot as usize;
+        let volume = self.shared.volumes.get(index).cloned().ok_or(WireError::Illegal("slot"))?;
+        Ok((index, volume))
+    }
+
+    async fn opened(&self, index: usize, volume: &VolumeShared, generation: u64, resume_at: u64, credit: u64) -> Result<(), SessionError> {
+        let (done, answer) = oneshot::channel();
+        self.command(Command::CheckGeneration { volume: index, generation, done }).await?;
+        let same = answer.await.map_err(|_| SessionError::Stopped)?;
+        if same {
+            let resumed = volume.backlog().resume(resume_at);
+            if resumed.is_ok() {
+                self.slots[index].credit.set(credit);
+                self.slots[index].spent.set(0);
+                self.slots[index].open.set(true);
+                volume.open.store(true, Ordering::Relaxed);
+                tracing::info!(disk = volume.label, resume_at, "the process server takes changes of this disk");
+                return Ok(());
+            }
+            self.new_epoch(index, 0, "the process server does not have what was acknowledged").await?;
+        } else {
+            let (done, answer) = oneshot::channel();
+            self.command(Command::NewGeneration { volume: index, generation, done }).await?;
+            self.answered(index, answer).await?;
+        }
+        self.reopen.borrow_mut().push((index, Duration::ZERO));
+        Ok(())
+    }
+
+    async fn refused(&self, index: usize, volume: &VolumeShared, reason: Refusal, message: String) -> Result<(), SessionError> {
+        self.slots[index].open.set(false);
+        volume.open.store(false, Ordering::Relaxed);
+        let wait = match reason {
+            Refusal::StaleEpoch { highest } => {
+                self.new_epoch(index, highest, "the process server knows a newer epoch").await?;
+                Duration::ZERO
+            }
+            Refusal::NotReady => Duration::from_millis(500),
+            Refusal::NotAllowed => Duration::from_secs(10),
+        };
+        if !wait.is_zero() {
+            let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let text = format!("disk {}: {message}", volume.label);
+            if last.as_ref() != Some(&text) {
+                tracing::warn!(disk = volume.label, reason = message, "the process server does not take this disk now");
+                *last = Some(text);
+            }
+        }
+        self.reopen.borrow_mut().push((index, wait));
+        Ok(())
+    }
+
+    async fn new_epoch(&self, index: usize, above: u64, reason: &'static str) -> Result<(), SessionError> {
+        let (done, answer) = oneshot::channel();
+        self.command(Command::NewEpoch { volume: index, above, reason, done }).await?;
+        self.answered(index, answer).await
+    }
+
+    async fn answered(&self, index: usize, answer: oneshot::Receiver<Result<u64, String>>) -> Result<(), SessionError> {
+        match answer.await.map_err(|_| SessionError::Stopped)? {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                tracing::error!(disk = self.shared.volumes[index].label, error, "could not start a new epoch");
+                Err(SessionError::Io(io::Error::other(error)))
+            }
+        }
+    }
+
+    async fn command(&self, command: Command) -> Result<(), SessionError> {
+        self.commands.send(command).await.map_err(|_| SessionError::Stopped)
+    }
+}
+
+async fn send(link: Rc<Link>, mut write: WriteHalf<TlsStream<TcpStream>>) -> Result<(), SessionError> {
+    let mut staging = Vec::with_capacity(STAGING_BYTES + (64 << 10));
+    let mut idle_polls = 0;
+    let mut reported = None;
+    loop {
+        if link.shared.stopping.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        staging.clear();
+        open_slots(&link, &mut staging)?;
+        let now = clock::now();
+        if reported.is_none_or(|at| now.since(at) >= REPORT_EVERY) {
+            reported = Some(now);
+            add_reports(&link, &mut staging)?;
+        }
+        for (index, volume) in link.shared.volumes.iter().enumerate() {
+            add_changes(&link.slots[index], index, volume, &mut staging)?;
+        }
+        if !staging.is_empty() {
+            idle_polls = 0;
+            write.write_all(&staging).await?;
+            write.flush().await?;
+            continue;
+        }
+        if idle_polls < POLLS_BEFORE_SLEEP {
+            idle_polls += 1;
+            tokio::select! {
+                () = link.work.notified() => {}
+                () = tokio::time::sleep(POLL) => {}
+            }
+            continue;
+        }
+        link.shared.wake.prepare();
+        if link.has_work() {
+            continue;
+        }
+        tokio::select! {
+            () = link.work.notified() => {}
+            () = link.shared.wake.sleep() => {}
+            () = tokio::time::sleep(REPORT_EVERY / 2) => {}
+        }
+        idle_polls = POLLS_BEFORE_SLEEP - 2;
+    }
+}
+
+impl Link {
+    fn has_work(&self) -> bool {
+        let sendable = |(slot, volume): (&Slot, &Arc<VolumeShared>)| slot.open.get() && slot.credit.get() > slot.spent.get() && volume.backlog().has_unsent();
+        self.slots.iter().zip(&self.shared.volumes).any(sendable)
+    }
+}
+
+fn open_slots(link: &Rc<Link>, staging: &mut Vec<u8>) -> Result<(), SessionError> {
+    let due = std::mem::take(&mut *link.reopen.borrow_mut());
+    for (index, wait) in due {
+        if !wait.is_zero() {
+            let link = link.clone();
+            tokio::task::spawn_local(async move {
+                tokio::time::sleep(wait).await;
+                link.reopen.borrow_mut().push((index, Duration::ZERO));
+                link.work.notify_one();
+            });
+            continue;
+        }
+        let volume = &link.shared.volumes[index];
+        link.slots[index].open.set(false);
+        let epoch = volume.backlog().epoch();
+        let open = AgentMessage::Open { slot: index as u32, disk: volume.id, size: volume.size, epoch };
+        staging.extend_from_slice(&control_frame(&open)?);
+    }
+    Ok(())
+}
+
+fn add_reports(link: &Link, staging: &mut Vec<u8>) -> Result<(), SessionError> {
+    for (index, volume) in link.shared.volumes.iter().enumerate() {
+        let report = AgentMessage::Report { slot: index as u32, report: volume.report() };
+        staging.extend_from_slice(&control_frame(&report)?);
+        let lag = volume.backlog().lag(clock::now());
+        metrics::disk_gauge(metrics::LAG, &volume.label, lag.as_secs_f64());
+    }
+    Ok(())
+}
+
+/// Adds changes of one disk while it has credit and there is room. Fair: each disk gets at most a quarter of a staging
+/// buffer beyond its first change before the next one is asked.
+fn add_changes(slot: &Slot, index: usize, volume: &VolumeShared, staging: &mut Vec<u8>) -> Result<(), SessionError> {
+    if !slot.open.get() {
+        return Ok(());
+    }
+    let stop_at = (staging.len() + STAGING_BYTES / 2).min(STAGING_BYTES);
+    while staging.len() < stop_at {
+        let next = volume.backlog().take_next(slot.credit.get().saturating_sub(slot.spent.get()));
+        let Some((change, captured)) = next else { return Ok(()) };
+        slot.spent.set(slot.spent.get() + change_cost(change.kind.data_len()));
+        add_change(index, &change, micros(clock::now().since(captured)), staging)?;
+    }
+    Ok(())
+}
+
+fn add_change(index: usize, change: &Change, age_us: u64, staging: &mut Vec<u8>) -> Result<(), WireError> {
+    let marker;
+    let (kind, payload): (FrameType, &[u8]) = match &change.kind {
+        ChangeKind::Write { data, .. } => (FrameType::Write, data),
+        ChangeKind::Zero(_) => (FrameType::Zero, &[]),
+        ChangeKind::Mark(mark) => {
+            marker = postcard::to_stdvec(mark).map_err(|_| WireError::Illegal("marker"))?;
+            (FrameType::Mark, &marker)
+        }
+    };
+    let frame = Frame {
+        kind,
+        slot: index as u32,
+        payload_len: payload.len() as u32,
+        sequence: change.sequence,
+        extent: change.kind.extent().unwrap_or(Extent::new(0, 0)),
+        age_us,
+        payload_crc: crc32c::crc32c(payload),
+    };
+    staging.extend_from_slice(&frame.encode());
+    staging.extend_from_slice(payload);
+    Ok(())
+}

@@ -1,0 +1,152 @@
+//! What the agent's threads share: each disk's backlog, a doorbell, and requests to the capture thread.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Notify, oneshot};
+
+use super::backlog::Backlog;
+use crate::model::{DiskId, DiskReport, MachineId, Name, PointId, PointKind};
+
+/// Everything another thread may see of the agent.
+pub struct AgentShared {
+    /// Name of the machine.
+    pub machine: Name,
+    /// Its id.
+    pub machine_id: MachineId,
+    /// Its disks.
+    pub volumes: Vec<Arc<VolumeShared>>,
+    /// Rung when there is something to send.
+    pub wake: Doorbell,
+    /// Set when the process ends.
+    pub stopping: AtomicBool,
+    /// Connected to the process server.
+    pub connected: AtomicBool,
+    /// What the last failed attempt said.
+    pub last_error: Mutex<Option<String>>,
+    /// Points made, and points that were due and not made.
+    pub points: [AtomicU64; 2],
+}
+
+/// What is shared of one disk.
+pub struct VolumeShared {
+    /// Its id.
+    pub id: DiskId,
+    /// `machine/disk`, the metric label.
+    pub label: String,
+    /// Its name.
+    pub name: Name,
+    /// Bytes.
+    pub size: u64,
+    backlog: Mutex<Backlog>,
+    report: Mutex<DiskReport>,
+    /// The process server takes changes of this disk now.
+    pub open: AtomicBool,
+}
+
+impl VolumeShared {
+    /// The state shared of a disk.
+    pub fn new(id: DiskId, machine: &Name, name: &Name, size: u64, backlog: Backlog) -> Self {
+        Self {
+            id,
+            label: format!("{machine}/{name}"),
+            name: name.clone(),
+            size,
+            backlog: Mutex::new(backlog),
+            report: Mutex::default(),
+            open: AtomicBool::new(false),
+        }
+    }
+
+    /// The backlog. Held for moments only, never across an await.
+    pub fn backlog(&self) -> MutexGuard<'_, Backlog> {
+        // A panic while it was held has broken a rung assertion: going on could release what is not kept.
+        self.backlog.lock().expect("the backlog's ladder was broken, see the first panic")
+    }
+
+    /// The last report.
+    pub fn report(&self) -> DiskReport {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces the report.
+    pub fn set_report(&self, report: DiskReport) {
+        *self.report.lock().unwrap_or_else(PoisonError::into_inner) = report;
+    }
+}
+
+/// Wakes the session only when it sleeps: waking a sleeping thread costs more than a small write.
+#[derive(Default)]
+pub struct Doorbell {
+    sleeping: AtomicBool,
+    notify: Notify,
+}
+
+impl Doorbell {
+    /// There is something to do.
+    pub fn ring(&self) {
+        if self.sleeping.load(Ordering::Relaxed) && self.sleeping.swap(false, Ordering::AcqRel) {
+            self.notify.notify_one();
+        }
+    }
+
+    /// Wakes the sleeper whatever it does.
+    pub fn wake(&self) {
+        self.notify.notify_one();
+    }
+
+    /// Says that the caller is about to sleep: it must look once more, then call [`Doorbell::sleep`].
+    pub fn prepare(&self) {
+        self.sleeping.store(true, Ordering::SeqCst);
+    }
+
+    /// Sleeps until rung.
+    pub async fn sleep(&self) {
+        self.notify.notified().await;
+        self.sleeping.store(false, Ordering::Relaxed);
+    }
+}
+
+/// A request to the capture thread, which alone changes epochs, maps and streams.
+pub enum Command {
+    /// The stream cannot go on: start an epoch above both the current one and `above`. Answers the new epoch.
+    NewEpoch {
+        /// Index of the disk.
+        volume: usize,
+        /// The highest epoch the other side knows.
+        above: u64,
+        /// Why, for the log and the metric.
+        reason: &'static str,
+        /// The new epoch, or why there is none.
+        done: oneshot::Sender<Result<u64, String>>,
+    },
+    /// Whether the map belongs to the replica's history.
+    CheckGeneration {
+        /// Index of the disk.
+        volume: usize,
+        /// The replica's history.
+        generation: u64,
+        /// The answer.
+        done: oneshot::Sender<bool>,
+    },
+    /// The replica belongs to another history than the map: everything is missing.
+    NewGeneration {
+        /// Index of the disk.
+        volume: usize,
+        /// The replica's history.
+        generation: u64,
+        /// The new epoch, or why there is none.
+        done: oneshot::Sender<Result<u64, String>>,
+    },
+    /// Make a recovery point now.
+    Mark {
+        /// What a person calls it.
+        label: Option<String>,
+        /// Its kind.
+        kind: PointKind,
+        /// Its id, or why it was not made.
+        done: oneshot::Sender<Result<PointId, String>>,
+    },
+    /// Stop serving the disks, leaving everything durable.
+    Stop(oneshot::Sender<()>),
+}

@@ -1,0 +1,165 @@
+//! `agent.toml`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::{Control, Metrics, Settings, in_range, limits, units};
+use crate::crypto::tls::TlsFiles;
+use crate::model::change::{CHANGE_BYTES_MAX, DISKS_PER_MACHINE_MAX};
+use crate::model::{Address, DiskId, MachineId, Name};
+
+/// Settings of an agent.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentSettings {
+    /// Name of the protected machine; the certificate must be issued for it.
+    pub machine: Name,
+    /// Folder for the dirty maps.
+    pub state: PathBuf,
+    /// Certificates.
+    pub tls: TlsFiles,
+    /// Where the changes go.
+    pub process_server: ProcessServer,
+    /// Recovery points.
+    #[serde(default)]
+    pub points: Points,
+    /// Changes that wait in memory.
+    #[serde(default)]
+    pub backlog: Backlog,
+    /// Write-intent map.
+    #[serde(default)]
+    pub dirty_map: DirtyMap,
+    /// The protected disks.
+    pub disk: Vec<Disk>,
+    /// Command line.
+    #[serde(default)]
+    pub control: Control,
+    /// Prometheus.
+    #[serde(default)]
+    pub metrics: Metrics,
+}
+
+/// `[process_server]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProcessServer {
+    /// Host name or IP address, and port.
+    pub address: String,
+}
+
+/// `[points]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Points {
+    /// Time between crash-consistent points.
+    #[serde(deserialize_with = "units::duration")]
+    pub interval: Duration,
+    /// Longest time new writes are held for a marker; the point is skipped when it is not enough.
+    #[serde(deserialize_with = "units::duration")]
+    pub hold_max: Duration,
+}
+
+impl Default for Points {
+    fn default() -> Self {
+        Self { interval: Duration::from_secs(5), hold_max: Duration::from_millis(200) }
+    }
+}
+
+/// `[backlog]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Backlog {
+    /// Memory for changes that were not cached yet, per disk.
+    #[serde(deserialize_with = "units::size")]
+    pub memory_max: u64,
+}
+
+impl Default for Backlog {
+    fn default() -> Self {
+        Self { memory_max: 256 << 20 }
+    }
+}
+
+/// `[dirty_map]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DirtyMap {
+    /// Bytes of disk per bit; what a crash makes the agent send again is a multiple of it.
+    #[serde(deserialize_with = "units::size")]
+    pub region: u64,
+    /// A region that is safe and was not written for this long is marked clean.
+    #[serde(deserialize_with = "units::duration")]
+    pub clean_after: Duration,
+}
+
+impl Default for DirtyMap {
+    fn default() -> Self {
+        Self { region: 1 << 20, clean_after: Duration::from_secs(30) }
+    }
+}
+
+/// How the agent uses the page cache of its host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CacheMode {
+    /// Past it (O_DIRECT): a write that was answered is with the device.
+    #[default]
+    Direct,
+    /// Through it: a write that was answered may be in memory until a flush, as `nbdkit file` and qemu's `writeback` do.
+    Writeback,
+}
+
+/// `[[disk]]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// Its name on the machine.
+    pub name: Name,
+    /// Raw file or block device.
+    pub path: PathBuf,
+    /// Where the hypervisor connects.
+    pub nbd: Address,
+    /// Page cache use.
+    #[serde(default)]
+    pub cache: CacheMode,
+}
+
+impl AgentSettings {
+    /// Id of the machine.
+    pub fn machine_id(&self) -> MachineId {
+        MachineId::from_name(&self.machine)
+    }
+
+    /// Id of a disk.
+    pub fn disk_id(&self, disk: &Disk) -> DiskId {
+        DiskId::from_names(&self.machine, &disk.name)
+    }
+}
+
+impl Settings for AgentSettings {
+    fn check(&self) -> Result<(), String> {
+        if self.disk.is_empty() || self.disk.len() > DISKS_PER_MACHINE_MAX {
+            return Err(format!("a machine needs 1 to {DISKS_PER_MACHINE_MAX} [[disk]] tables, found {}", self.disk.len()));
+        }
+        for (index, disk) in self.disk.iter().enumerate() {
+            if self.disk[..index].iter().any(|d| d.name == disk.name || d.nbd == disk.nbd || d.path == disk.path) {
+                return Err(format!("disk {} repeats the name, path or nbd address of another disk", disk.name));
+            }
+        }
+        in_range("points.interval in seconds", self.points.interval.as_secs_f64(), 1.0, 86400.0)?;
+        in_range("points.hold_max in seconds", self.points.hold_max.as_secs_f64(), 0.001, 2.0)?;
+        in_range("backlog.memory_max", self.backlog.memory_max, 2 * limits::RESYNC_WINDOW_BYTES, 1 << 40)?;
+        let region = self.dirty_map.region;
+        in_range("dirty_map.region", region, CHANGE_BYTES_MAX as u64, 64 << 20)?;
+        if !region.is_power_of_two() {
+            return Err(format!("dirty_map.region is {region}, it must be a power of two"));
+        }
+        if self.process_server.address.parse::<SocketAddr>().is_err() && !self.process_server.address.contains(':') {
+            return Err("process_server.address needs a port, for example \"gateway.example:9443\"".to_owned());
+        }
+        self.control.check()
+    }
+}

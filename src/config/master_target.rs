@@ -1,0 +1,192 @@
+//! `master-target.toml`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::{Control, Keys, Metrics, Settings, in_range, process_server::default_mtu, units};
+use crate::crypto::tls::TlsFiles;
+use crate::disk::Format;
+use crate::model::{DiskId, MachineId, Name};
+
+/// Settings of a master target.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MasterTargetSettings {
+    /// Folder for catalogue, journal and retention journal.
+    pub state: PathBuf,
+    /// Folder for the replica images; default: `replicas` in the state folder.
+    pub replicas: Option<PathBuf>,
+    /// Certificates.
+    pub tls: TlsFiles,
+    /// Key-encryption key.
+    #[serde(default)]
+    pub keys: Keys,
+    /// From the process servers.
+    #[serde(default)]
+    pub receive: Receive,
+    /// What arrived and is not in the replica.
+    #[serde(default)]
+    pub journal: Journal,
+    /// To the replica.
+    #[serde(default)]
+    pub apply: Apply,
+    /// Recovery points.
+    #[serde(default)]
+    pub retain: Retain,
+    /// Machines that have replicas here.
+    #[serde(default)]
+    pub machine: Vec<Machine>,
+    /// Command line.
+    #[serde(default)]
+    pub control: Control,
+    /// Prometheus.
+    #[serde(default)]
+    pub metrics: Metrics,
+}
+
+/// `[receive]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Receive {
+    /// Where process servers connect (UDP).
+    pub listen: SocketAddr,
+    /// Largest UDP payload to accept; at least what the process servers send.
+    pub mtu: u16,
+}
+
+impl Default for Receive {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([0, 0, 0, 0], 9444)), mtu: default_mtu() }
+    }
+}
+
+/// `[journal]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Journal {
+    /// Most disk space of the journal.
+    #[serde(deserialize_with = "units::size")]
+    pub size_max: u64,
+    /// Size of one segment.
+    #[serde(deserialize_with = "units::size")]
+    pub segment: u64,
+}
+
+impl Default for Journal {
+    fn default() -> Self {
+        Self { size_max: 16 << 30, segment: 64 << 20 }
+    }
+}
+
+/// `[apply]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Apply {
+    /// Time between checkpoints of a replica.
+    #[serde(deserialize_with = "units::duration")]
+    pub checkpoint_interval: Duration,
+    /// A checkpoint is made earlier when this much waits.
+    #[serde(deserialize_with = "units::size")]
+    pub checkpoint_bytes: u64,
+    /// Memory for received changes that are not applied; older ones are read back from the journal.
+    #[serde(deserialize_with = "units::size")]
+    pub memory_max: u64,
+}
+
+impl Default for Apply {
+    fn default() -> Self {
+        Self { checkpoint_interval: Duration::from_secs(1), checkpoint_bytes: 64 << 20, memory_max: 256 << 20 }
+    }
+}
+
+/// `[retain]`: points beyond either bound are dropped, the oldest first; one always stays.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Retain {
+    /// Most points of a machine.
+    pub points_max: usize,
+    /// Points older than this are dropped.
+    #[serde(deserialize_with = "units::duration")]
+    pub span: Duration,
+}
+
+impl Default for Retain {
+    fn default() -> Self {
+        Self { points_max: 720, span: Duration::from_secs(86400) }
+    }
+}
+
+/// `[[machine]]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// Its name.
+    pub name: Name,
+    /// Its disks.
+    pub disk: Vec<Disk>,
+}
+
+/// `[[machine.disk]]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// Its name on the machine.
+    pub name: Name,
+    /// Format of the replica.
+    #[serde(default)]
+    pub format: Format,
+    /// Size of the replica; default: the size the agent reports first.
+    #[serde(default, deserialize_with = "units::size_option")]
+    pub size: Option<u64>,
+}
+
+impl Machine {
+    /// Its id.
+    pub fn id(&self) -> MachineId {
+        MachineId::from_name(&self.name)
+    }
+
+    /// Id of one of its disks.
+    pub fn disk_id(&self, disk: &Disk) -> DiskId {
+        DiskId::from_names(&self.name, &disk.name)
+    }
+}
+
+impl MasterTargetSettings {
+    /// Folder of the replica images.
+    pub fn replicas(&self) -> PathBuf {
+        self.replicas.clone().unwrap_or_else(|| self.state.join("replicas"))
+    }
+}
+
+impl Settings for MasterTargetSettings {
+    fn check(&self) -> Result<(), String> {
+        in_range("receive.mtu", self.receive.mtu, 1200, 65000)?;
+        in_range("journal.segment", self.journal.segment, 4 << 20, 1 << 30)?;
+        in_range("journal.size_max", self.journal.size_max, 4 * self.journal.segment, 1 << 50)?;
+        in_range("apply.checkpoint_interval in seconds", self.apply.checkpoint_interval.as_secs_f64(), 0.05, 60.0)?;
+        in_range("apply.checkpoint_bytes", self.apply.checkpoint_bytes, 1 << 20, 4 << 30)?;
+        in_range("apply.memory_max", self.apply.memory_max, 16 << 20, 1 << 40)?;
+        in_range("retain.points_max", self.retain.points_max, 1, 100_000)?;
+        if !self.journal.segment.is_multiple_of(4096) {
+            return Err("journal.segment must be a multiple of 4096".to_owned());
+        }
+        for (index, machine) in self.machine.iter().enumerate() {
+            if machine.disk.is_empty() || self.machine[..index].iter().any(|m| m.name == machine.name) {
+                return Err(format!("machine {} is listed twice or has no [[machine.disk]]", machine.name));
+            }
+            for (at, disk) in machine.disk.iter().enumerate() {
+                if machine.disk[..at].iter().any(|d| d.name == disk.name) {
+                    return Err(format!("disk {} of machine {} is listed twice", disk.name, machine.name));
+                }
+                if disk.size.is_some_and(|s| s == 0 || !s.is_multiple_of(512)) {
+                    return Err(format!("size of disk {} of machine {} must be a positive multiple of 512", disk.name, machine.name));
+                }
+            }
+        }
+        self.control.check()
+    }
+}

@@ -1,0 +1,171 @@
+//! `process-server.toml`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::{Control, Keys, Metrics, Settings, in_range, limits, units};
+use crate::crypto::tls::TlsFiles;
+use crate::model::{DiskId, MachineId, Name};
+
+/// Settings of a process server.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProcessServerSettings {
+    /// Folder for catalogue and cache.
+    pub state: PathBuf,
+    /// Certificates.
+    pub tls: TlsFiles,
+    /// Key-encryption key.
+    #[serde(default)]
+    pub keys: Keys,
+    /// From the agents.
+    #[serde(default)]
+    pub ingest: Ingest,
+    /// Batches.
+    #[serde(default)]
+    pub optimize: Optimize,
+    /// On disk.
+    #[serde(default)]
+    pub cache: Cache,
+    /// To the master target.
+    pub forward: Forward,
+    /// Machines whose agents may connect.
+    #[serde(default)]
+    pub machine: Vec<Machine>,
+    /// Command line.
+    #[serde(default)]
+    pub control: Control,
+    /// Prometheus.
+    #[serde(default)]
+    pub metrics: Metrics,
+}
+
+/// `[ingest]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Ingest {
+    /// Where agents connect.
+    pub listen: SocketAddr,
+    /// Memory for changes that are not cached yet, all disks together.
+    #[serde(deserialize_with = "units::size")]
+    pub memory_max: u64,
+    /// Agents connected at once.
+    pub connections_max: usize,
+}
+
+impl Default for Ingest {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([0, 0, 0, 0], 9443)), memory_max: 256 << 20, connections_max: 1024 }
+    }
+}
+
+/// `[optimize]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Optimize {
+    /// Threads that fold, compress and seal; 0: one less than cores, at least one.
+    pub workers: usize,
+    /// A batch that is not full is closed after this time.
+    #[serde(deserialize_with = "units::duration")]
+    pub batch_age: Duration,
+}
+
+impl Default for Optimize {
+    fn default() -> Self {
+        Self { workers: 0, batch_age: Duration::from_millis(5) }
+    }
+}
+
+/// `[cache]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cache {
+    /// Most disk space of the cache.
+    #[serde(deserialize_with = "units::size")]
+    pub size_max: u64,
+    /// Size of one segment.
+    #[serde(deserialize_with = "units::size")]
+    pub segment: u64,
+    /// Share of the cache that one disk may fill, in percent, before it gets no more credit.
+    pub disk_share_percent: u64,
+    /// Memory for batches that are cached and wait for the link; older ones are read back.
+    #[serde(deserialize_with = "units::size")]
+    pub memory_max: u64,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self { size_max: 64 << 30, segment: 64 << 20, disk_share_percent: 50, memory_max: 128 << 20 }
+    }
+}
+
+/// `[forward]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Forward {
+    /// Host name or IP address of the master target, and port.
+    pub master_target: String,
+    /// Largest UDP payload the path may carry; path MTU discovery finds the real one below it.
+    #[serde(default = "default_mtu")]
+    pub mtu: u16,
+    /// Bytes in flight on the link: at least bandwidth times round trip.
+    #[serde(default = "default_window", deserialize_with = "units::size")]
+    pub window: u64,
+}
+
+/// UDP payload of a 1500-byte link.
+pub(super) fn default_mtu() -> u16 {
+    1452
+}
+
+fn default_window() -> u64 {
+    16 << 20
+}
+
+/// `[[machine]]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// Its name, as in its certificate.
+    pub name: Name,
+    /// Its disks.
+    pub disks: Vec<Name>,
+}
+
+impl Machine {
+    /// Its id.
+    pub fn id(&self) -> MachineId {
+        MachineId::from_name(&self.name)
+    }
+
+    /// Ids and names of its disks.
+    pub fn disk_ids(&self) -> impl Iterator<Item = (DiskId, &Name)> {
+        self.disks.iter().map(|d| (DiskId::from_names(&self.name, d), d))
+    }
+}
+
+impl Settings for ProcessServerSettings {
+    fn check(&self) -> Result<(), String> {
+        in_range("ingest.memory_max", self.ingest.memory_max, 4 * limits::DISK_WINDOW_BYTES_MIN, 1 << 40)?;
+        in_range("ingest.connections_max", self.ingest.connections_max, 1, 65536)?;
+        in_range("optimize.workers", self.optimize.workers, 0, 256)?;
+        in_range("optimize.batch_age in seconds", self.optimize.batch_age.as_secs_f64(), 0.001, 10.0)?;
+        in_range("cache.segment", self.cache.segment, 4 << 20, 1 << 30)?;
+        in_range("cache.size_max", self.cache.size_max, 4 * self.cache.segment, 1 << 50)?;
+        in_range("cache.disk_share_percent", self.cache.disk_share_percent, 1, 100)?;
+        in_range("forward.mtu", self.forward.mtu, 1200, 65000)?;
+        in_range("forward.window", self.forward.window, 1 << 20, 4 << 30)?;
+        if !self.cache.segment.is_multiple_of(4096) {
+            return Err("cache.segment must be a multiple of 4096".to_owned());
+        }
+        for (index, machine) in self.machine.iter().enumerate() {
+            if self.machine[..index].iter().any(|m| m.name == machine.name) {
+                return Err(format!("machine {} is listed twice", machine.name));
+            }
+        }
+        self.control.check()
+    }
+}

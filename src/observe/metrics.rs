@@ -1,0 +1,145 @@
+//! Every metric in one place: name, kind, unit, meaning. The documentation shows this list.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use metrics::{counter, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::model::{Position, Rung};
+
+/// Kind of a metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Goes up and down.
+    Gauge,
+    /// Only grows.
+    Counter,
+    /// A distribution.
+    Histogram,
+}
+
+/// A declared metric.
+#[derive(Clone, Copy, Debug)]
+pub struct Metric {
+    /// Full name.
+    pub name: &'static str,
+    /// Its kind.
+    pub kind: Kind,
+    /// Labels it carries.
+    pub labels: &'static str,
+    /// What it says, with the unit.
+    pub help: &'static str,
+}
+
+macro_rules! declare {
+    ($($ident:ident = $name:literal, $kind:ident, $labels:literal, $help:literal;)*) => {
+        $(#[doc = $help] pub const $ident: &str = $name;)*
+        /// All of them.
+        pub const ALL: &[Metric] = &[$(Metric { name: $name, kind: Kind::$kind, labels: $labels, help: $help }),*];
+    };
+}
+
+declare! {
+    POSITION = "tidegate_position", Gauge, "disk, rung", "Sequence each rung of the ladder has reached in the current epoch";
+    RPO = "tidegate_rpo_seconds", Gauge, "disk", "Age of the newest recovery point that can be recovered, seconds; absent while unknown";
+    RPO_PART = "tidegate_rpo_part_seconds", Gauge, "disk, part", "Where the newest point spent its time: source, gateway, link, apply; seconds";
+    LAG = "tidegate_source_lag_seconds", Gauge, "disk", "Age of the oldest captured change that is not yet safe, seconds";
+    CAPTURED_BYTES = "tidegate_captured_bytes_total", Counter, "disk", "Bytes written to the protected disk through the agent";
+    BACKLOG = "tidegate_backlog_bytes", Gauge, "disk, kind", "Agent's backlog: memory (changes held), map (regions to send again); bytes";
+    HOLD = "tidegate_marker_hold_seconds", Histogram, "", "How long writes of a machine were held for a marker, seconds";
+    POINTS_SKIPPED = "tidegate_points_skipped_total", Counter, "reason", "Recovery points that were due and not made";
+    RESYNCS = "tidegate_resynchronisations_total", Counter, "disk, reason", "Times a disk left delta replication";
+    INGEST_BYTES = "tidegate_ingest_bytes_total", Counter, "disk", "Bytes of changes received by the process server";
+    FOLDED_BYTES = "tidegate_folded_bytes_total", Counter, "disk", "Bytes left after folding and zero detection";
+    SEALED_BYTES = "tidegate_sealed_bytes_total", Counter, "disk", "Bytes left after compression, sealed";
+    CACHE_BYTES = "tidegate_cache_bytes", Gauge, "disk", "Bytes of a disk in the cache, not acknowledged by the master target";
+    CACHE_FREE = "tidegate_cache_free_ratio", Gauge, "", "Share of the cache that is free";
+    CACHE_COMMIT = "tidegate_cache_commit_seconds", Histogram, "", "Time to make a group of batches durable in the cache, seconds";
+    FORWARDED_BYTES = "tidegate_forwarded_bytes_total", Counter, "disk", "Sealed bytes given to the link";
+    RESENT_BATCHES = "tidegate_resent_batches_total", Counter, "disk", "Batches sent again after a reconnect";
+    LINK_UP = "tidegate_link_up", Gauge, "", "1 while the process server is connected to the master target";
+    LINK_MTU = "tidegate_link_mtu_bytes", Gauge, "", "UDP payload the link carries now; 1200 means that larger packets are lost on the way";
+    REFUSED = "tidegate_refused_total", Counter, "reason", "Connections, disks and messages refused";
+    JOURNAL_BYTES = "tidegate_journal_bytes", Gauge, "", "Bytes in the journal of the master target, not yet in replicas";
+    JOURNAL_COMMIT = "tidegate_journal_commit_seconds", Histogram, "", "Time to make a group of batches durable in the journal, seconds";
+    APPLIED_BYTES = "tidegate_applied_bytes_total", Counter, "disk", "Bytes written to the replica after folding";
+    CHECKPOINT = "tidegate_checkpoint_seconds", Histogram, "", "Time of one checkpoint of a replica, seconds";
+    RETAINED_BYTES = "tidegate_retained_bytes", Gauge, "disk", "Bytes of old content in the retention journal";
+    POINTS = "tidegate_points", Gauge, "machine, kind", "Listed recovery points";
+    CERTIFICATE_EXPIRY = "tidegate_certificate_expiry_seconds", Gauge, "role", "Time until the certificate of this process expires, seconds";
+}
+
+/// Installs the recorder, once for the process, and describes every metric.
+pub fn install() -> PrometheusHandle {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    HANDLE
+        .get_or_init(|| {
+            let seconds = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+            let handle = PrometheusBuilder::new()
+                .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &seconds)
+                .expect("the bucket list is not empty")
+                .install_recorder()
+                .expect("install runs once in a process");
+            for metric in ALL {
+                match metric.kind {
+                    Kind::Gauge => metrics::describe_gauge!(metric.name, metric.help),
+                    Kind::Counter => metrics::describe_counter!(metric.name, metric.help),
+                    Kind::Histogram => metrics::describe_histogram!(metric.name, metric.help),
+                }
+            }
+            handle
+        })
+        .clone()
+}
+
+/// Reports a rung. `disk` is `machine/disk`.
+pub fn position(disk: &str, rung: Rung, position: Position) {
+    #[allow(clippy::cast_precision_loss, reason = "Prometheus numbers are doubles; a sequence stays exact up to 2^53")]
+    gauge!(POSITION, "disk" => disk.to_owned(), "rung" => rung.as_str()).set(position.sequence as f64);
+}
+
+/// Sets a gauge of a disk.
+pub fn disk_gauge(name: &'static str, disk: &str, value: f64) {
+    gauge!(name, "disk" => disk.to_owned()).set(value);
+}
+
+/// Sets a gauge of a disk with one more label.
+pub fn disk_part(name: &'static str, disk: &str, label: &'static str, part: &'static str, value: f64) {
+    gauge!(name, "disk" => disk.to_owned(), label => part).set(value);
+}
+
+/// Adds to a counter of a disk.
+pub fn disk_count(name: &'static str, disk: &str, by: u64) {
+    counter!(name, "disk" => disk.to_owned()).increment(by);
+}
+
+/// Counts something with a reason.
+pub fn count_reason(name: &'static str, reason: &'static str) {
+    counter!(name, "reason" => reason).increment(1);
+}
+
+/// Adds a duration to a histogram.
+pub fn observe(name: &'static str, duration: Duration) {
+    histogram!(name).record(duration.as_secs_f64());
+}
+
+/// Bytes or counts as Prometheus wants them.
+#[allow(clippy::cast_precision_loss, reason = "Prometheus numbers are doubles")]
+pub fn number(value: u64) -> f64 {
+    value as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_the_rules() {
+        for metric in ALL {
+            assert!(metric.name.starts_with("tidegate_"), "{}", metric.name);
+            assert_eq!(metric.kind == Kind::Counter, metric.name.ends_with("_total"), "{}", metric.name);
+            assert!(!metric.help.is_empty());
+        }
+    }
+}

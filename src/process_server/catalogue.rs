@@ -1,0 +1,79 @@
+//! What a process server remembers of each disk besides the cache: history, wrapped key, epoch, released position.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::crypto::keyring::{DataKey, KeyEncryptionKey, KeyError};
+use crate::model::{DiskId, Position};
+use crate::storage::catalogue::{Catalogue, CatalogueError, Table};
+
+const DISKS: Table = Table::new("disks");
+const SERVER: Table = Table::new("server");
+
+/// One disk's record.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DiskRecord {
+    /// The replica's history.
+    pub generation: u64,
+    /// The disk's data key, wrapped.
+    pub wrapped_key: Vec<u8>,
+    /// The highest epoch obeyed.
+    pub epoch: u64,
+    /// Everything through here is at the master target and may be gone from the cache.
+    pub released: Position,
+}
+
+/// The process server's catalogue.
+#[derive(Clone)]
+pub struct Records {
+    catalogue: Catalogue,
+    /// Id of the cache.
+    pub cache_id: Uuid,
+}
+
+impl Records {
+    /// Opens or makes the catalogue in `state`.
+    ///
+    /// # Errors
+    /// See [`Catalogue::open`].
+    pub fn open(state: &Path) -> Result<Self, CatalogueError> {
+        let catalogue = Catalogue::open(&state.join("process-server.redb"), &[DISKS, SERVER])?;
+        let cache_id = match catalogue.get(SERVER, b"cache-id")? {
+            Some(id) => id,
+            None => {
+                let id = Uuid::new_v4();
+                catalogue.write(|batch| batch.put(SERVER, b"cache-id", &id))?;
+                id
+            }
+        };
+        Ok(Self { catalogue, cache_id })
+    }
+
+    /// A disk's record, if it was ever known.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn disk(&self, disk: DiskId) -> Result<Option<DiskRecord>, CatalogueError> {
+        self.catalogue.get(DISKS, disk.0.as_bytes())
+    }
+
+    /// Replaces records, durably, together.
+    ///
+    /// # Errors
+    /// Those of the catalogue; nothing was changed then.
+    pub fn put(&self, records: &[(DiskId, DiskRecord)]) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| records.iter().try_for_each(|(disk, record)| batch.put(DISKS, disk.0.as_bytes(), record)))
+    }
+}
+
+impl DiskRecord {
+    /// The data key.
+    ///
+    /// # Errors
+    /// [`KeyError::Unwrap`] if another key-encryption key wrapped it.
+    pub fn key(&self, kek: &KeyEncryptionKey, disk: DiskId) -> Result<DataKey, KeyError> {
+        kek.unwrap(&self.wrapped_key, disk, self.generation)
+    }
+}

@@ -1,0 +1,120 @@
+//! One disk at the process server: its stream, its open batch, its seal, and the bells that its tasks wait for.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+
+use super::catalogue::DiskRecord;
+use super::optimize::batcher::{Batcher, RawBatch};
+use super::stream::{Queued, Stream};
+use crate::crypto::seal::SealingSession;
+use crate::model::{DiskId, DiskReport, MachineId, Position};
+use crate::storage::log::Location;
+
+/// Why a disk does not take changes now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotReady {
+    /// The master target has not told the key yet.
+    NoKey,
+    /// The master target refuses the disk.
+    Refused(String),
+    /// The cache failed.
+    Cache(String),
+}
+
+impl NotReady {
+    /// For a person.
+    pub fn message(&self) -> String {
+        match self {
+            NotReady::NoKey => "the process server has not reached the master target yet, which gives the disk's key".to_owned(),
+            NotReady::Refused(reason) => format!("the master target refuses the disk: {reason}"),
+            NotReady::Cache(reason) => format!("the cache is closed for writing: {reason}"),
+        }
+    }
+}
+
+/// A disk; lives on the network thread.
+pub struct Disk {
+    /// Its id.
+    pub id: DiskId,
+    /// Whose it is.
+    pub machine: MachineId,
+    /// `machine/disk`.
+    pub label: Arc<str>,
+    /// Positions and queue.
+    pub stream: RefCell<Stream>,
+    /// Changes of the open batch.
+    pub batcher: RefCell<Batcher>,
+    /// What the catalogue says.
+    pub record: RefCell<Option<DiskRecord>>,
+    /// Seals batches; there when the key is known.
+    pub session: RefCell<Option<Arc<SealingSession>>>,
+    /// Why it does not take changes, if so.
+    pub not_ready: RefCell<Option<NotReady>>,
+    /// Which opening of the disk may send changes; an older connection is refused.
+    pub owner: Cell<u64>,
+    /// Size the agent told.
+    pub size: Cell<u64>,
+    /// What the agent told last.
+    pub report: RefCell<DiskReport>,
+    /// Told again to the master target.
+    pub report_fresh: Cell<bool>,
+    /// Something to forward.
+    pub forward: Notify,
+    /// Something to acknowledge to the agent.
+    pub acknowledge: RefCell<Option<Rc<Notify>>>,
+    /// Locations to give up once the position is durable.
+    pub to_release: RefCell<Vec<Location>>,
+}
+
+impl Disk {
+    /// A disk as a restart finds it.
+    pub fn new(id: DiskId, machine: MachineId, label: &str, stream: Stream, record: Option<DiskRecord>) -> Self {
+        Self {
+            id,
+            machine,
+            label: label.into(),
+            stream: RefCell::new(stream),
+            batcher: RefCell::default(),
+            record: RefCell::new(record),
+            session: RefCell::default(),
+            not_ready: RefCell::new(Some(NotReady::NoKey)),
+            owner: Cell::new(0),
+            size: Cell::new(0),
+            report: RefCell::default(),
+            report_fresh: Cell::new(false),
+            forward: Notify::new(),
+            acknowledge: RefCell::default(),
+            to_release: RefCell::default(),
+        }
+    }
+
+    /// Enters a closed batch into the pipeline.
+    pub fn enter_pipeline(&self, batch: &RawBatch) -> u64 {
+        self.stream.borrow_mut().closed(Position::new(batch.epoch, batch.last), batch.cost)
+    }
+
+    /// Batches are not needed in the cache any more.
+    pub fn give_up(&self, gone: Vec<Queued>) {
+        if gone.is_empty() {
+            return;
+        }
+        self.to_release.borrow_mut().extend(gone.iter().map(|q| q.location));
+        self.tell_agent();
+    }
+
+    /// Wakes the task that acknowledges to the agent.
+    pub fn tell_agent(&self) {
+        if let Some(bell) = &*self.acknowledge.borrow() {
+            bell.notify_one();
+        }
+    }
+
+    /// Takes the next batch to forward, with its bytes if they are in memory.
+    pub fn next_to_forward(&self) -> Option<(Queued, Option<Bytes>)> {
+        self.stream.borrow().next_to_forward().map(|q| (q.clone(), q.sealed.clone()))
+    }
+}

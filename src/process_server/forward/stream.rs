@@ -1,0 +1,170 @@
+//! One disk's QUIC stream: opens where the master target stands, sends what is cached, takes acknowledgements.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use thiserror::Error;
+
+use crate::clock::{self, micros};
+use crate::crypto::keyring::DataKey;
+use crate::crypto::seal::{Purpose, SealingSession};
+use crate::model::Position;
+use crate::observe::metrics;
+use crate::process_server::catalogue::DiskRecord;
+use crate::process_server::disk::{Disk, NotReady};
+use crate::process_server::server::Server;
+use crate::storage::catalogue::CatalogueError;
+use crate::storage::log::LogError;
+use crate::storage::log::format::RECORD_HEADER_LEN;
+use crate::wire::forward::{ItemType, Open, Prefix, Reply};
+use crate::wire::{PROTOCOL, WireError, control_len, decode_control, encode_control};
+
+/// After a refusal that somebody has to act on.
+const REFUSED_WAIT: Duration = Duration::from_secs(5);
+/// After any other failure.
+const RETRY_WAIT: Duration = Duration::from_millis(500);
+
+#[derive(Debug, Error)]
+enum StreamError {
+    #[error("{0}")]
+    Quic(String),
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("{message}")]
+    Refused { retry: bool, message: String },
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+    #[error(transparent)]
+    Cache(#[from] LogError),
+}
+
+/// Runs until the connection ends.
+pub async fn run(server: Rc<Server>, disk: Rc<Disk>, connection: quinn::Connection) {
+    let mut told = String::new();
+    loop {
+        // A disk that nobody ever opened has nothing to send and no size to tell.
+        while disk.record.borrow().is_none() && disk.size.get() == 0 {
+            disk.forward.notified().await;
+        }
+        let Err(error) = session(&server, &disk, &connection).await else { continue };
+        if connection.close_reason().is_some() {
+            return;
+        }
+        let message = error.to_string();
+        if message != told {
+            tracing::warn!(disk = %disk.label, error = message, "the disk's stream to the master target ended");
+            told.clone_from(&message);
+        }
+        let wait = match error {
+            StreamError::Refused { retry: false, message } => {
+                metrics::count_reason(metrics::REFUSED, "master-target");
+                *disk.not_ready.borrow_mut() = Some(NotReady::Refused(message));
+                disk.tell_agent();
+                REFUSED_WAIT
+            }
+            _ => RETRY_WAIT,
+        };
+        let _ = tokio::time::timeout(wait, disk.forward.notified()).await;
+    }
+}
+
+/// One opening of the stream. Ends without an error when it should be opened again at once.
+async fn session(server: &Server, disk: &Disk, connection: &quinn::Connection) -> Result<(), StreamError> {
+    let quic = |e: &dyn std::fmt::Display| StreamError::Quic(e.to_string());
+    let (mut send, mut receive) = connection.open_bi().await.map_err(|e| quic(&e))?;
+    let size = disk.size.get();
+    let open = encode_control(&Open { protocol: PROTOCOL, disk: disk.id, size })?;
+    send.write_all(&open).await.map_err(|e| quic(&e))?;
+    match read_reply(&mut receive).await? {
+        Reply::Opened { generation, journaled, data_key } => adopt(server, disk, generation, journaled, DataKey::from_bytes(data_key)).await?,
+        Reply::Refused { retry, message } => return Err(StreamError::Refused { retry, message }),
+        Reply::Journaled(_) => return Err(WireError::Illegal("first reply of the master target").into()),
+    }
+    tokio::select! {
+        result = send_items(server, disk, &mut send, size) => result,
+        result = take_replies(disk, &mut receive) => result,
+    }
+}
+
+/// Takes over what the master target says about the disk's history and position.
+async fn adopt(server: &Server, disk: &Disk, generation: u64, journaled: Position, key: DataKey) -> Result<(), StreamError> {
+    let known = disk.record.borrow().clone();
+    if let Some(record) = known.filter(|r| r.generation == generation) {
+        let gone = disk.stream.borrow_mut().link_opened(journaled);
+        disk.give_up(gone);
+        if disk.session.borrow().is_none() || record.epoch < journaled.epoch {
+            tracing::warn!(disk = %disk.label, ours = record.epoch, theirs = journaled.epoch, "the master target knows a newer epoch");
+        }
+    } else {
+        let record = DiskRecord { generation, wrapped_key: server.kek.wrap(&key, disk.id, generation), epoch: journaled.epoch, released: journaled };
+        let (records, update) = (server.records.clone(), [(disk.id, record.clone())]);
+        let stored = tokio::task::spawn_blocking(move || records.put(&update)).await;
+        stored.map_err(|e| StreamError::Quic(e.to_string()))??;
+        if disk.record.replace(Some(record)).is_some() {
+            tracing::warn!(disk = %disk.label, generation, "the replica has another history: what was cached for the old one is dropped, the agent sends the disk anew");
+        }
+        *disk.session.borrow_mut() = Some(Arc::new(SealingSession::start(&key, Purpose::Stream, disk.id, generation)));
+        disk.batcher.borrow_mut().close();
+        // Whoever sends now must open the disk again and learn the generation.
+        disk.owner.set(server.new_owner());
+        let gone = disk.stream.borrow_mut().reset(journaled);
+        disk.give_up(gone);
+    }
+    *disk.not_ready.borrow_mut() = None;
+    disk.tell_agent();
+    Ok(())
+}
+
+async fn send_items(server: &Server, disk: &Disk, send: &mut quinn::SendStream, size: u64) -> Result<(), StreamError> {
+    let quic = |e: quinn::WriteError| StreamError::Quic(e.to_string());
+    loop {
+        if disk.size.get() != size {
+            return Ok(());
+        }
+        if disk.report_fresh.replace(false) {
+            let body = postcard::to_stdvec(&*disk.report.borrow()).map_err(|_| WireError::Illegal("report"))?;
+            let prefix = Prefix { kind: ItemType::Report, len: body.len() as u32, age_us: 0 };
+            send.write_all(&[&prefix.encode()[..], &body].concat()).await.map_err(quic)?;
+        }
+        let Some((batch, sealed)) = disk.next_to_forward() else {
+            disk.forward.notified().await;
+            continue;
+        };
+        let sealed = match sealed {
+            Some(sealed) => sealed,
+            None => server.cache.read(batch.location).await?.slice(RECORD_HEADER_LEN..),
+        };
+        let age_us = micros(clock::now().since(batch.captured));
+        let prefix = Prefix { kind: ItemType::Batch, len: sealed.len() as u32, age_us };
+        metrics::disk_count(metrics::FORWARDED_BYTES, &disk.label, sealed.len() as u64);
+        // From here on the master target may have it, and may acknowledge it before the write returns.
+        if disk.stream.borrow_mut().forwarded(batch.end) {
+            metrics::disk_count(metrics::RESENT_BATCHES, &disk.label, 1);
+        }
+        send.write_all_chunks(&mut [Bytes::copy_from_slice(&prefix.encode()), sealed]).await.map_err(quic)?;
+    }
+}
+
+async fn take_replies(disk: &Disk, receive: &mut quinn::RecvStream) -> Result<(), StreamError> {
+    loop {
+        match read_reply(receive).await? {
+            Reply::Journaled(position) => {
+                let gone = disk.stream.borrow_mut().acknowledged_through(position);
+                disk.give_up(gone);
+            }
+            Reply::Refused { retry, message } => return Err(StreamError::Refused { retry, message }),
+            Reply::Opened { .. } => return Err(WireError::Illegal("second opening").into()),
+        }
+    }
+}
+
+async fn read_reply(receive: &mut quinn::RecvStream) -> Result<Reply, StreamError> {
+    let quic = |e: quinn::ReadExactError| StreamError::Quic(e.to_string());
+    let mut prefix = [0; 4];
+    receive.read_exact(&mut prefix).await.map_err(quic)?;
+    let mut body = vec![0; control_len(prefix)?];
+    receive.read_exact(&mut body).await.map_err(quic)?;
+    Ok(decode_control(&body)?)
+}

@@ -1,0 +1,340 @@
+//! One agent's connection: takes changes of its disks within their credit, answers with positions.
+
+use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+use tokio_rustls::server::TlsStream;
+
+use crate::clock;
+use crate::config::limits::{DISKS_PER_CONNECTION_MAX, SILENCE_SECONDS};
+use crate::model::{Extent, Marker, Name};
+use crate::observe::metrics;
+use crate::process_server::disk::{Disk, NotReady};
+use crate::process_server::optimize::batcher::{Collected, Input};
+use crate::process_server::server::Server;
+use crate::process_server::stream::Gap;
+use crate::storage::AlignedBuf;
+use crate::storage::catalogue::CatalogueError;
+use crate::wire::ingest::{AgentMessage, FRAME_LEN, Frame, FrameType, Refusal, ServerMessage, change_cost};
+use crate::wire::{WireError, decode_control};
+
+/// Read buffer; longer payloads go past it.
+const READ_BUFFER: usize = 64 << 10;
+/// The agent hears something at least this often.
+const ALIVE_EVERY: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Error)]
+enum ConnectionError {
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("the agent said nothing for {SILENCE_SECONDS} s")]
+    Silent,
+    #[error("machine {0} is not registered here: add a [[machine]] table for it to the process server's configuration")]
+    UnknownMachine(Name),
+    #[error("the certificate names machine {0}, the agent says it is another one")]
+    OtherMachine(Name),
+    #[error("disk {0}: {1}")]
+    Gap(String, Gap),
+    #[error("disk {0}: a change of {1} bytes at {2} lies outside the disk")]
+    Outside(String, u64, u64),
+    #[error("disk {0}: more was sent than the credit allows")]
+    Credit(String),
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+}
+
+struct Slot {
+    disk: Rc<Disk>,
+    owner: u64,
+    told: Cell<(u64, u64, u64)>,
+}
+
+struct Connection {
+    server: Rc<Server>,
+    slots: RefCell<Vec<Option<Slot>>>,
+    replies: RefCell<Vec<ServerMessage>>,
+    bell: Rc<Notify>,
+}
+
+/// Serves an agent until it leaves.
+pub async fn serve(server: Rc<Server>, tls: TlsStream<TcpStream>, machine: &Name, peer: SocketAddr) {
+    let connection = Rc::new(Connection { server, slots: RefCell::default(), replies: RefCell::default(), bell: Rc::new(Notify::new()) });
+    let (read, mut write) = tokio::io::split(tls);
+    let mut read = BufReader::with_capacity(READ_BUFFER, read);
+    let result = tokio::select! {
+        result = connection.receive(&mut read, machine) => result,
+        result = connection.answer(&mut write) => result,
+    };
+    connection.close();
+    match result {
+        Ok(()) => tracing::info!(%machine, %peer, "agent left"),
+        Err(error) => {
+            if !matches!(error, ConnectionError::Io(_) | ConnectionError::Silent) {
+                metrics::count_reason(metrics::REFUSED, "ingest");
+            }
+            tracing::warn!(%machine, %peer, %error, "connection of an agent ended");
+            let goodbye = encode(&ServerMessage::Goodbye { message: error.to_string() });
+            let _ = tokio::time::timeout(Duration::from_secs(1), async {
+                write.write_all(&goodbye).await?;
+                write.shutdown().await
+            })
+            .await;
+        }
+    }
+}
+
+impl Connection {
+    async fn receive(&self, read: &mut BufReader<ReadHalf<TlsStream<TcpStream>>>, machine: &Name) -> Result<(), ConnectionError> {
+        let mut header = [0; FRAME_LEN];
+        let mut greeted = false;
+        loop {
+            match timed(read.read_exact(&mut header)).await {
+                Err(ConnectionError::Io(e)) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(()),
+                other => other?,
+            };
+            let frame = Frame::decode(&header)?;
+            let mut payload = AlignedBuf::with_capacity(frame.payload_len as usize);
+            payload.set_len(frame.payload_len as usize);
+            timed(read.read_exact(&mut payload)).await?;
+            if crc32c::crc32c(&payload) != frame.payload_crc {
+                return Err(WireError::Checksum("payload").into());
+            }
+            match frame.kind {
+                FrameType::Control => {
+                    self.control(decode_control(&payload)?, machine, &mut greeted).await?;
+                }
+                _ if !greeted => return Err(WireError::Illegal("first message of the agent").into()),
+                FrameType::Write => self.change(&frame, Input::Change(Collected { extent: frame.extent, data: Some(payload) })).await?,
+                FrameType::Zero => self.change(&frame, Input::Change(Collected { extent: frame.extent, data: None })).await?,
+                FrameType::Mark => {
+                    let marker: Marker = decode_control(&payload)?;
+                    if !marker.is_sane() {
+                        return Err(WireError::Illegal("marker").into());
+                    }
+                    self.change(&frame, Input::Mark(marker)).await?;
+                }
+            }
+        }
+    }
+
+    async fn control(&self, message: AgentMessage, machine: &Name, greeted: &mut bool) -> Result<(), ConnectionError> {
+        match message {
+            AgentMessage::Hello { machine: id } => {
+                let registered = self.server.settings.machine.iter().find(|m| m.name == *machine);
+                let registered = registered.ok_or_else(|| ConnectionError::UnknownMachine(machine.clone()))?;
+                if registered.id() != id {
+                    return Err(ConnectionError::OtherMachine(machine.clone()));
+                }
+                *greeted = true;
+                tracing::info!(%machine, "agent connected");
+                self.reply(ServerMessage::Welcome);
+            }
+            _ if !*greeted => return Err(WireError::Illegal("first message of the agent").into()),
+            AgentMessage::Open { slot, disk, size, epoch } => {
+                if slot >= DISKS_PER_CONNECTION_MAX {
+                    return Err(WireError::TooLarge { what: "slot", found: u64::from(slot), limit: u64::from(DISKS_PER_CONNECTION_MAX) }.into());
+                }
+                // The machine's own disks only: the id alone opens nothing.
+                let owned = self.server.disks.get(&disk).filter(|d| self.server.settings.machine.iter().any(|m| m.name == *machine && m.id() == d.machine));
+                let Some(disk) = owned.cloned() else {
+                    metrics::count_reason(metrics::REFUSED, "unknown-disk");
+                    let message = format!("disk {disk} is not registered to machine {machine}: add it to the machine's `disks` in the process server's configuration");
+                    self.reply(ServerMessage::Refused { slot, reason: Refusal::NotAllowed, message });
+                    return Ok(());
+                };
+                self.open(slot, disk, size, epoch).await?;
+            }
+            AgentMessage::Report { slot, report } => {
+                if let Some(Some(slot)) = self.slots.borrow().get(slot as usize) {
+                    *slot.disk.report.borrow_mut() = report;
+                    slot.disk.report_fresh.set(true);
+                    slot.disk.forward.notify_one();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn open(&self, slot: u32, disk: Rc<Disk>, size: u64, epoch: u64) -> Result<(), ConnectionError> {
+        if disk.size.replace(size) != size {
+            // The master target checks the size against the replica; its answer comes with the next opening.
+            disk.forward.notify_one();
+        }
+        let not_ready = disk.not_ready.borrow().clone();
+        if let Some(reason) = not_ready {
+            let refusal = if matches!(reason, NotReady::Refused(_)) { Refusal::NotAllowed } else { Refusal::NotReady };
+            self.reply(ServerMessage::Refused { slot, reason: refusal, message: reason.message() });
+            return Ok(());
+        }
+        let Some(mut record) = disk.record.borrow().clone() else { return Ok(()) };
+        let highest = record.epoch.max(disk.stream.borrow().epoch());
+        if epoch < highest {
+            metrics::count_reason(metrics::REFUSED, "stale-epoch");
+            let message = format!("epoch {epoch} is older than {highest}");
+            self.reply(ServerMessage::Refused { slot, reason: Refusal::StaleEpoch { highest }, message });
+            return Ok(());
+        }
+        if epoch > record.epoch {
+            // Stored before it is obeyed: an agent of the older epoch is refused even after a crash.
+            record.epoch = epoch;
+            let (records, update) = (self.server.records.clone(), [(disk.id, record)]);
+            let stored = tokio::task::spawn_blocking(move || records.put(&update)).await;
+            stored.map_err(|e| std::io::Error::other(e.to_string()))??;
+            if let Some(current) = disk.record.borrow_mut().as_mut() {
+                current.epoch = current.epoch.max(epoch);
+            }
+        }
+        let owner = self.server.new_owner();
+        disk.owner.set(owner);
+        // Changes of the older epoch that are still together leave before the new ones come.
+        let closed = disk.batcher.borrow_mut().close();
+        if let Some(batch) = closed {
+            let number = disk.enter_pipeline(&batch);
+            self.server.dispatch(&disk, number, batch).await;
+        }
+        *disk.acknowledge.borrow_mut() = Some(self.bell.clone());
+        let (resume_at, safe, credit) = {
+            let mut stream = disk.stream.borrow_mut();
+            let resume_at = stream.open(epoch);
+            (resume_at, stream.safe_in_epoch(), stream.credit(self.server.window(), self.server.over_share(&disk)))
+        };
+        let generation = disk.record.borrow().as_ref().map_or(0, |r| r.generation);
+        tracing::info!(disk = %disk.label, epoch, resume_at, "agent sends this disk");
+        self.reply(ServerMessage::Opened { slot, generation, resume_at, safe, credit });
+        let mut slots = self.slots.borrow_mut();
+        if slots.len() <= slot as usize {
+            slots.resize_with(slot as usize + 1, || None);
+        }
+        slots[slot as usize] = Some(Slot { disk, owner, told: Cell::default() });
+        Ok(())
+    }
+
+    async fn change(&self, frame: &Frame, input: Input) -> Result<(), ConnectionError> {
+        let slot = self.slots.borrow().get(frame.slot as usize).and_then(|s| s.as_ref().map(|s| (s.disk.clone(), s.owner)));
+        let Some((disk, owner)) = slot else { return Err(WireError::Illegal("slot").into()) };
+        if disk.owner.get() != owner || disk.not_ready.borrow().is_some() {
+            // Another connection of the machine took over, or the disk was closed under us: the agent is told by the answers.
+            return Ok(());
+        }
+        if frame.extent.len > 0 && !frame.extent.fits(disk.size.get()) {
+            return Err(ConnectionError::Outside(disk.label.to_string(), frame.extent.len, frame.extent.offset));
+        }
+        let now = clock::now();
+        // Markers are not counted by the agent: they always may travel.
+        let payload = if frame.kind == FrameType::Mark { 0 } else { frame.payload_len as usize };
+        let cost = change_cost(payload);
+        let epoch;
+        {
+            let mut stream = disk.stream.borrow_mut();
+            let label = || disk.label.to_string();
+            if stream.over_credit(cost) {
+                return Err(ConnectionError::Credit(label()));
+            }
+            if !stream.accept(frame.sequence, cost).map_err(|gap| ConnectionError::Gap(label(), gap))? {
+                return Ok(());
+            }
+            epoch = stream.epoch();
+        }
+        metrics::disk_count(metrics::INGEST_BYTES, &disk.label, u64::from(frame.payload_len));
+        let captured = now.minus(Duration::from_micros(frame.age_us));
+        let was_open = disk.batcher.borrow().is_open();
+        let closed = disk.batcher.borrow_mut().add(now, epoch, frame.sequence, cost, captured, input);
+        match closed {
+            Some(batch) => {
+                let number = disk.enter_pipeline(&batch);
+                self.server.dispatch(&disk, number, batch).await;
+            }
+            None if !was_open => self.server.batch_opened.notify_one(),
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn reply(&self, message: ServerMessage) {
+        self.replies.borrow_mut().push(message);
+        self.bell.notify_one();
+    }
+
+    /// Sends replies and the newest positions; each position once, however often it changed.
+    async fn answer(&self, write: &mut WriteHalf<TlsStream<TcpStream>>) -> Result<(), ConnectionError> {
+        loop {
+            let mut out: Vec<u8> = std::mem::take(&mut *self.replies.borrow_mut()).iter().flat_map(encode).collect();
+            self.add_acknowledgements(&mut out);
+            if out.is_empty() {
+                let waited = tokio::time::timeout(ALIVE_EVERY, self.bell.notified()).await;
+                if waited.is_err() {
+                    self.reply(ServerMessage::Alive);
+                }
+                continue;
+            }
+            write.write_all(&out).await?;
+            write.flush().await?;
+        }
+    }
+
+    fn add_acknowledgements(&self, out: &mut Vec<u8>) {
+        let mut slots = self.slots.borrow_mut();
+        for (index, entry) in slots.iter_mut().enumerate() {
+            let Some(slot) = entry else { continue };
+            if slot.disk.owner.get() != slot.owner {
+                let message = "the disk was opened by another connection, or its replica was replaced: open it again".to_owned();
+                out.extend(encode(&ServerMessage::Refused { slot: index as u32, reason: Refusal::NotReady, message }));
+                *entry = None;
+                continue;
+            }
+            let not_ready = slot.disk.not_ready.borrow().clone();
+            if let Some(reason) = not_ready {
+                let message = ServerMessage::Refused { slot: index as u32, reason: Refusal::NotReady, message: reason.message() };
+                out.extend(encode(&message));
+                *slot.disk.acknowledge.borrow_mut() = None;
+                *entry = None;
+                continue;
+            }
+            let frozen = self.server.over_share(&slot.disk);
+            let mut stream = slot.disk.stream.borrow_mut();
+            let (cached, safe) = (stream.cached_in_epoch(), stream.safe_in_epoch());
+            let credit = stream.credit(self.server.window(), frozen);
+            if slot.told.replace((cached, safe, credit)) != (cached, safe, credit) {
+                let message = ServerMessage::Ack { slot: index as u32, epoch: stream.epoch(), cached, safe, credit };
+                out.extend(encode(&message));
+            }
+        }
+    }
+
+    fn close(&self) {
+        for slot in self.slots.borrow_mut().drain(..).flatten() {
+            if slot.disk.owner.get() == slot.owner {
+                *slot.disk.acknowledge.borrow_mut() = None;
+            }
+        }
+    }
+}
+
+async fn timed<T>(io: impl Future<Output = std::io::Result<T>>) -> Result<T, ConnectionError> {
+    match tokio::time::timeout(Duration::from_secs(SILENCE_SECONDS), io).await {
+        Ok(result) => Ok(result?),
+        Err(_) => Err(ConnectionError::Silent),
+    }
+}
+
+fn encode(message: &ServerMessage) -> Vec<u8> {
+    let payload = postcard::to_stdvec(message).expect("our own messages encode");
+    let frame = Frame {
+        kind: FrameType::Control,
+        slot: 0,
+        payload_len: payload.len() as u32,
+        sequence: 0,
+        extent: Extent::new(0, 0),
+        age_us: 0,
+        payload_crc: crc32c::crc32c(&payload),
+    };
+    [&frame.encode()[..], &payload].concat()
+}

@@ -1,0 +1,314 @@
+//! Puts the stages together and runs what is not one connection's business: results of the cache, release, ageing, figures.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::mpsc::SyncSender;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crossbeam::channel::Sender;
+use tokio::sync::{Notify, Semaphore};
+
+use super::cache::{self, CacheHandle, Completions, Tag};
+use super::catalogue::Records;
+use super::disk::{Disk, NotReady};
+use super::optimize::batcher::RawBatch;
+use super::optimize::workers::{self, Job};
+use super::stream::{Queued, Stream};
+use super::{DiskView, ProcessServerError, ProcessServerView, forward, ingest};
+use crate::clock;
+use crate::config::limits::{BATCHES_IN_PIPELINE_MAX, DISK_WINDOW_BYTES, DISK_WINDOW_BYTES_MIN};
+use crate::config::process_server::ProcessServerSettings;
+use crate::crypto::keyring::KeyEncryptionKey;
+use crate::crypto::pki::Role;
+use crate::crypto::seal::{Purpose, SealingSession};
+use crate::crypto::tls::Credentials;
+use crate::model::DiskId;
+use crate::observe::http::Readiness;
+use crate::observe::metrics;
+use crate::storage::log::Recovered;
+use crate::wire::batch::BatchHeader;
+
+/// Released batches are noted in the catalogue at least this often.
+const RELEASE_EVERY: Duration = Duration::from_millis(100);
+const FIGURES_EVERY: Duration = Duration::from_secs(1);
+
+/// The process server's state; lives on the network thread.
+pub struct Server {
+    /// As configured.
+    pub settings: ProcessServerSettings,
+    /// Certificates.
+    pub credentials: Credentials,
+    /// Every registered disk.
+    pub disks: HashMap<DiskId, Rc<Disk>>,
+    /// Metadata.
+    pub records: Records,
+    /// Wraps data keys.
+    pub kek: Arc<KeyEncryptionKey>,
+    /// To the cache.
+    pub cache: CacheHandle,
+    jobs: Sender<Job>,
+    pipeline: Arc<Semaphore>,
+    /// Rung when a batch was opened.
+    pub batch_opened: Notify,
+    /// Sealed bytes in memory that wait for the link.
+    pub queue_memory: Cell<u64>,
+    /// Figures.
+    pub view: Arc<Mutex<ProcessServerView>>,
+    /// Agents connected.
+    pub agents: Cell<usize>,
+    next_owner: Cell<u64>,
+}
+
+type Shared = (Arc<Mutex<ProcessServerView>>, Readiness, Arc<Notify>);
+
+/// Runs until told to stop.
+pub async fn run(settings: ProcessServerSettings, (view, readiness, stop): Shared, opened: SyncSender<Result<SocketAddr, ProcessServerError>>) {
+    let (server, completions, listener) = match open(settings, view).await {
+        Ok(parts) => parts,
+        Err(e) => return drop(opened.send(Err(e))),
+    };
+    let address = match listener.local_addr() {
+        Ok(address) => address,
+        Err(e) => return drop(opened.send(Err(e.into()))),
+    };
+    let _ = opened.send(Ok(address));
+    readiness.set(true);
+    tracing::info!(listen = %address, disks = server.disks.len(), "process server is running");
+    tokio::select! {
+        () = take_completions(server.clone(), completions) => tracing::error!("the cache has ended; the process server stops"),
+        () = close_aged(server.clone()) => {}
+        () = release(server.clone()) => {}
+        () = publish(server.clone()) => {}
+        () = ingest::accept(server.clone(), listener) => {}
+        () = forward::run(server.clone()) => {}
+        () = stop.notified() => tracing::info!("process server stops; what is cached stays cached"),
+    }
+    readiness.set(false);
+}
+
+async fn open(settings: ProcessServerSettings, view: Arc<Mutex<ProcessServerView>>) -> Result<(Rc<Server>, Completions, tokio::net::TcpListener), ProcessServerError> {
+    crate::storage::uring::create_dir_durable(&settings.state)?;
+    let credentials = Credentials::load(&settings.tls, Role::ProcessServer)?;
+    metrics::disk_part(metrics::CERTIFICATE_EXPIRY, "", "role", Role::ProcessServer.as_str(), credentials.expires_in_seconds as f64);
+    let listener = ingest::bind(settings.ingest.listen).await?;
+    let (kek_path, may_create) = settings.keys.path(&settings.state);
+    let kek = Arc::new(KeyEncryptionKey::load(&kek_path, may_create)?);
+    let records = Records::open(&settings.state)?;
+    let opened = cache::open(&settings.state, records.cache_id, &settings.cache)?;
+    let (disks, unneeded) = recover_disks(&settings, &records, &kek, opened.recovered)?;
+    opened.handle.release(unneeded).await;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let count = if settings.optimize.workers == 0 { (cores - 1).max(1) } else { settings.optimize.workers };
+    let (jobs, _) = workers::start(count, &opened.handle)?;
+    let server = Server {
+        credentials,
+        disks,
+        records,
+        kek,
+        cache: opened.handle,
+        jobs,
+        pipeline: Arc::new(Semaphore::new(BATCHES_IN_PIPELINE_MAX)),
+        batch_opened: Notify::new(),
+        queue_memory: Cell::new(0),
+        view,
+        agents: Cell::new(0),
+        next_owner: Cell::new(0),
+        settings,
+    };
+    Ok((Rc::new(server), opened.completions, listener))
+}
+
+type Disks = HashMap<DiskId, Rc<Disk>>;
+
+fn recover_disks(
+    settings: &ProcessServerSettings,
+    records: &Records,
+    kek: &KeyEncryptionKey,
+    recovered: Vec<Recovered>,
+) -> Result<(Disks, Vec<crate::storage::log::Location>), ProcessServerError> {
+    let mut found: HashMap<DiskId, Vec<(u64, Queued)>> = HashMap::new();
+    let mut unneeded = Vec::new();
+    for record in recovered {
+        let Ok(header) = BatchHeader::decode(&record.head) else {
+            unneeded.push(record.location);
+            continue;
+        };
+        // How long it lay here is only known by the wall clock of this host; it is used for display.
+        let lay_ms = (clock::wall_ms() - header.accepted_wall_ms).max(0) as u64;
+        let captured = clock::now().minus(Duration::from_micros(header.age_us) + Duration::from_millis(lay_ms));
+        let queued = Queued { first: header.first, end: header.end(), location: record.location, sealed: None, captured };
+        found.entry(header.disk).or_default().push((header.generation, queued));
+    }
+    let mut disks = HashMap::new();
+    for machine in &settings.machine {
+        for (id, name) in machine.disk_ids() {
+            let record = records.disk(id)?;
+            let (generation, released) = record.as_ref().map_or((0, Default::default()), |r| (r.generation, r.released));
+            let (ours, others): (Vec<_>, Vec<_>) = found.remove(&id).unwrap_or_default().into_iter().partition(|(g, _)| *g == generation);
+            unneeded.extend(others.into_iter().map(|(_, q)| q.location));
+            let (stream, dropped) = Stream::recover(released, ours.into_iter().map(|(_, q)| q).collect());
+            unneeded.extend(dropped);
+            let label = format!("{}/{name}", machine.name);
+            let disk = Disk::new(id, machine.id(), &label, stream, record.clone());
+            if let Some(record) = record {
+                let session = SealingSession::start(&record.key(kek, id)?, Purpose::Stream, id, record.generation);
+                *disk.session.borrow_mut() = Some(Arc::new(session));
+                *disk.not_ready.borrow_mut() = None;
+            }
+            disks.insert(id, Rc::new(disk));
+        }
+    }
+    if !found.is_empty() {
+        // Not released: they may belong to a machine that was taken out of the configuration by mistake.
+        tracing::warn!(disks = found.len(), "the cache holds batches of disks that are not in the configuration; they are kept, add the machines again to forward them");
+    }
+    Ok((disks, unneeded))
+}
+
+impl Server {
+    /// A number for a new owner of a disk.
+    pub fn new_owner(&self) -> u64 {
+        self.next_owner.set(self.next_owner.get() + 1);
+        self.next_owner.get()
+    }
+
+    /// What one disk may have between agent and cache.
+    pub fn window(&self) -> u64 {
+        let open = self.disks.values().filter(|d| d.acknowledge.borrow().is_some()).count().max(1) as u64;
+        (self.settings.ingest.memory_max / open).clamp(DISK_WINDOW_BYTES_MIN, DISK_WINDOW_BYTES)
+    }
+
+    /// Whether a disk has filled its share of the cache.
+    pub fn over_share(&self, disk: &Disk) -> bool {
+        disk.stream.borrow().queue_bytes() > self.settings.cache.size_max / 100 * self.settings.cache.disk_share_percent
+    }
+
+    /// Sends a closed batch into the pipeline, waiting for room.
+    pub async fn dispatch(&self, disk: &Disk, number: u64, batch: RawBatch) {
+        let Ok(permit) = self.pipeline.clone().acquire_owned().await else { return };
+        let (session, generation) = (disk.session.borrow().clone(), disk.record.borrow().as_ref().map_or(0, |r| r.generation));
+        let Some(session) = session else { return };
+        let tag = Tag { disk: disk.id, number, captured: batch.captured, permit };
+        let job = Job { batch, disk: disk.id, label: disk.label.clone(), generation, session, tag };
+        // There is room for every batch with a permit; the workers end only with the process.
+        let _ = self.jobs.try_send(job);
+    }
+}
+
+async fn take_completions(server: Rc<Server>, mut completions: Completions) {
+    while let Some(group) = completions.recv().await {
+        for appended in group {
+            let Some(disk) = server.disks.get(&appended.tag.disk) else { continue };
+            match appended.result {
+                Ok((location, bytes)) => {
+                    let sealed = bytes.slice(crate::storage::log::format::RECORD_HEADER_LEN..);
+                    let Ok(header) = BatchHeader::decode(&sealed) else { continue };
+                    let len = sealed.len() as u64;
+                    let mut stream = disk.stream.borrow_mut();
+                    let joined = stream.cached(appended.tag.number, header.first, location, sealed, appended.tag.captured);
+                    server.queue_memory.set(server.queue_memory.get() + len);
+                    if server.queue_memory.get() > server.settings.cache.memory_max {
+                        let forgotten = stream.forget_newest(joined);
+                        server.queue_memory.set(server.queue_memory.get().saturating_sub(forgotten));
+                    }
+                    drop(stream);
+                    disk.forward.notify_one();
+                    disk.tell_agent();
+                }
+                Err(error) => {
+                    *disk.not_ready.borrow_mut() = Some(NotReady::Cache(error.to_string()));
+                    disk.tell_agent();
+                }
+            }
+        }
+    }
+}
+
+/// Closes batches that are old enough.
+async fn close_aged(server: Rc<Server>) {
+    let age = server.settings.optimize.batch_age;
+    loop {
+        server.batch_opened.notified().await;
+        while server.disks.values().any(|d| d.batcher.borrow().is_open()) {
+            tokio::time::sleep(age / 2).await;
+            for disk in server.disks.values() {
+                let closed = disk.batcher.borrow_mut().close_older(clock::now(), age);
+                if let Some(batch) = closed {
+                    let number = disk.enter_pipeline(&batch);
+                    server.dispatch(disk, number, batch).await;
+                }
+            }
+        }
+    }
+}
+
+/// Notes acknowledged positions durably, then gives up what they cover.
+async fn release(server: Rc<Server>) {
+    loop {
+        tokio::time::sleep(RELEASE_EVERY).await;
+        let mut records = Vec::new();
+        let mut locations = Vec::new();
+        for disk in server.disks.values() {
+            let gone = std::mem::take(&mut *disk.to_release.borrow_mut());
+            let acknowledged = disk.stream.borrow().acknowledged();
+            if let Some(record) = disk.record.borrow_mut().as_mut().filter(|_| !gone.is_empty()) {
+                record.released = record.released.max(acknowledged);
+                records.push((disk.id, record.clone()));
+            }
+            locations.extend(gone);
+        }
+        if locations.is_empty() {
+            continue;
+        }
+        let (store, batch) = (server.records.clone(), records.clone());
+        match tokio::task::spawn_blocking(move || store.put(&batch)).await {
+            Ok(Ok(())) => {
+                for (id, record) in records {
+                    if let Some(disk) = server.disks.get(&id).filter(|d| d.record.borrow().as_ref().is_some_and(|r| r.generation == record.generation)) {
+                        disk.stream.borrow_mut().released_through(record.released);
+                    }
+                }
+                server.cache.release(locations).await;
+            }
+            Ok(Err(error)) => tracing::error!(%error, "cannot note released positions; the cache keeps what it has"),
+            Err(_) => return,
+        }
+    }
+}
+
+async fn publish(server: Rc<Server>) {
+    loop {
+        let figures = &server.cache.figures;
+        let (used, capacity) = (figures.live_bytes.load(Ordering::Relaxed), figures.capacity_bytes.load(Ordering::Relaxed));
+        metrics::disk_gauge(metrics::CACHE_FREE, "", 1.0 - metrics::number(used) / metrics::number(capacity.max(1)));
+        let mut memory = 0;
+        let mut disks = Vec::new();
+        for disk in server.disks.values() {
+            let stream = disk.stream.borrow();
+            memory += stream.memory_bytes();
+            for (rung, position) in stream.rungs() {
+                metrics::position(&disk.label, rung, position);
+            }
+            metrics::disk_gauge(metrics::CACHE_BYTES, &disk.label, metrics::number(stream.queue_bytes()));
+            disks.push(DiskView {
+                disk: disk.label.to_string(),
+                id: disk.id.to_string(),
+                connected: disk.acknowledge.borrow().is_some(),
+                not_ready: disk.not_ready.borrow().as_ref().map(NotReady::message),
+                positions: stream.rungs().iter().map(|(r, p)| (r.as_str().to_owned(), p.to_string())).collect(),
+                cache_bytes: stream.queue_bytes(),
+            });
+        }
+        disks.sort_by(|a, b| a.disk.cmp(&b.disk));
+        server.queue_memory.set(memory);
+        {
+            let mut view = server.view.lock().unwrap_or_else(PoisonError::into_inner);
+            (view.cache_used_bytes, view.cache_capacity_bytes, view.agents, view.disks) = (used, capacity, server.agents.get(), disks);
+        }
+        tokio::time::sleep(FIGURES_EVERY).await;
+    }
+}

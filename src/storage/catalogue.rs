@@ -1,0 +1,125 @@
+//! Small metadata in one redb file for each server: typed values under byte keys. Bulk data never goes here.
+//!
+//! Every [`Catalogue::write`] is one transaction, durable when it returns (redb syncs); a crash leaves the state before or
+//! after it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use serde::{Serialize, de::DeserializeOwned};
+use thiserror::Error;
+
+/// Name of a table.
+pub type Table = TableDefinition<'static, &'static [u8], &'static [u8]>;
+
+/// Why the catalogue cannot do what was asked.
+#[derive(Debug, Error)]
+#[error("catalogue {path}: {message}")]
+pub struct CatalogueError {
+    path: PathBuf,
+    message: String,
+}
+
+/// An open catalogue; cheap to clone. Calls block for as long as a sync takes: not for a network thread.
+#[derive(Clone)]
+pub struct Catalogue {
+    db: Arc<Database>,
+    path: Arc<PathBuf>,
+}
+
+impl Catalogue {
+    /// Opens or makes the file, and makes `tables`.
+    ///
+    /// # Errors
+    /// If another process has it open, or it is damaged.
+    pub fn open(path: &Path, tables: &[Table]) -> Result<Self, CatalogueError> {
+        let failed = |e: redb::Error| {
+            let hint = match e {
+                redb::Error::DatabaseAlreadyOpen => " (another process of this role uses the same state folder)",
+                _ => "",
+            };
+            CatalogueError { path: path.to_owned(), message: format!("{e}{hint}") }
+        };
+        let db = Database::create(path).map_err(|e| failed(e.into()))?;
+        if let Some(dir) = path.parent() {
+            crate::storage::uring::sync_dir(dir).map_err(|e| failed(e.into()))?;
+        }
+        let catalogue = Self { db: Arc::new(db), path: Arc::new(path.to_owned()) };
+        catalogue.write(|batch| tables.iter().try_for_each(|table| batch.touch(*table)))?;
+        Ok(catalogue)
+    }
+
+    /// Reads one value.
+    ///
+    /// # Errors
+    /// If the file fails or the value is not of this type.
+    pub fn get<T: DeserializeOwned>(&self, table: Table, key: &[u8]) -> Result<Option<T>, CatalogueError> {
+        let txn = self.db.begin_read().map_err(|e| self.failed(e))?;
+        let table = txn.open_table(table).map_err(|e| self.failed(e))?;
+        let value = table.get(key).map_err(|e| self.failed(e))?;
+        value.map(|bytes| postcard::from_bytes(bytes.value()).map_err(|e| self.failed(e))).transpose()
+    }
+
+    /// Reads a whole table.
+    ///
+    /// # Errors
+    /// As [`Catalogue::get`].
+    pub fn all<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(Vec<u8>, T)>, CatalogueError> {
+        let txn = self.db.begin_read().map_err(|e| self.failed(e))?;
+        let table = txn.open_table(table).map_err(|e| self.failed(e))?;
+        let rows = table.iter().map_err(|e| self.failed(e))?;
+        rows.map(|row| {
+            let (key, value) = row.map_err(|e| self.failed(e))?;
+            Ok((key.value().to_vec(), postcard::from_bytes(value.value()).map_err(|e| self.failed(e))?))
+        })
+        .collect()
+    }
+
+    /// Changes several values at once, durably.
+    ///
+    /// # Errors
+    /// Nothing was changed then.
+    pub fn write(&self, change: impl FnOnce(&Batch<'_>) -> Result<(), CatalogueError>) -> Result<(), CatalogueError> {
+        let txn = self.db.begin_write().map_err(|e| self.failed(e))?;
+        change(&Batch { txn: &txn, catalogue: self })?;
+        txn.commit().map_err(|e| self.failed(e))
+    }
+
+    fn failed(&self, error: impl std::fmt::Display) -> CatalogueError {
+        CatalogueError { path: self.path.to_path_buf(), message: error.to_string() }
+    }
+}
+
+/// The changes of one transaction.
+pub struct Batch<'a> {
+    txn: &'a WriteTransaction,
+    catalogue: &'a Catalogue,
+}
+
+impl Batch<'_> {
+    fn touch(&self, table: Table) -> Result<(), CatalogueError> {
+        self.txn.open_table(table).map(|_| ()).map_err(|e| self.catalogue.failed(e))
+    }
+
+    /// Sets a value.
+    ///
+    /// # Errors
+    /// The transaction is given up.
+    pub fn put<T: Serialize>(&self, table: Table, key: &[u8], value: &T) -> Result<(), CatalogueError> {
+        let bytes = postcard::to_stdvec(value).map_err(|e| self.catalogue.failed(e))?;
+        let mut table = self.txn.open_table(table).map_err(|e| self.catalogue.failed(e))?;
+        table.insert(key, bytes.as_slice()).map_err(|e| self.catalogue.failed(e))?;
+        Ok(())
+    }
+
+    /// Removes a value.
+    ///
+    /// # Errors
+    /// The transaction is given up.
+    pub fn remove(&self, table: Table, key: &[u8]) -> Result<(), CatalogueError> {
+        let mut table = self.txn.open_table(table).map_err(|e| self.catalogue.failed(e))?;
+        table.remove(key).map_err(|e| self.catalogue.failed(e))?;
+        Ok(())
+    }
+}
