@@ -181,6 +181,18 @@ impl<F: File> Image<F> {
         }
     }
 
+    /// Makes everything durable and gives back space that was reserved ahead. For images that are written once.
+    ///
+    /// # Errors
+    /// [`DiskError::Io`].
+    pub async fn finish(&self) -> Result<(), DiskError> {
+        self.barrier().await?;
+        match self {
+            Image::Raw(_) => Ok(()),
+            Image::Vhdx(vhdx) => vhdx.cut_tail().await,
+        }
+    }
+
     /// The next extent at or after `offset` that may hold something else than zeroes.
     ///
     /// # Errors

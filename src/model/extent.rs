@@ -129,6 +129,14 @@ impl<S: Copy> OverlayMap<S> {
             .collect()
     }
 
+    /// What is left of the first piece that ends after `offset`.
+    pub fn next_from(&self, offset: u64) -> Option<Extent> {
+        let before = self.pieces.range(..offset).next_back();
+        let after = self.pieces.range(offset..).next();
+        let found = before.into_iter().chain(after).find(|(at, (len, ..))| *at + len > offset);
+        found.map(|(&at, &(len, ..))| Extent::new(at.max(offset), at + len - at.max(offset)))
+    }
+
     /// Number of pieces.
     pub fn len(&self) -> usize {
         self.pieces.len()

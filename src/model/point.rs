@@ -43,6 +43,8 @@ pub struct RecoveryPoint {
     pub hold_us: u64,
     /// Order of listing at this master target; later points have larger numbers, whatever the clocks say.
     pub order: u64,
+    /// When it was listed, in seconds that master target has run in all; ages by it survive jumps of the wall clock.
+    pub listed_clock: u64,
     /// The marker's place in each disk's stream.
     pub disks: BTreeMap<DiskId, Position>,
 }

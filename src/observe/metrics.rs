@@ -114,6 +114,11 @@ pub fn disk_count(name: &'static str, disk: &str, by: u64) {
     counter!(name, "disk" => disk.to_owned()).increment(by);
 }
 
+/// Sets the number of crash-consistent points of a machine.
+pub fn machine_points(machine: &str, points: usize) {
+    gauge!(POINTS, "machine" => machine.to_owned(), "kind" => "crash").set(number(points as u64));
+}
+
 /// Counts something with a reason.
 pub fn count_reason(name: &'static str, reason: &'static str) {
     counter!(name, "reason" => reason).increment(1);

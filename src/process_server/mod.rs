@@ -10,6 +10,7 @@
 
 pub mod cache;
 pub mod catalogue;
+pub mod control;
 pub mod disk;
 pub mod forward;
 pub mod ingest;

@@ -102,6 +102,16 @@ impl Batch<'_> {
         self.txn.open_table(table).map(|_| ()).map_err(|e| self.catalogue.failed(e))
     }
 
+    /// Reads a value as this transaction sees it: nobody else changes it before the commit.
+    ///
+    /// # Errors
+    /// The transaction is given up.
+    pub fn get<T: DeserializeOwned>(&self, table: Table, key: &[u8]) -> Result<Option<T>, CatalogueError> {
+        let table = self.txn.open_table(table).map_err(|e| self.catalogue.failed(e))?;
+        let value = table.get(key).map_err(|e| self.catalogue.failed(e))?;
+        value.map(|bytes| postcard::from_bytes(bytes.value()).map_err(|e| self.catalogue.failed(e))).transpose()
+    }
+
     /// Sets a value.
     ///
     /// # Errors

@@ -148,9 +148,18 @@ impl<F: File> Vhdx<F> {
         let again = Header { sequence: next.sequence + 1, ..next };
         write(&self.file, HEADER_AT[current], &again.encode()).await?;
         self.file.sync_data().await?;
+        self.cut().await
+    }
+
+    async fn cut(&self) -> io::Result<()> {
         let used = self.bat.borrow().end().next_multiple_of(MIB);
         self.file.set_len(used)?;
+        self.grown_to.set(used);
         self.file.sync_data().await
+    }
+
+    pub(super) async fn cut_tail(&self) -> Result<(), DiskError> {
+        self.cut().await.map_err(|e| self.io(e))
     }
 
     pub(super) fn size(&self) -> u64 {

@@ -58,6 +58,11 @@ pub struct Location {
 }
 
 impl Location {
+    /// No place yet; segments are numbered from 1.
+    pub const fn nowhere() -> Self {
+        Self { segment: 0, offset: 0, body_len: 0 }
+    }
+
     /// Bytes of the segment the record takes.
     pub fn stored_bytes(&self) -> u64 {
         record_len(self.body_len as usize) as u64

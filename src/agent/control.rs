@@ -1,0 +1,99 @@
+//! What the agent tells the command line, and the points it makes for it.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Agent, AgentShared, Command};
+use crate::control::api::{ApiError, DiskView, MachineView, Marked, Request, RoleStatus};
+use crate::control::server::{Answer, Role};
+use crate::model::{Health, PointKind, ReplicationState};
+
+struct Control {
+    shared: Arc<AgentShared>,
+    commands: mpsc::Sender<Command>,
+}
+
+impl Agent {
+    /// Its side of the control interface.
+    pub fn control(&self) -> Arc<dyn Role> {
+        Arc::new(Control { shared: self.shared.clone(), commands: self.commands.clone() })
+    }
+}
+
+impl Role for Control {
+    fn status(&self) -> RoleStatus {
+        let connected = self.shared.connected.load(Ordering::Relaxed);
+        let error = self.shared.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let disks: Vec<DiskView> = self.shared.volumes.iter().map(|v| disk(v)).collect();
+        let worst = disks.iter().map(|d| d.health).max().unwrap_or_default();
+        let (health, reason, remedy) = match (connected, error) {
+            (false, error) => (Health::Critical, error.or(Some("not connected to the process server".to_owned())), Some("check the process server and the network; writes go on and are kept".to_owned())),
+            (true, Some(error)) => (Health::Warning.max(worst), Some(error), Some("act on the reason".to_owned())),
+            (true, None) => (worst, None, None),
+        };
+        let machine = MachineView {
+            name: self.shared.machine.to_string(),
+            id: self.shared.machine_id.to_string(),
+            health: worst,
+            rpo_seconds: None,
+            points: usize::try_from(self.shared.points[0].load(Ordering::Relaxed)).unwrap_or(usize::MAX),
+            oldest_point: None,
+            newest_point: None,
+            disks,
+        };
+        RoleStatus {
+            role: "agent".to_owned(),
+            name: self.shared.machine.to_string(),
+            health,
+            reason,
+            remedy,
+            machines: vec![machine],
+            cache_bytes: None,
+            connected: Some(connected),
+        }
+    }
+
+    fn call<'a>(&'a self, request: &'a Request) -> Answer<'a> {
+        Box::pin(async move {
+            let Request::Mark { machine, label, app } = request else { return None };
+            if *machine != self.shared.machine.as_str() {
+                return None;
+            }
+            let kind = if *app { PointKind::App } else { PointKind::Crash };
+            let (done, answer) = oneshot::channel();
+            let asked = self.commands.send(Command::Mark { label: label.clone(), kind, done }).await;
+            let made = match asked {
+                Ok(()) => answer.await.unwrap_or_else(|_| Err("the agent is stopping".to_owned())),
+                Err(_) => Err("the agent is stopping".to_owned()),
+            };
+            let marked = made.map(|point| Marked { point: point.to_string() });
+            Some(marked.map_err(|message| ApiError { message }).and_then(|m| serde_json::to_value(m).map_err(|e| ApiError { message: e.to_string() })))
+        })
+    }
+}
+
+fn disk(volume: &super::shared::VolumeShared) -> DiskView {
+    let report = volume.report();
+    let health = match report.state {
+        ReplicationState::Delta => Health::Healthy,
+        ReplicationState::InitialReplication | ReplicationState::Resynchronising => Health::Warning,
+        ReplicationState::Error => Health::Critical,
+    };
+    let reason = (report.state == ReplicationState::Error).then(|| "the local disk or its dirty map failed".to_owned());
+    let rungs = volume.backlog().rungs();
+    DiskView {
+        name: volume.name.to_string(),
+        id: volume.id.to_string(),
+        state: report.state.as_str().to_owned(),
+        health,
+        remedy: reason.as_ref().map(|_| "look at the agent's log, repair the disk, restart the agent".to_owned()),
+        reason,
+        size_bytes: volume.size,
+        missing_bytes: report.missing_bytes,
+        backlog_bytes: report.backlog_bytes,
+        positions: rungs.iter().map(|(r, p)| (r.as_str().to_owned(), p.to_string())).collect(),
+        ..DiskView::default()
+    }
+}

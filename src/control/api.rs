@@ -1,0 +1,185 @@
+//! What can be asked over the control interface and what comes back. `POST /v1/call` with a [`Request`].
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{Address, Health};
+
+/// A request.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "call", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// What every role in the process says of itself: [`RoleStatus`].
+    Status,
+    /// Recovery points: [`PointView`], the oldest first.
+    Points {
+        /// Of one machine only.
+        machine: Option<String>,
+    },
+    /// Make a point now: [`Marked`].
+    Mark {
+        /// Of which machine.
+        machine: String,
+        /// What to call it.
+        label: Option<String>,
+        /// Application-consistent.
+        app: bool,
+    },
+    /// Serve a disk of a point over NBD: [`RecoveryView`].
+    Mount {
+        /// Id of the point, or the beginning of it, or `latest`.
+        point: String,
+        /// Name of the disk; may be left out when the machine has one.
+        disk: Option<String>,
+        /// Where.
+        nbd: Address,
+    },
+    /// Write a disk of a point to an image file: [`RecoveryView`].
+    Export {
+        /// As in `Mount`.
+        point: String,
+        /// As in `Mount`.
+        disk: Option<String>,
+        /// `raw` or `vhdx`.
+        format: String,
+        /// Absolute path on the master target's host.
+        output: String,
+    },
+    /// Mounts and exports: [`RecoveryView`].
+    Recoveries,
+    /// End a mount, or forget a finished export.
+    Unmount {
+        /// Its name.
+        name: String,
+    },
+}
+
+/// Why a request was not done.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ApiError {
+    /// What is wrong and what to do.
+    pub message: String,
+}
+
+/// A role's status.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RoleStatus {
+    /// `agent`, `process-server` or `master-target`.
+    pub role: String,
+    /// Its name.
+    pub name: String,
+    /// Its health.
+    pub health: Health,
+    /// Why it is not healthy.
+    pub reason: Option<String>,
+    /// What to do.
+    pub remedy: Option<String>,
+    /// What it knows of machines.
+    pub machines: Vec<MachineView>,
+    /// Cache used and in all, bytes; process server only.
+    pub cache_bytes: Option<(u64, u64)>,
+    /// Connected to the next role.
+    pub connected: Option<bool>,
+}
+
+/// A machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineView {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub id: String,
+    /// The worst of its disks.
+    pub health: Health,
+    /// Age of its newest point, seconds; absent while unknown.
+    pub rpo_seconds: Option<f64>,
+    /// Number of points.
+    pub points: usize,
+    /// RFC 3339.
+    pub oldest_point: Option<String>,
+    /// RFC 3339.
+    pub newest_point: Option<String>,
+    /// Its disks.
+    pub disks: Vec<DiskView>,
+}
+
+/// A disk.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct DiskView {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub id: String,
+    /// What replication does.
+    pub state: String,
+    /// Its health.
+    pub health: Health,
+    /// Why it is not healthy.
+    pub reason: Option<String>,
+    /// What to do.
+    pub remedy: Option<String>,
+    /// Bytes; 0 while not known.
+    pub size_bytes: u64,
+    /// Bytes still to send before points are possible.
+    pub missing_bytes: u64,
+    /// Bytes in the agent's backlog.
+    pub backlog_bytes: u64,
+    /// Bytes in the cache (process server) or journal (master target).
+    pub waiting_bytes: u64,
+    /// Bytes of old content kept.
+    pub retained_bytes: u64,
+    /// Age of the newest point.
+    pub rpo_seconds: Option<f64>,
+    /// Where the newest point spent its time: source, gateway, link, apply; seconds.
+    pub rpo_parts: Option<[f64; 4]>,
+    /// `epoch:sequence` by rung.
+    pub positions: Vec<(String, String)>,
+}
+
+/// A recovery point.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PointView {
+    /// Its id.
+    pub id: String,
+    /// Name of the machine.
+    pub machine: String,
+    /// Its consistency.
+    pub kind: String,
+    /// What a person called it.
+    pub label: Option<String>,
+    /// RFC 3339, the source's clock.
+    pub time: String,
+    /// How long writes were held, seconds.
+    pub hold_seconds: f64,
+    /// Name, id and position of its disks.
+    pub disks: Vec<(String, String, String)>,
+}
+
+/// Answer to `Mark`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Marked {
+    /// Id the point will have once it is listed.
+    pub point: String,
+}
+
+/// A mount or an export.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RecoveryView {
+    /// Its name.
+    pub name: String,
+    /// `mount` or `export`.
+    pub kind: String,
+    /// The point.
+    pub point: String,
+    /// `machine/disk`.
+    pub disk: String,
+    /// NBD address or file.
+    pub target: String,
+    /// `running`, `done` or `failed`.
+    pub state: String,
+    /// Bytes of the disk gone through.
+    pub done_bytes: u64,
+    /// Bytes of the disk.
+    pub total_bytes: u64,
+    /// Why it failed.
+    pub error: Option<String>,
+}

@@ -1,0 +1,5 @@
+//! The admin interface of every server: HTTP/JSON on a unix socket, and its client for the command line.
+
+pub mod api;
+pub mod client;
+pub mod server;

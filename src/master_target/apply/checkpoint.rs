@@ -1,0 +1,217 @@
+//! One checkpoint of one replica, see [`super`].
+
+use std::io;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use thiserror::Error;
+
+use super::Apply;
+use super::plan::{Cut, plan, writes};
+use super::replica::Replica;
+use crate::clock;
+use crate::config::limits::APPLY_DEPTH;
+use crate::crypto::seal::OpenError;
+use crate::disk::DiskError;
+use crate::master_target::points::Changes;
+use crate::master_target::retain::RetainError;
+use crate::master_target::shared::{Item, Newest};
+use crate::model::{Rung, position::assert_ladder};
+use crate::observe::metrics;
+use crate::storage::catalogue::CatalogueError;
+use crate::storage::log::LogError;
+use crate::storage::uring::is_full;
+use crate::wire::WireError;
+
+/// Why a replica cannot go on.
+#[derive(Debug, Error)]
+pub enum ApplyError {
+    /// The image.
+    #[error(transparent)]
+    Replica(#[from] DiskError),
+    /// The retention journal.
+    #[error(transparent)]
+    Retain(#[from] RetainError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] LogError),
+    /// A batch in the journal.
+    #[error("a journaled batch does not open: {0}")]
+    Batch(#[from] OpenError),
+    /// A batch in the journal.
+    #[error("a journaled batch is malformed: {0}")]
+    Wire(#[from] WireError),
+    /// Metadata.
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+    /// Something else.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// Applies `items`, which continue the replica's checkpoint.
+///
+/// # Errors
+/// [`ApplyError`]; the replica is left for the next start, which repeats the checkpoint.
+pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Result<(), ApplyError> {
+    for item in &mut items {
+        replica.body(apply, item).await?;
+    }
+    let mut bodies = Vec::with_capacity(items.len());
+    for item in &mut items {
+        let (header, body) = item.body.take().expect("read above");
+        apply.shared.body_bytes.fetch_sub(body.len() as u64, Ordering::Relaxed);
+        bodies.push((header, body.freeze()));
+    }
+    let cuts = plan(bodies.iter().map(|(header, body)| (header, &body[..])))?;
+    let mut arrivals = Vec::new();
+    for cut in &cuts {
+        apply_cut(replica, cut, &bodies).await?;
+        if let Some((position, marker, index)) = &cut.marker {
+            patiently(replica, async || Ok(replica.retention.begin(*position).await?)).await?;
+            replica.last_marker.set(Some(*position));
+            arrivals.push((*position, marker.clone(), items[*index].travel));
+        }
+    }
+    let Some(end) = items.last().map(|item| item.end) else { return Ok(()) };
+    replica.shared.condition().applied = end;
+    replica.image.barrier().await?;
+    note(apply, replica, end, arrivals).await?;
+    let locations: Vec<_> = items.iter().map(|item| item.location).collect();
+    let bytes = locations.iter().map(|l| l.stored_bytes()).sum::<u64>();
+    replica.shared.queue_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    apply.journal.release(locations).await;
+    expire(apply, replica).await
+}
+
+/// Keeps old content, then writes new content.
+async fn apply_cut(replica: &Replica, cut: &Cut, bodies: &[(crate::wire::batch::BatchHeader, Bytes)]) -> Result<(), ApplyError> {
+    if replica.retention.is_keeping() {
+        patiently(replica, async || Ok(replica.retention.preserve(&replica.image, writes(cut).map(|(extent, _)| extent)).await?)).await?;
+    }
+    let mut written = 0;
+    let operations = writes(cut).map(|(extent, content)| {
+        written += extent.len;
+        async move {
+            match content.data_at {
+                Some(at) => {
+                    let data = bodies[content.batch].1.slice(at as usize..at as usize + extent.len as usize);
+                    patiently(replica, async || Ok(replica.image.write(extent.offset, data.clone()).await?)).await
+                }
+                None => patiently(replica, async || Ok(replica.image.zero(extent).await?)).await,
+            }
+        }
+    });
+    let mut running = futures_util::stream::iter(operations).buffer_unordered(APPLY_DEPTH);
+    while let Some(result) = running.next().await {
+        result?;
+    }
+    drop(running);
+    metrics::disk_count(metrics::APPLIED_BYTES, &replica.shared.label, written);
+    Ok(())
+}
+
+/// Repeats an operation while the file system is full; the disk says so meanwhile, others go on.
+async fn patiently(replica: &Replica, mut operation: impl AsyncFnMut() -> Result<(), ApplyError>) -> Result<(), ApplyError> {
+    let mut waited = false;
+    loop {
+        let result = operation().await;
+        let full = match &result {
+            Err(ApplyError::Replica(DiskError::Io { source, .. })) => is_full(source),
+            Err(ApplyError::Retain(e)) => e.io_error().is_some_and(is_full),
+            _ => false,
+        };
+        if !full {
+            if waited {
+                replica.shared.condition().error = None;
+                tracing::info!(disk = replica.shared.label, "space is available again; the replica goes on");
+            }
+            return result;
+        }
+        if let (false, Err(error)) = (waited, &result) {
+            let message = format!("the file system is full ({error}): free space or enlarge it, the replica goes on by itself");
+            tracing::error!(disk = replica.shared.label, message);
+            replica.shared.condition().error = Some(message);
+        }
+        waited = true;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+type Arrival = (crate::model::Position, crate::model::Marker, Option<crate::master_target::shared::Travel>);
+
+/// Makes the checkpoint durable in the catalogue, with what it did to the points.
+async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arrivals: Vec<Arrival>) -> Result<(), ApplyError> {
+    let disk = &replica.shared;
+    let configured = apply.shared.disks_of(disk.machine);
+    // Points change only here and in `expire`, under this lock, on this thread.
+    let _alone = apply.shared.noting.lock().await;
+    let clock_now = apply.shared.clock();
+    let mut trial = apply.shared.book().clone();
+    let mut changes: Vec<Changes> = Vec::new();
+    for (position, marker, _) in &arrivals {
+        let change = trial.arrive(disk.id, *position, marker, &configured, clock_now);
+        trial.commit(change.clone());
+        changes.push(change);
+    }
+    let (records, id, last_marker, batch) = (apply.records.clone(), disk.id, replica.last_marker.get(), changes.clone());
+    let noted = tokio::task::spawn_blocking(move || records.checkpoint(id, end, last_marker, &batch, clock_now)).await;
+    noted.map_err(|e| io::Error::other(e.to_string()))??;
+    let now = clock::now();
+    {
+        let mut book = apply.shared.book();
+        for change in changes.clone() {
+            book.commit(change);
+        }
+    }
+    for ((_, marker, travel), change) in arrivals.iter().zip(&changes) {
+        if let Some(travel) = travel {
+            replica.arrived.borrow_mut().insert(marker.point, *travel);
+        }
+        if let Some(point) = &change.listed {
+            apply.point_listed(point.id, now);
+        }
+    }
+    let mut condition = disk.condition();
+    condition.checkpointed = end;
+    condition.retained_bytes = replica.retention.bytes();
+    let rungs = [(Rung::Received, condition.received), (Rung::Journaled, condition.journaled), (Rung::Applied, condition.applied), (Rung::Checkpointed, condition.checkpointed)];
+    drop(condition);
+    assert_ladder(&rungs);
+    Ok(())
+}
+
+impl Apply {
+    /// Notes for every disk how the marker of a point that was listed travelled.
+    fn point_listed(&self, point: crate::model::PointId, now: clock::Mono) {
+        for replica in self.replicas.borrow().values() {
+            let mut arrived = replica.arrived.borrow_mut();
+            if let Some(travel) = arrived.remove(&point) {
+                replica.shared.condition().newest = Some(Newest { travel, apply: now.since(travel.received) });
+                // Markers that came before belong to points that were listed or given up.
+                arrived.retain(|_, other| other.received > travel.received);
+            }
+        }
+    }
+}
+
+/// Drops points beyond the policy, then what only they needed.
+async fn expire(apply: &Apply, replica: &Replica) -> Result<(), ApplyError> {
+    let _alone = apply.shared.noting.lock().await;
+    let retain = &apply.settings.retain;
+    let gone = apply.shared.book().expired(replica.shared.machine, retain.points_max, retain.span, apply.shared.clock());
+    if !gone.is_empty() {
+        let (records, points) = (apply.records.clone(), gone.clone());
+        let unlisted = tokio::task::spawn_blocking(move || records.unlist(&points)).await;
+        unlisted.map_err(|e| io::Error::other(e.to_string()))??;
+        apply.shared.book().unlist(&gone);
+    }
+    let needed = apply.shared.book().oldest_needed(replica.shared.id);
+    replica.retention.forget_before(needed)?;
+    let bytes = replica.retention.bytes();
+    replica.shared.condition().retained_bytes = bytes;
+    metrics::disk_gauge(metrics::RETAINED_BYTES, &replica.shared.label, metrics::number(bytes));
+    Ok(())
+}

@@ -1,0 +1,278 @@
+//! The apply thread: owns every replica and its retention journal; lazily brings replicas up to the journal.
+//!
+//! A checkpoint of one disk, in this order, each step durable before the next begins:
+//! 1. old content of what will be overwritten -> retention journal (cut by cut, a cut ends at a marker);
+//! 2. new content -> replica (two syncs);
+//! 3. position, markers and completed points -> catalogue (one transaction);
+//! 4. the journal's records are given up.
+//!
+//! If power goes anywhere in between, the same batches are applied again from the last checkpoint; step 1 keeps what the
+//! first attempt kept.
+
+pub mod checkpoint;
+pub mod plan;
+pub mod replica;
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
+
+use self::replica::Replica;
+use super::catalogue::Records;
+use super::journal::{Found, JournalHandle};
+use super::retain::View;
+use super::shared::{DiskShared, TargetShared};
+use crate::clock;
+use crate::config::master_target::MasterTargetSettings;
+use crate::crypto::keyring::KeyEncryptionKey;
+use crate::model::{DiskId, Extent, PointId, Position};
+use crate::storage::uring::Uring;
+
+/// A request to the apply thread.
+pub enum Command {
+    /// Make sure that a replica exists for a source disk of `size` (0: not known) and tell what the link needs.
+    Prepare {
+        /// Which disk.
+        disk: DiskId,
+        /// Bytes of the source.
+        size: u64,
+        /// The answer.
+        done: oneshot::Sender<Result<Prepared, Refusal>>,
+    },
+    /// Open a disk at a point. The point is pinned until the view is closed.
+    OpenView {
+        /// Which point.
+        point: PointId,
+        /// Which of its disks.
+        disk: DiskId,
+        /// Number of the view and size of the disk.
+        done: oneshot::Sender<Result<(u64, u64), String>>,
+    },
+    /// Read through a view.
+    Read {
+        /// Number of the view.
+        view: u64,
+        /// What.
+        extent: Extent,
+        /// The content.
+        done: oneshot::Sender<Result<Bytes, String>>,
+    },
+    /// Where the next data is.
+    NextData {
+        /// Number of the view.
+        view: u64,
+        /// From where.
+        offset: u64,
+        /// The extent.
+        done: oneshot::Sender<Result<Option<Extent>, String>>,
+    },
+    /// Close a view.
+    CloseView {
+        /// Its number.
+        view: u64,
+    },
+}
+
+/// What the link needs of a replica.
+#[derive(Clone)]
+pub struct Prepared {
+    /// The history of its data.
+    pub generation: u64,
+    /// The disk's data key.
+    pub key: crate::crypto::keyring::DataKey,
+    /// Bytes.
+    pub size: u64,
+    /// The highest epoch obeyed.
+    pub epoch: u64,
+    /// Everything through here is in the replica or the journal.
+    pub journaled: Position,
+}
+
+/// Why there is no replica.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    /// Trying again can help without anybody acting.
+    pub retry: bool,
+    /// For a person.
+    pub message: String,
+}
+
+/// Everything on the apply thread.
+pub struct Apply {
+    /// As configured.
+    pub settings: MasterTargetSettings,
+    /// Shared state.
+    pub shared: Arc<TargetShared>,
+    /// Metadata.
+    pub records: Records,
+    /// Wraps data keys.
+    pub kek: Arc<KeyEncryptionKey>,
+    /// To the journal.
+    pub journal: JournalHandle,
+    /// Files.
+    pub storage: Uring,
+    replicas: RefCell<HashMap<DiskId, Rc<Replica>>>,
+    preparing: tokio::sync::Mutex<()>,
+    views: RefCell<HashMap<u64, OpenView>>,
+    next_view: std::cell::Cell<u64>,
+}
+
+struct OpenView {
+    view: Rc<View<Uring>>,
+    replica: Rc<Replica>,
+    point: PointId,
+}
+
+/// What the thread is given.
+pub struct Setup {
+    /// As configured.
+    pub settings: MasterTargetSettings,
+    /// Shared state.
+    pub shared: Arc<TargetShared>,
+    /// Metadata.
+    pub records: Records,
+    /// Wraps data keys.
+    pub kek: Arc<KeyEncryptionKey>,
+    /// To the journal.
+    pub journal: JournalHandle,
+    /// What the journal held at start.
+    pub found: Found,
+}
+
+/// Opens every replica that exists, reports, then serves until every sender of commands is gone.
+pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: std::sync::mpsc::SyncSender<()>) {
+    let apply = Rc::new(Apply {
+        settings: setup.settings,
+        shared: setup.shared,
+        records: setup.records,
+        kek: setup.kek,
+        journal: setup.journal,
+        storage: Uring::direct(),
+        replicas: RefCell::default(),
+        preparing: tokio::sync::Mutex::new(()),
+        views: RefCell::default(),
+        next_view: std::cell::Cell::new(1),
+    });
+    let mut found = setup.found;
+    for disk in apply.shared.disks.clone() {
+        if let Err(refusal) = apply.open_existing(&disk, &mut found).await {
+            tracing::error!(disk = disk.label, reason = refusal.message, "replica cannot be used; the others go on");
+            disk.condition().error = Some(refusal.message);
+        }
+    }
+    if !found.is_empty() {
+        tracing::warn!(disks = found.len(), "the journal holds batches of disks or replicas that are not here; they are kept");
+    }
+    let _ = opened.send(());
+    while let Some(command) = commands.recv().await {
+        let apply = apply.clone();
+        tokio::task::spawn_local(async move { apply.handle(command).await });
+    }
+}
+
+impl Apply {
+    async fn handle(self: Rc<Self>, command: Command) {
+        match command {
+            Command::Prepare { disk, size, done } => drop(done.send(self.prepare(disk, size).await)),
+            Command::OpenView { point, disk, done } => drop(done.send(self.open_view(point, disk).await)),
+            Command::Read { view, extent, done } => drop(done.send(self.read(view, extent).await)),
+            Command::NextData { view, offset, done } => {
+                let found = self.with_view(view).and_then(|(view, replica)| view.next_data(&replica.image, offset).map_err(|e| e.to_string()));
+                let _ = done.send(found);
+            }
+            Command::CloseView { view } => {
+                let closed = self.views.borrow_mut().remove(&view);
+                if let Some(open) = closed {
+                    self.shared.book().unpin(open.point);
+                }
+            }
+        }
+    }
+
+    fn with_view(&self, number: u64) -> Result<(Rc<View<Uring>>, Rc<Replica>), String> {
+        let views = self.views.borrow();
+        let open = views.get(&number).ok_or("the view was closed")?;
+        Ok((open.view.clone(), open.replica.clone()))
+    }
+
+    async fn read(&self, view: u64, extent: Extent) -> Result<Bytes, String> {
+        let (view, replica) = self.with_view(view)?;
+        if !extent.fits(replica.image.size()) {
+            return Err("the read lies outside the disk".to_owned());
+        }
+        view.read(&replica.image, extent).await.map(crate::storage::AlignedBuf::freeze).map_err(|e| e.to_string())
+    }
+
+    async fn open_view(&self, point: PointId, disk: DiskId) -> Result<(u64, u64), String> {
+        let position = {
+            let mut book = self.shared.book();
+            let found = book.get(point).ok_or_else(|| format!("there is no recovery point {point}: see `tidegate point list`"))?;
+            let position = found.disks.get(&disk).copied().ok_or("the point does not have this disk")?;
+            book.pin(point);
+            position
+        };
+        let opened = async {
+            let replica = self.replicas.borrow().get(&disk).cloned().ok_or("the replica of this disk is not open")?;
+            let view = replica.retention.view(position).await.map_err(|e| e.to_string())?;
+            Ok::<_, String>((view, replica))
+        };
+        match opened.await {
+            Ok((view, replica)) => {
+                let (number, size) = (self.next_view.get(), replica.image.size());
+                self.next_view.set(number + 1);
+                self.views.borrow_mut().insert(number, OpenView { view, replica, point });
+                Ok((number, size))
+            }
+            Err(e) => {
+                self.shared.book().unpin(point);
+                Err(e)
+            }
+        }
+    }
+
+    /// Starts the task that applies to a replica.
+    fn adopt(self: &Rc<Self>, replica: Replica) {
+        let replica = Rc::new(replica);
+        self.replicas.borrow_mut().insert(replica.shared.id, replica.clone());
+        let apply = self.clone();
+        tokio::task::spawn_local(async move {
+            let disk = replica.shared.clone();
+            if let Err(error) = apply.keep_applying(&replica).await {
+                tracing::error!(disk = disk.label, %error, "the replica cannot go on; what arrives stays in the journal. Repair the storage and restart the master target");
+                disk.condition().error = Some(error.to_string());
+            }
+        });
+    }
+
+    async fn keep_applying(&self, replica: &Replica) -> Result<(), checkpoint::ApplyError> {
+        let (interval, bytes) = (self.settings.apply.checkpoint_interval, self.settings.apply.checkpoint_bytes);
+        let mut last = clock::now();
+        loop {
+            let disk = &replica.shared;
+            if disk.waiting() == 0 {
+                disk.queued.notified().await;
+                continue;
+            }
+            while disk.waiting_bytes() < bytes && clock::now().since(last) < interval {
+                let left = interval.saturating_sub(clock::now().since(last));
+                tokio::time::sleep(left.min(Duration::from_millis(5))).await;
+            }
+            last = clock::now();
+            let items = disk.take(2 * bytes);
+            checkpoint::run(self, replica, items).await?;
+            crate::observe::metrics::observe(crate::observe::metrics::CHECKPOINT, clock::now().since(last));
+        }
+    }
+
+    fn disk(&self, id: DiskId) -> Result<Arc<DiskShared>, Refusal> {
+        self.shared.disk(id).cloned().ok_or_else(|| Refusal {
+            retry: false,
+            message: format!("disk {id} is not registered at the master target: add its machine and name to the configuration there"),
+        })
+    }
+}

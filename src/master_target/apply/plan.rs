@@ -1,0 +1,95 @@
+//! Plans a checkpoint: batches are cut at markers, and within a cut only the last write to each byte is left. Pure.
+
+use crate::model::{Extent, Marker, OverlayMap, Position};
+use crate::wire::WireError;
+use crate::wire::batch::{BatchHeader, parse_entries, parse_marker};
+
+/// What is written between two markers.
+#[derive(Debug, Default)]
+pub struct Cut {
+    /// What stands where: which batch, and the place in its data (`None` for zeroes).
+    pub pieces: OverlayMap<Content>,
+    /// The marker it ends with: its place, what it says, and the batch that brought it.
+    pub marker: Option<(Position, Marker, usize)>,
+}
+
+/// Where the content of a piece comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Content {
+    /// Index of the batch.
+    pub batch: usize,
+    /// Place in its data.
+    pub data_at: Option<u32>,
+}
+
+/// Cuts and folds batches given in order.
+///
+/// # Errors
+/// [`WireError`] if a body contradicts its header, which the receiver has checked: the journal was damaged.
+pub fn plan<'a>(batches: impl Iterator<Item = (&'a BatchHeader, &'a [u8])>) -> Result<Vec<Cut>, WireError> {
+    let mut cuts = vec![Cut::default()];
+    for (index, (header, body)) in batches.enumerate() {
+        let cut = cuts.last_mut().expect("there is always one cut");
+        for entry in parse_entries(header, body)? {
+            cut.pieces.insert(entry.extent, Content { batch: index, data_at: entry.data_at });
+        }
+        if let Some(marker) = parse_marker(header, body)? {
+            cut.marker = Some((header.end(), marker, index));
+            cuts.push(Cut::default());
+        }
+    }
+    cuts.retain(|cut| !cut.pieces.is_empty() || cut.marker.is_some());
+    Ok(cuts)
+}
+
+/// What a cut does to the disk, in order of offset.
+pub fn writes(cut: &Cut) -> impl Iterator<Item = (Extent, Content)> + '_ {
+    cut.pieces.iter().map(|p| {
+        let data_at = p.source.data_at.map(|at| at + p.skip as u32);
+        (p.extent, Content { data_at, ..p.source })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::model::{DiskId, MachineId, PointId, PointKind};
+    use crate::wire::batch::push_entry;
+
+    fn batch(last: u64, extents: &[(u64, u64, bool)], marked: bool) -> (BatchHeader, Vec<u8>) {
+        let data_len: u64 = extents.iter().filter(|e| !e.2).map(|e| e.1).sum();
+        let mut body = vec![last as u8; data_len as usize];
+        for &(offset, len, zero) in extents {
+            push_entry(&mut body, Extent::new(offset, len), zero);
+        }
+        let table_end = body.len();
+        if marked {
+            let marker = Marker { point: PointId(Uuid::from_u128(last.into())), machine: MachineId(Uuid::nil()), kind: PointKind::Crash, disks: vec![DiskId(Uuid::nil())], label: None, wall_ms: 0, hold_us: 0 };
+            body.extend(postcard::to_stdvec(&marker).unwrap());
+        }
+        let header = BatchHeader {
+            compressed: false, disk: DiskId(Uuid::nil()), generation: 1, epoch: 1, first: last, last, data_len: data_len as u32,
+            extents: extents.len() as u32, marker_len: (body.len() - table_end) as u32, stored_len: 16, body_crc: 0, age_us: 0,
+            accepted_wall_ms: 0, salt: [0; 32], nonce: 0,
+        };
+        (header, body)
+    }
+
+    #[test]
+    fn writes_fold_within_a_cut_and_never_across_a_marker() {
+        let batches = [batch(1, &[(0, 1024, false)], false), batch(2, &[(512, 1024, false)], true), batch(3, &[(0, 512, true)], false)];
+        let cuts = plan(batches.iter().map(|(h, b)| (h, b.as_slice()))).unwrap();
+        assert_eq!(cuts.len(), 2);
+        let first: Vec<_> = writes(&cuts[0]).collect();
+        assert_eq!(first, [
+            (Extent::new(0, 512), Content { batch: 0, data_at: Some(0) }),
+            (Extent::new(512, 1024), Content { batch: 1, data_at: Some(0) }),
+        ]);
+        assert_eq!(cuts[0].marker.as_ref().unwrap().0, Position::new(1, 2));
+        let second: Vec<_> = writes(&cuts[1]).collect();
+        assert_eq!(second, [(Extent::new(0, 512), Content { batch: 2, data_at: None })]);
+        assert!(cuts[1].marker.is_none());
+    }
+}

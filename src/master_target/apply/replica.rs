@@ -1,0 +1,204 @@
+//! A replica: its image, its retention journal, its key. Made, opened, and replaced when it is gone.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{Apply, Prepared, Refusal};
+use crate::crypto::keyring::DataKey;
+use crate::crypto::seal::{Opener, Purpose};
+use crate::disk::Image;
+use crate::master_target::catalogue::ReplicaRecord;
+use crate::master_target::journal::{self, Found};
+use crate::master_target::retain::{Retention, Subject};
+use crate::master_target::shared::{DiskShared, Item, Travel};
+use crate::model::{DiskId, PointId, Position, SECTOR};
+use crate::storage::log::random_u64;
+use crate::storage::uring::{Uring, UringFile, create_dir_durable};
+
+/// An open replica.
+pub struct Replica {
+    /// Shared with the network thread.
+    pub shared: Arc<DiskShared>,
+    /// The image.
+    pub image: Image<UringFile>,
+    /// Its history.
+    pub retention: Retention<Uring>,
+    /// Opens batches that were not kept in memory.
+    pub opener: Arc<Mutex<Opener>>,
+    /// The newest marker applied.
+    pub last_marker: Cell<Option<Position>>,
+    /// How markers travelled whose points are not listed yet.
+    pub arrived: RefCell<HashMap<PointId, Travel>>,
+    key: DataKey,
+    generation: u64,
+}
+
+impl Apply {
+    /// Opens the replica of a disk if the catalogue has one, and queues what the journal holds for it.
+    pub(super) async fn open_existing(self: &Rc<Self>, disk: &Arc<DiskShared>, found: &mut Found) -> Result<(), Refusal> {
+        let stop = |message: String| Refusal { retry: false, message };
+        let Some(record) = self.records.replica(disk.id).map_err(|e| stop(e.to_string()))? else { return Ok(()) };
+        let path = self.image_path(disk, &record);
+        if !path.exists() {
+            tracing::error!(disk = disk.label, path = %path.display(), "the replica image is gone: its recovery points are lost, the disk will be replicated anew");
+            return self.forget(disk).map_err(stop);
+        }
+        if disk.format != record.format {
+            tracing::warn!(disk = disk.label, "the configured format counts for new replicas only; this one stays {}", record.format.as_str());
+        }
+        let key = self.kek.unwrap(&record.wrapped_key, disk.id, record.generation).map_err(|e| stop(e.to_string()))?;
+        let image = Image::open(&self.storage, &path, record.format).await.map_err(|e| stop(e.to_string()))?;
+        if image.size() < record.size {
+            return Err(stop(format!("replica {} is smaller ({}) than the disk ({}): it was replaced by another file", path.display(), image.size(), record.size)));
+        }
+        let (queue, unneeded) = journal::replay(record.checkpoint, found.remove(&(disk.id, record.generation)).unwrap_or_default());
+        self.journal.release(unneeded).await;
+        let replica = self.assemble(disk, image, key, &record).await.map_err(stop)?;
+        let journaled = queue.last().map_or(record.checkpoint, |item| item.end);
+        tracing::info!(disk = disk.label, checkpoint = %record.checkpoint, %journaled, "replica opened");
+        {
+            let mut condition = disk.condition();
+            (condition.received, condition.journaled, condition.size) = (journaled, journaled, record.size);
+            (condition.applied, condition.checkpointed) = (record.checkpoint, record.checkpoint);
+            condition.retained_bytes = replica.retention.bytes();
+        }
+        for item in queue {
+            disk.push(item);
+        }
+        self.adopt(replica);
+        Ok(())
+    }
+
+    async fn assemble(&self, disk: &Arc<DiskShared>, image: Image<UringFile>, key: DataKey, record: &ReplicaRecord) -> Result<Replica, String> {
+        let subject = Subject { disk: disk.id, generation: record.generation, key: key.clone(), size: record.size };
+        let dir = self.settings.state.join("retain").join(disk.id.to_string()).join(format!("{:016x}", record.generation));
+        let retention = Retention::open(self.storage.clone(), &dir, subject, record.last_marker).await.map_err(|e| e.to_string())?;
+        let opener = Opener::new(key.clone(), Purpose::Stream, disk.id, record.generation);
+        Ok(Replica {
+            shared: disk.clone(),
+            image,
+            retention,
+            opener: Arc::new(Mutex::new(opener)),
+            last_marker: Cell::new(record.last_marker),
+            arrived: RefCell::default(),
+            key,
+            generation: record.generation,
+        })
+    }
+
+    /// Makes sure that a replica exists and fits.
+    pub(super) async fn prepare(self: &Rc<Self>, id: DiskId, size: u64) -> Result<Prepared, Refusal> {
+        let _one_at_a_time = self.preparing.lock().await;
+        let disk = self.disk(id)?;
+        if let Some(error) = disk.condition().error.clone() {
+            return Err(Refusal { retry: false, message: format!("the replica of {} cannot go on: {error}", disk.label) });
+        }
+        if !self.replicas.borrow().contains_key(&id) {
+            if size == 0 {
+                return Err(Refusal { retry: true, message: "the size of the disk is not known yet: its agent has not connected".to_owned() });
+            }
+            let size = self.size_of_new(&disk, size)?;
+            let replica = self.create(&disk, size).await.map_err(|message| Refusal { retry: true, message })?;
+            self.adopt(replica);
+        }
+        let replica = self.replicas.borrow().get(&id).cloned().expect("opened or made above");
+        if size > replica.image.size() {
+            return Err(too_large(&disk, size, replica.image.size()));
+        }
+        let record = self.records.replica(id).ok().flatten();
+        let journaled = disk.condition().journaled;
+        Ok(Prepared {
+            generation: replica.generation,
+            key: replica.key.clone(),
+            size: replica.image.size(),
+            epoch: record.map_or(0, |r| r.epoch).max(journaled.epoch),
+            journaled,
+        })
+    }
+
+    fn size_of_new(&self, disk: &DiskShared, source: u64) -> Result<u64, Refusal> {
+        match disk.configured_size {
+            Some(configured) if source > configured => Err(too_large(disk, source, configured)),
+            Some(configured) => Ok(configured),
+            None if source.is_multiple_of(SECTOR) => Ok(source),
+            None => Err(Refusal { retry: false, message: format!("the size of {} is not a multiple of 512", disk.label) }),
+        }
+    }
+
+    /// Makes a replica of zeroes. The catalogue learns of it last: before that a crash leaves a file that is made again.
+    async fn create(&self, disk: &Arc<DiskShared>, size: u64) -> Result<Replica, String> {
+        // Never zero: zero is what an agent has that knows no replica.
+        let generation = random_u64() >> 1 | 1;
+        let key = DataKey::generate();
+        let record = ReplicaRecord {
+            generation,
+            wrapped_key: self.kek.wrap(&key, disk.id, generation),
+            size,
+            format: disk.format,
+            epoch: 0,
+            checkpoint: Position::default(),
+            last_marker: None,
+        };
+        let path = self.image_path(disk, &record);
+        let dir = path.parent().map(PathBuf::from).unwrap_or_default();
+        create_dir_durable(&dir).map_err(|e| e.to_string())?;
+        if path.exists() {
+            // The catalogue does not know it: a crash while it was made, or a file of somebody else. Never overwritten.
+            let aside = path.with_extension(format!("{}.unknown-{generation:x}", record.format.as_str()));
+            std::fs::rename(&path, &aside).map_err(|e| format!("{}: {e}", path.display()))?;
+            tracing::warn!(path = %aside.display(), "a file stood where a new replica goes; it was moved aside, remove it if it is not needed");
+        }
+        let image = Image::create(&self.storage, &path, record.format, size).await.map_err(|e| e.to_string())?;
+        let replica = self.assemble(disk, image, key, &record).await?;
+        self.records.put_replica(disk.id, &record).map_err(|e| e.to_string())?;
+        disk.condition().size = size;
+        tracing::info!(disk = disk.label, path = %path.display(), size, "replica made; initial replication can begin");
+        Ok(replica)
+    }
+
+    fn image_path(&self, disk: &DiskShared, record: &ReplicaRecord) -> PathBuf {
+        let name = format!("{}.{}", disk.name, record.format.as_str());
+        self.settings.replicas().join(disk.machine_name.as_str()).join(name)
+    }
+
+    /// A replica is gone: so are its points. The record goes too, so that a new history begins.
+    fn forget(&self, disk: &DiskShared) -> Result<(), String> {
+        let points = self.shared.book().needing(disk.id);
+        self.records.forget_replica(disk.id, &points).map_err(|e| e.to_string())?;
+        let mut book = self.shared.book();
+        book.unlist(&points);
+        book.forget_pending(&points);
+        Ok(())
+    }
+}
+
+impl Replica {
+    /// The opened body of an item, from memory or from the journal.
+    pub async fn body(&self, apply: &Apply, item: &mut Item) -> Result<(), super::checkpoint::ApplyError> {
+        if item.body.is_some() {
+            return Ok(());
+        }
+        let bytes = apply.journal.read(item.location).await?;
+        let opener = self.opener.clone();
+        let opened = tokio::task::spawn_blocking(move || {
+            let sealed = &bytes[crate::storage::log::format::RECORD_HEADER_LEN..];
+            opener.lock().unwrap_or_else(PoisonError::into_inner).open(sealed)
+        });
+        let opened = opened.await.map_err(|e| std::io::Error::other(e.to_string()))??;
+        apply.shared.body_bytes.fetch_add(opened.1.len() as u64, Ordering::Relaxed);
+        item.body = Some(opened);
+        Ok(())
+    }
+}
+
+fn too_large(disk: &DiskShared, source: u64, replica: u64) -> Refusal {
+    let message = format!(
+        "disk {} has {source} bytes and its replica {replica}: set `size` of the disk at the master target to at least {source} and remove the replica to begin anew, or shrink the disk",
+        disk.label
+    );
+    Refusal { retry: false, message }
+}

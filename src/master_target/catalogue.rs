@@ -1,0 +1,160 @@
+//! What a master target remembers: replicas, points, and how long it has run.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::points::{Book, Changes, Pending};
+use crate::disk::Format;
+use crate::model::{DiskId, PointId, Position, RecoveryPoint};
+use crate::storage::catalogue::{Catalogue, CatalogueError, Table};
+
+const DISKS: Table = Table::new("disks");
+const POINTS: Table = Table::new("points");
+const PENDING: Table = Table::new("pending-points");
+const SERVER: Table = Table::new("server");
+
+/// A replica's record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaRecord {
+    /// The history of its data.
+    pub generation: u64,
+    /// The disk's data key, wrapped.
+    pub wrapped_key: Vec<u8>,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Format of the image.
+    pub format: Format,
+    /// The highest epoch obeyed.
+    pub epoch: u64,
+    /// Everything through here is durable in the replica.
+    pub checkpoint: Position,
+    /// The newest marker within the checkpoint: old content is kept from there on.
+    pub last_marker: Option<Position>,
+}
+
+/// The master target's catalogue.
+#[derive(Clone)]
+pub struct Records {
+    catalogue: Catalogue,
+    /// Id of the journal.
+    pub journal_id: Uuid,
+}
+
+impl Records {
+    /// Opens or makes the catalogue in `state`.
+    ///
+    /// # Errors
+    /// See [`Catalogue::open`].
+    pub fn open(state: &Path) -> Result<Self, CatalogueError> {
+        let catalogue = Catalogue::open(&state.join("master-target.redb"), &[DISKS, POINTS, PENDING, SERVER])?;
+        let journal_id = match catalogue.get(SERVER, b"journal-id")? {
+            Some(id) => id,
+            None => {
+                let id = Uuid::new_v4();
+                catalogue.write(|batch| batch.put(SERVER, b"journal-id", &id))?;
+                id
+            }
+        };
+        Ok(Self { catalogue, journal_id })
+    }
+
+    /// A replica's record.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn replica(&self, disk: DiskId) -> Result<Option<ReplicaRecord>, CatalogueError> {
+        self.catalogue.get(DISKS, disk.0.as_bytes())
+    }
+
+    /// Sets a replica's record.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn put_replica(&self, disk: DiskId, record: &ReplicaRecord) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| batch.put(DISKS, disk.0.as_bytes(), record))
+    }
+
+    /// Raises a disk's epoch, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn raise_epoch(&self, disk: DiskId, epoch: u64) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
+            record.epoch = record.epoch.max(epoch);
+            batch.put(DISKS, disk.0.as_bytes(), &record)
+        })
+    }
+
+    /// The book of points.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn book(&self) -> Result<Book, CatalogueError> {
+        let listed = self.catalogue.all::<RecoveryPoint>(POINTS)?.into_iter().map(|(_, point)| point).collect();
+        let pending = self.catalogue.all::<Pending>(PENDING)?.into_iter().map(|(_, p)| (p.marker.point, p)).collect();
+        Ok(Book::load(listed, pending))
+    }
+
+    /// Seconds this master target has run before.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn clock(&self) -> Result<u64, CatalogueError> {
+        Ok(self.catalogue.get(SERVER, b"clock")?.unwrap_or(0))
+    }
+
+    /// A checkpoint and what it did to the points, in one transaction.
+    ///
+    /// # Errors
+    /// Those of the catalogue; nothing was changed then.
+    pub fn checkpoint(&self, disk: DiskId, checkpoint: Position, last_marker: Option<Position>, changes: &[Changes], clock: u64) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
+            record.checkpoint = checkpoint;
+            record.last_marker = last_marker;
+            record.epoch = record.epoch.max(checkpoint.epoch);
+            batch.put(DISKS, disk.0.as_bytes(), &record)?;
+            batch.put(SERVER, b"clock", &clock)?;
+            for change in changes {
+                if let Some((id, pending)) = &change.pending {
+                    batch.put(PENDING, id.0.as_bytes(), pending)?;
+                }
+                change.forget.iter().try_for_each(|id| batch.remove(PENDING, id.0.as_bytes()))?;
+                if let Some(point) = &change.listed {
+                    batch.put(POINTS, point.id.0.as_bytes(), point)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Removes a replica's record and the points that needed it, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue; nothing was changed then.
+    pub fn forget_replica(&self, disk: DiskId, points: &[PointId]) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            batch.remove(DISKS, disk.0.as_bytes())?;
+            points.iter().try_for_each(|id| {
+                batch.remove(POINTS, id.0.as_bytes())?;
+                batch.remove(PENDING, id.0.as_bytes())
+            })
+        })
+    }
+
+    /// Takes points off the list, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn unlist(&self, points: &[PointId]) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            points.iter().try_for_each(|id| {
+                batch.remove(POINTS, id.0.as_bytes())?;
+                batch.remove(PENDING, id.0.as_bytes())
+            })
+        })
+    }
+}

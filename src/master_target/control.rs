@@ -1,0 +1,253 @@
+//! What the master target tells the command line and Prometheus.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::{mpsc, oneshot};
+
+use super::MasterTarget;
+use super::journal::JournalHandle;
+use super::recover::{self, Recoveries, Target};
+use super::shared::{DiskShared, TargetShared};
+use crate::clock::{self, Mono};
+use crate::control::api::{ApiError, DiskView, MachineView, PointView, RecoveryView, Request, RoleStatus};
+use crate::control::server::{Answer, Role};
+use crate::disk::Format;
+use crate::model::{DiskId, Health, MachineId, PointId, RecoveryPoint, ReplicationState, Rung};
+use crate::observe::metrics;
+
+const FIGURES_EVERY: Duration = Duration::from_secs(1);
+/// A report older than this says nothing about now.
+const REPORT_FRESH: Duration = Duration::from_secs(15);
+
+/// The master target as the control interface sees it.
+pub struct Control {
+    shared: Arc<TargetShared>,
+    recoveries: Recoveries,
+    recover: mpsc::Sender<recover::Command>,
+    name: String,
+}
+
+impl MasterTarget {
+    /// Its side of the control interface.
+    pub fn control(&self) -> Arc<dyn Role> {
+        Arc::new(Control { shared: self.shared.clone(), recoveries: self.recoveries.clone(), recover: self.recover.clone(), name: self.name.clone() })
+    }
+}
+
+impl Role for Control {
+    fn status(&self) -> RoleStatus {
+        let machines = machines(&self.shared);
+        let health = machines.iter().map(|m| m.health).max().unwrap_or_default();
+        let worst = machines.iter().flat_map(|m| &m.disks).find(|d| d.health == health && d.reason.is_some());
+        let (reason, remedy) = worst.map_or((None, None), |d| (d.reason.clone(), d.remedy.clone()));
+        RoleStatus { role: "master-target".to_owned(), name: self.name.clone(), health, reason, remedy, machines, cache_bytes: None, connected: None }
+    }
+
+    fn call<'a>(&'a self, request: &'a Request) -> Answer<'a> {
+        Box::pin(async move {
+            let result = match request {
+                Request::Points { machine } => self.points(machine.as_deref()).and_then(|points| to_value(&points)),
+                Request::Mount { point, disk, nbd } => self.start(point, disk.as_deref(), Target::Nbd(nbd.clone())).await.and_then(|v| to_value(&v)),
+                Request::Export { point, disk, format, output } => match format.parse::<Format>() {
+                    Ok(format) => self.start(point, disk.as_deref(), Target::File(format, PathBuf::from(output))).await.and_then(|v| to_value(&v)),
+                    Err(message) => Err(message),
+                },
+                Request::Recoveries => to_value(&self.recoveries.list()),
+                Request::Unmount { name } => self.unmount(name).await.and_then(|()| to_value(&())),
+                Request::Status | Request::Mark { .. } => return None,
+            };
+            Some(result.map_err(|message| ApiError { message }))
+        })
+    }
+}
+
+fn to_value<T: serde::Serialize>(value: &T) -> Result<Value, String> {
+    serde_json::to_value(value).map_err(|e| e.to_string())
+}
+
+impl Control {
+    fn machine_names(&self) -> HashMap<MachineId, String> {
+        self.shared.disks.iter().map(|d| (d.machine, d.machine_name.to_string())).collect()
+    }
+
+    fn points(&self, machine: Option<&str>) -> Result<Vec<PointView>, String> {
+        let names = self.machine_names();
+        if let Some(wanted) = machine
+            && !names.values().any(|n| n == wanted)
+        {
+            return Err(format!("machine {wanted} is not known here: see `tidegate machine list`"));
+        }
+        let wanted = |p: &RecoveryPoint| machine.is_none_or(|m| names.get(&p.machine).is_some_and(|n| n == m));
+        Ok(self.shared.book().all().into_iter().filter(wanted).map(|p| self.view(&p, &names)).collect())
+    }
+
+    fn view(&self, point: &RecoveryPoint, names: &HashMap<MachineId, String>) -> PointView {
+        let disk_name = |id: DiskId| self.shared.disk(id).map_or_else(|| "(removed)".to_owned(), |d| d.name.to_string());
+        PointView {
+            id: point.id.to_string(),
+            machine: names.get(&point.machine).cloned().unwrap_or_else(|| point.machine.to_string()),
+            kind: point.kind.as_str().to_owned(),
+            label: point.label.clone(),
+            time: clock::rfc3339(point.wall_ms),
+            hold_seconds: Duration::from_micros(point.hold_us).as_secs_f64(),
+            disks: point.disks.iter().map(|(id, at)| (disk_name(*id), id.to_string(), at.to_string())).collect(),
+        }
+    }
+
+    /// A point by id, by the beginning of its id, or `latest` when there is one machine.
+    fn find_point(&self, text: &str) -> Result<RecoveryPoint, String> {
+        let all = self.shared.book().all();
+        if text == "latest" {
+            let machines: std::collections::HashSet<_> = all.iter().map(|p| p.machine).collect();
+            return match machines.len() {
+                0 => Err("there is no recovery point yet".to_owned()),
+                1 => all.into_iter().next_back().ok_or_else(|| "there is no recovery point yet".to_owned()),
+                _ => Err("several machines have points: give the id of one, see `tidegate point list --machine M`".to_owned()),
+            };
+        }
+        let found: Vec<_> = all.into_iter().filter(|p| p.id.to_string().starts_with(text)).collect();
+        match <[_; 1]>::try_from(found) {
+            Ok([point]) if text.len() >= 4 => Ok(point),
+            Ok(_) => Err(format!("{text:?} is too short to name a point: give at least four characters")),
+            Err(found) if found.is_empty() => Err(format!("there is no recovery point {text}: see `tidegate point list`")),
+            Err(found) => Err(format!("{text} begins the ids of {} points: give more of it", found.len())),
+        }
+    }
+
+    fn find_disk(&self, point: &RecoveryPoint, name: Option<&str>) -> Result<(DiskId, String), String> {
+        let disks: Vec<_> = point.disks.keys().filter_map(|id| self.shared.disk(*id)).collect();
+        let found = match (name, &disks[..]) {
+            (None, [only]) => Some(*only),
+            (None, _) => {
+                let names: Vec<_> = disks.iter().map(|d| d.name.as_str()).collect();
+                return Err(format!("the point has several disks: choose one with --disk ({})", names.join(", ")));
+            }
+            (Some(name), _) => disks.iter().copied().find(|d| d.name.as_str() == name || d.id.to_string() == name),
+        };
+        found.map(|d| (d.id, d.label.clone())).ok_or_else(|| format!("the point has no disk {}", name.unwrap_or_default()))
+    }
+
+    async fn start(&self, point: &str, disk: Option<&str>, target: Target) -> Result<RecoveryView, String> {
+        let point = self.find_point(point)?;
+        let (disk, label) = self.find_disk(&point, disk)?;
+        let (done, answer) = oneshot::channel();
+        let gone = || "the master target is stopping".to_owned();
+        let id: PointId = point.id;
+        self.recover.send(recover::Command::Start { point: id, disk, label, target, done }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    async fn unmount(&self, name: &str) -> Result<(), String> {
+        let (done, answer) = oneshot::channel();
+        let gone = || "the master target is stopping".to_owned();
+        self.recover.send(recover::Command::Stop { name: name.to_owned(), done }).await.map_err(|_| gone())?;
+        if answer.await.map_err(|_| gone())? { Ok(()) } else { Err(format!("there is no mount or export {name}: see `tidegate recover list`")) }
+    }
+}
+
+fn machines(shared: &TargetShared) -> Vec<MachineView> {
+    let now = clock::now();
+    let mut machines: Vec<MachineView> = Vec::new();
+    for disk in &shared.disks {
+        let view = disk_view(disk, now);
+        match machines.iter_mut().find(|m| m.id == disk.machine.to_string()) {
+            Some(machine) => {
+                machine.health = machine.health.max(view.health);
+                machine.rpo_seconds = machine.rpo_seconds.zip(view.rpo_seconds).map(|(a, b)| a.max(b));
+                machine.disks.push(view);
+            }
+            None => {
+                let book = shared.book();
+                let points = book.of(disk.machine);
+                machines.push(MachineView {
+                    name: disk.machine_name.to_string(),
+                    id: disk.machine.to_string(),
+                    health: view.health,
+                    rpo_seconds: view.rpo_seconds,
+                    points: points.len(),
+                    oldest_point: points.first().map(|p| clock::rfc3339(p.wall_ms)),
+                    newest_point: points.last().map(|p| clock::rfc3339(p.wall_ms)),
+                    disks: vec![view],
+                });
+            }
+        }
+    }
+    machines
+}
+
+fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
+    let condition = disk.condition().clone();
+    let report = condition.report.as_ref().filter(|(_, at)| now.since(*at) < REPORT_FRESH).map(|(r, _)| r.clone());
+    let rungs = [
+        (Rung::Received, condition.received),
+        (Rung::Journaled, condition.journaled),
+        (Rung::Applied, condition.applied),
+        (Rung::Checkpointed, condition.checkpointed),
+    ];
+    let (health, reason, remedy) = judge(&condition.error, condition.size, report.as_ref().map(|r| r.state));
+    let parts = condition.newest.map(|n| [n.travel.source, n.travel.gateway, n.travel.link, n.apply].map(|d| d.as_secs_f64()));
+    DiskView {
+        name: disk.name.to_string(),
+        id: disk.id.to_string(),
+        state: match (&condition.error, &report) {
+            (Some(_), _) => ReplicationState::Error.as_str().to_owned(),
+            (None, Some(report)) => report.state.as_str().to_owned(),
+            (None, None) => "not connected".to_owned(),
+        },
+        health,
+        reason,
+        remedy,
+        size_bytes: condition.size,
+        missing_bytes: report.as_ref().map_or(0, |r| r.missing_bytes),
+        backlog_bytes: report.as_ref().map_or(0, |r| r.backlog_bytes),
+        waiting_bytes: disk.waiting_bytes(),
+        retained_bytes: condition.retained_bytes,
+        rpo_seconds: condition.newest.map(|n| now.since(n.travel.captured()).as_secs_f64()),
+        rpo_parts: parts,
+        positions: rungs.iter().map(|(r, p)| (r.as_str().to_owned(), p.to_string())).collect(),
+    }
+}
+
+fn judge(error: &Option<String>, size: u64, state: Option<ReplicationState>) -> (Health, Option<String>, Option<String>) {
+    let told = |health, reason: &str, remedy: &str| (health, Some(reason.to_owned()), Some(remedy.to_owned()));
+    match (error, state) {
+        (Some(error), _) => told(Health::Critical, error, "act on the reason; restart the master target if it does not go on by itself"),
+        (None, None) if size == 0 => told(Health::Critical, "nothing has arrived yet", "start the agent and the process server, look at their logs"),
+        (None, None) => told(Health::Critical, "nothing heard from the agent for 15 s", "check the agent, the process server and the network between them"),
+        (None, Some(ReplicationState::InitialReplication)) => told(Health::Warning, "initial replication is under way", "wait; points begin when it is complete"),
+        (None, Some(ReplicationState::Resynchronising)) => told(Health::Warning, "regions are being sent again", "wait; older points stay good meanwhile"),
+        (None, Some(ReplicationState::Error)) => told(Health::Critical, "the source disk failed at the agent", "look at the agent's log and restart it"),
+        (None, Some(ReplicationState::Delta)) => (Health::Healthy, None, None),
+    }
+}
+
+/// Publishes figures once a second.
+pub async fn publish(shared: &TargetShared, journal: &JournalHandle) {
+    loop {
+        metrics::disk_gauge(metrics::JOURNAL_BYTES, "", metrics::number(journal.figures.live_bytes.load(Ordering::Relaxed)));
+        let now = clock::now();
+        for disk in &shared.disks {
+            let view = disk_view(disk, now);
+            let condition = disk.condition().clone();
+            metrics::position(&disk.label, Rung::Received, condition.received);
+            metrics::position(&disk.label, Rung::Journaled, condition.journaled);
+            metrics::position(&disk.label, Rung::Applied, condition.applied);
+            metrics::position(&disk.label, Rung::Checkpointed, condition.checkpointed);
+            if let Some(rpo) = view.rpo_seconds {
+                metrics::disk_gauge(metrics::RPO, &disk.label, rpo);
+            }
+            for (part, seconds) in ["source", "gateway", "link", "apply"].into_iter().zip(view.rpo_parts.unwrap_or_default()) {
+                metrics::disk_part(metrics::RPO_PART, &disk.label, "part", part, seconds);
+            }
+        }
+        for machine in machines(shared) {
+            metrics::machine_points(&machine.name, machine.points);
+        }
+        tokio::time::sleep(FIGURES_EVERY).await;
+    }
+}

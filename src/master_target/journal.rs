@@ -1,0 +1,85 @@
+//! The journal: a [`crate::storage::log`] of sealed batches that are acknowledged and not yet in their replicas.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use uuid::Uuid;
+
+use super::shared::Item;
+use crate::config::master_target::Journal;
+use crate::model::{DiskId, Position};
+use crate::observe::metrics;
+use crate::storage::log::service::{self, Appended, LogHandle, Setup};
+use crate::storage::log::{Location, LogError, Options, Recovered};
+use crate::wire::batch::{BATCH_BYTES_MAX, BatchHeader};
+
+/// Groups of results that may wait for the network thread.
+const COMPLETIONS_QUEUED_MAX: usize = 64;
+
+/// What comes back with a journaled batch.
+pub struct Tag {
+    /// Whose.
+    pub disk: DiskId,
+    /// Its number in the disk's pipeline.
+    pub number: u64,
+    /// Its place in the pipeline, free for another batch when this is dropped.
+    pub permit: OwnedSemaphorePermit,
+}
+
+/// The way to the journal.
+pub type JournalHandle = LogHandle<Tag>;
+/// Results of the journal.
+pub type Completions = mpsc::Receiver<Vec<Appended<Tag>>>;
+
+/// Opens the journal in `state`.
+///
+/// # Errors
+/// See [`crate::storage::log::Log::open`].
+pub fn open(state: &Path, id: Uuid, settings: &Journal) -> Result<(JournalHandle, Completions, Vec<Recovered>), LogError> {
+    let (results, completions) = mpsc::channel(COMPLETIONS_QUEUED_MAX);
+    let options = Options {
+        segment_bytes: settings.segment,
+        segments_max: (settings.size_max / settings.segment) as usize,
+        body_bytes_max: BATCH_BYTES_MAX,
+    };
+    let observe_commit = |took| metrics::observe(metrics::JOURNAL_COMMIT, took);
+    let setup = Setup { name: "journal", dir: state.join("journal"), id, options, completions: results, observe_commit };
+    let (handle, recovered, _) = service::spawn(setup)?;
+    Ok((handle, completions, recovered))
+}
+
+/// What a restart finds, by disk and generation.
+pub type Found = HashMap<(DiskId, u64), Vec<Item>>;
+
+/// Sorts what was found by disk. The second part are records that are no batches.
+pub fn sort(recovered: Vec<Recovered>) -> (Found, Vec<Location>) {
+    let mut found: Found = HashMap::new();
+    let mut unneeded = Vec::new();
+    for record in recovered {
+        match BatchHeader::decode(&record.head) {
+            Ok(header) => {
+                let item = Item::recovered(&header, record.location);
+                found.entry((header.disk, header.generation)).or_default().push(item);
+            }
+            Err(_) => unneeded.push(record.location),
+        }
+    }
+    (found, unneeded)
+}
+
+/// The batches of one disk that continue `checkpoint` without a gap, in order, and those that do not.
+pub fn replay(checkpoint: Position, mut found: Vec<Item>) -> (Vec<Item>, Vec<Location>) {
+    found.sort_by_key(|item| (item.end.epoch, item.first, item.end.sequence));
+    let mut at = checkpoint;
+    let (mut queue, mut unneeded) = (Vec::new(), Vec::new());
+    for item in found {
+        if item.end > at && at.accepts(item.end.epoch, item.first) {
+            at = item.end;
+            queue.push(item);
+        } else {
+            unneeded.push(item.location);
+        }
+    }
+    (queue, unneeded)
+}

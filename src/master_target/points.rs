@@ -1,0 +1,245 @@
+//! The book of recovery points: which markers have arrived, which points are complete, which go. Pure.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{DiskId, MachineId, Marker, PointId, Position, RecoveryPoint};
+
+/// A point of which not every disk has the marker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pending {
+    /// What the markers say.
+    pub marker: Marker,
+    /// Disks that have it, durably in the replica.
+    pub arrived: BTreeMap<DiskId, Position>,
+}
+
+/// What an arrival changed, to be made durable together with the checkpoint that brought it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// A point that is complete now.
+    pub listed: Option<RecoveryPoint>,
+    /// A point that still waits for disks.
+    pub pending: Option<(PointId, Pending)>,
+    /// Points that will not be completed any more, or were.
+    pub forget: Vec<PointId>,
+}
+
+/// All points of a master target.
+#[derive(Clone, Debug, Default)]
+pub struct Book {
+    listed: BTreeMap<PointId, RecoveryPoint>,
+    pending: HashMap<PointId, Pending>,
+    in_use: HashMap<PointId, u32>,
+    next_order: u64,
+    incomplete: u64,
+}
+
+impl Book {
+    /// The book as the catalogue has it.
+    pub fn load(listed: Vec<RecoveryPoint>, pending: Vec<(PointId, Pending)>) -> Self {
+        let next_order = listed.iter().map(|p| p.order + 1).max().unwrap_or(1);
+        Self { listed: listed.into_iter().map(|p| (p.id, p)).collect(), pending: pending.into_iter().collect(), next_order, ..Self::default() }
+    }
+
+    /// What becomes of a marker that is durable in the replica of `disk`. Changes nothing: see [`Book::commit`].
+    /// `configured` are the machine's disks here.
+    pub fn arrive(&self, disk: DiskId, position: Position, marker: &Marker, configured: &[DiskId], clock: u64) -> Changes {
+        let mut changes = Changes::default();
+        if self.listed.contains_key(&marker.point) {
+            return changes;
+        }
+        let mut pending = self.pending.get(&marker.point).cloned().unwrap_or_else(|| Pending { marker: marker.clone(), arrived: BTreeMap::new() });
+        pending.arrived.insert(disk, position);
+        // Every disk of the machine, by the agent's list and by ours: a point without one of them is no point.
+        let complete = marker.disks.iter().chain(configured).all(|d| pending.arrived.contains_key(d));
+        if !complete {
+            changes.pending = Some((marker.point, pending));
+            return changes;
+        }
+        changes.forget.push(marker.point);
+        let overtaken = |other: &Pending| {
+            other.marker.machine == marker.machine && other.arrived.iter().all(|(d, at)| pending.arrived.get(d).is_some_and(|newer| newer > at))
+        };
+        changes.forget.extend(self.pending.iter().filter(|(id, p)| **id != marker.point && overtaken(p)).map(|(id, _)| *id));
+        changes.listed = Some(RecoveryPoint {
+            id: marker.point,
+            machine: marker.machine,
+            kind: marker.kind,
+            label: marker.label.clone(),
+            wall_ms: marker.wall_ms,
+            hold_us: marker.hold_us,
+            order: self.next_order,
+            listed_clock: clock,
+            disks: pending.arrived,
+        });
+        changes
+    }
+
+    /// The changes are durable.
+    pub fn commit(&mut self, changes: Changes) {
+        for id in changes.forget {
+            if self.pending.remove(&id).is_some() && changes.listed.as_ref().is_none_or(|p| p.id != id) {
+                self.incomplete += 1;
+            }
+        }
+        self.pending.extend(changes.pending);
+        if let Some(point) = changes.listed {
+            self.next_order = self.next_order.max(point.order + 1);
+            self.listed.insert(point.id, point);
+        }
+    }
+
+    /// Points of a machine beyond the policy, the oldest first. Never the newest, never one in use.
+    pub fn expired(&self, machine: MachineId, points_max: usize, span: Duration, clock: u64) -> Vec<PointId> {
+        let points = self.of(machine);
+        let keep_from = points.len().saturating_sub(points_max);
+        let Some((_newest, older)) = points.split_last() else { return Vec::new() };
+        let old = |p: &RecoveryPoint| clock.saturating_sub(p.listed_clock) > span.as_secs();
+        let gone: Vec<_> = older.iter().enumerate().take_while(|(index, p)| (*index < keep_from || old(p)) && !self.in_use.contains_key(&p.id)).collect();
+        gone.into_iter().map(|(_, p)| p.id).collect()
+    }
+
+    /// Takes points off the list; their data may be removed once this is durable.
+    pub fn unlist(&mut self, points: &[PointId]) {
+        for id in points {
+            self.listed.remove(id);
+        }
+    }
+
+    /// A listed point.
+    pub fn get(&self, id: PointId) -> Option<&RecoveryPoint> {
+        self.listed.get(&id)
+    }
+
+    /// Listed points of a machine, the oldest first.
+    pub fn of(&self, machine: MachineId) -> Vec<&RecoveryPoint> {
+        let mut points: Vec<_> = self.listed.values().filter(|p| p.machine == machine).collect();
+        points.sort_by_key(|p| p.order);
+        points
+    }
+
+    /// All listed points, the oldest first.
+    pub fn all(&self) -> Vec<RecoveryPoint> {
+        let mut points: Vec<_> = self.listed.values().cloned().collect();
+        points.sort_by_key(|p| p.order);
+        points
+    }
+
+    /// The oldest position of a disk that a listed or pending point needs; nothing older is needed.
+    pub fn oldest_needed(&self, disk: DiskId) -> Option<Position> {
+        let listed = self.listed.values().filter_map(|p| p.disks.get(&disk));
+        let pending = self.pending.values().filter_map(|p| p.arrived.get(&disk));
+        listed.chain(pending).min().copied()
+    }
+
+    /// Points that were given up because a disk's marker never came.
+    pub fn incomplete(&self) -> u64 {
+        self.incomplete
+    }
+
+    /// Keeps a point from expiring. False if it is not listed.
+    pub fn pin(&mut self, id: PointId) -> bool {
+        let listed = self.listed.contains_key(&id);
+        if listed {
+            *self.in_use.entry(id).or_default() += 1;
+        }
+        listed
+    }
+
+    /// Undoes one [`Book::pin`].
+    pub fn unpin(&mut self, id: PointId) {
+        if let Some(count) = self.in_use.get_mut(&id) {
+            *count -= 1;
+            if *count == 0 {
+                self.in_use.remove(&id);
+            }
+        }
+    }
+
+    /// Points that needed a replica that is gone, or that wait for it.
+    pub fn needing(&self, disk: DiskId) -> Vec<PointId> {
+        let listed = self.listed.values().filter(|p| p.disks.contains_key(&disk)).map(|p| p.id);
+        let pending = self.pending.iter().filter(|(_, p)| p.marker.disks.contains(&disk)).map(|(id, _)| *id);
+        listed.chain(pending).collect()
+    }
+
+    /// Forgets points that are pending.
+    pub fn forget_pending(&mut self, points: &[PointId]) {
+        for id in points {
+            self.pending.remove(id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::model::PointKind;
+
+    fn disk(n: u128) -> DiskId {
+        DiskId(Uuid::from_u128(n))
+    }
+
+    fn marker(n: u128, disks: &[DiskId]) -> Marker {
+        Marker { point: PointId(Uuid::from_u128(n)), machine: MachineId(Uuid::from_u128(1)), kind: PointKind::Crash, disks: disks.to_vec(), label: None, wall_ms: 0, hold_us: 0 }
+    }
+
+    fn arrive(book: &mut Book, disk: DiskId, sequence: u64, marker: &Marker, clock: u64) -> bool {
+        let changes = book.arrive(disk, Position::new(1, sequence), marker, &marker.disks, clock);
+        let listed = changes.listed.is_some();
+        book.commit(changes);
+        listed
+    }
+
+    #[test]
+    fn a_point_is_listed_only_when_every_disk_has_its_marker() {
+        let mut book = Book::default();
+        let disks = [disk(1), disk(2)];
+        assert!(!arrive(&mut book, disks[0], 5, &marker(10, &disks), 0));
+        assert!(book.all().is_empty());
+        assert!(arrive(&mut book, disks[1], 7, &marker(10, &disks), 0));
+        assert_eq!(book.all()[0].disks[&disks[1]], Position::new(1, 7));
+        assert!(!arrive(&mut book, disks[1], 7, &marker(10, &disks), 0), "again, after a crash: nothing new");
+    }
+
+    #[test]
+    fn a_disk_configured_here_that_the_agent_does_not_mark_keeps_the_point_off_the_list() {
+        let book = Book::default();
+        let changes = book.arrive(disk(1), Position::new(1, 1), &marker(10, &[disk(1)]), &[disk(1), disk(2)], 0);
+        assert!(changes.listed.is_none());
+    }
+
+    #[test]
+    fn a_point_whose_marker_was_lost_is_given_up_when_a_later_one_is_complete() {
+        let mut book = Book::default();
+        let disks = [disk(1), disk(2)];
+        arrive(&mut book, disks[0], 5, &marker(10, &disks), 0);
+        arrive(&mut book, disks[0], 9, &marker(11, &disks), 0);
+        assert!(arrive(&mut book, disks[1], 9, &marker(11, &disks), 0));
+        assert_eq!(book.incomplete(), 1);
+        assert_eq!(book.oldest_needed(disks[0]), Some(Position::new(1, 9)));
+    }
+
+    #[test]
+    fn policy_drops_the_oldest_but_never_the_newest_or_one_in_use() {
+        let mut book = Book::default();
+        let disks = [disk(1)];
+        for n in 1..=5 {
+            arrive(&mut book, disks[0], n, &marker(u128::from(n), &disks), n * 100);
+        }
+        let machine = MachineId(Uuid::from_u128(1));
+        let day = Duration::from_secs(86400);
+        assert_eq!(book.expired(machine, 3, day, 500).len(), 2);
+        assert_eq!(book.expired(machine, 100, Duration::from_secs(150), 1_000_000).len(), 4, "all but the newest");
+        let second = book.of(machine)[1].id;
+        assert!(book.pin(second));
+        assert_eq!(book.expired(machine, 1, day, 500).len(), 1, "nothing behind a point in use goes");
+        book.unpin(second);
+        assert_eq!(book.expired(machine, 1, day, 500).len(), 4);
+    }
+}

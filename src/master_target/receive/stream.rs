@@ -1,0 +1,244 @@
+//! One disk's QUIC stream at the master target.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+use super::order::{Gap, Order, Verdict};
+use super::{IncomingDisk, Receiver};
+use crate::clock;
+use crate::config::limits::{HANDSHAKE_SECONDS, SILENCE_SECONDS};
+use crate::crypto::seal::{OpenError, Opener, Purpose};
+use crate::master_target::apply::{Command, Prepared};
+use crate::master_target::journal::Tag;
+use crate::master_target::shared::{DiskShared, Item, Travel};
+use crate::model::DiskReport;
+use crate::observe::metrics;
+use crate::storage::AlignedBuf;
+use crate::storage::catalogue::CatalogueError;
+use crate::storage::log::Location;
+use crate::storage::log::format::RECORD_HEADER_LEN;
+use crate::storage::log::service::Append;
+use crate::wire::batch::{BatchHeader, parse_entries, parse_marker};
+use crate::wire::forward::{ItemType, Open, PREFIX_LEN, Prefix, Reply};
+use crate::wire::{PROTOCOL, WireError, control_len, decode_control, encode_control};
+
+/// While a disk's share of the journal is full.
+const FULL_WAIT: Duration = Duration::from_millis(20);
+
+#[derive(Debug, Error)]
+enum StreamError {
+    #[error("{0}")]
+    Quic(String),
+    #[error("the stream was opened again")]
+    Superseded,
+    #[error("the process server did not say which disk")]
+    Silent,
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("{0}")]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Gap(#[from] Gap),
+    #[error("a change of {len} bytes at {offset} lies outside the replica of {size} bytes")]
+    Outside { offset: u64, len: u64, size: u64 },
+    #[error("a marker of another machine")]
+    ForeignMarker,
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+    #[error("{message}")]
+    Refused { retry: bool, message: String },
+}
+
+impl StreamError {
+    fn retry(&self) -> bool {
+        match self {
+            StreamError::Refused { retry, .. } => *retry,
+            // A batch is missing: opening again starts where the journal stands.
+            StreamError::Gap(_) => true,
+            _ => false,
+        }
+    }
+}
+
+/// Serves a stream until it ends.
+pub async fn serve(receiver: &Receiver, connection: &quinn::Connection, mut send: quinn::SendStream, mut receive: quinn::RecvStream) {
+    let result = run(receiver, connection, &mut send, &mut receive).await;
+    let Err(error) = result else { return };
+    if matches!(error, StreamError::Quic(_) | StreamError::Superseded) {
+        return;
+    }
+    metrics::count_reason(metrics::REFUSED, "forward");
+    tracing::warn!(%error, "refused a stream of a process server");
+    if let Ok(reply) = encode_control(&Reply::Refused { retry: error.retry(), message: error.to_string() }) {
+        let _ = send.write_all(&reply).await;
+        let _ = send.finish();
+        // The reply must arrive before the stream goes away with this task.
+        let _ = tokio::time::timeout(Duration::from_secs(5), send.stopped()).await;
+    }
+}
+
+async fn run(receiver: &Receiver, connection: &quinn::Connection, send: &mut quinn::SendStream, receive: &mut quinn::RecvStream) -> Result<(), StreamError> {
+    let open = tokio::time::timeout(Duration::from_secs(HANDSHAKE_SECONDS), read_open(receive)).await.map_err(|_| StreamError::Silent)??;
+    if open.protocol != PROTOCOL {
+        return Err(WireError::Version { what: "forward protocol", found: open.protocol }.into());
+    }
+    let (done, answer) = oneshot::channel();
+    let gone = || StreamError::Refused { retry: true, message: "the master target is stopping".to_owned() };
+    receiver.apply.send(Command::Prepare { disk: open.disk, size: open.size, done }).await.map_err(|_| gone())?;
+    let prepared = answer.await.map_err(|_| gone())?.map_err(|r| StreamError::Refused { retry: r.retry, message: r.message })?;
+    let (Some(disk), Some(shared)) = (receiver.disks.get(&open.disk).cloned(), receiver.shared.disk(open.disk).cloned()) else { return Err(gone()) };
+    let owner = receiver.new_owner();
+    disk.owner.set(owner);
+    disk.epoch.set(disk.epoch.get().max(prepared.epoch));
+    let journaled = disk.order.borrow_mut().get_or_insert_with(|| Order::new(prepared.journaled)).positions().1;
+    let reply = Reply::Opened { generation: prepared.generation, journaled, data_key: *prepared.key.bytes() };
+    write_reply(send, &reply).await?;
+    tracing::info!(disk = shared.label, %journaled, "process server forwards this disk");
+    let mut stream = DiskStream { receiver, disk: disk.clone(), shared, prepared, owner, opener: None };
+    tokio::select! {
+        result = stream.take_items(connection, receive) => result,
+        result = acknowledge(&disk, owner, send) => result,
+    }
+}
+
+async fn read_open(receive: &mut quinn::RecvStream) -> Result<Open, StreamError> {
+    let mut prefix = [0; 4];
+    read_exact(receive, &mut prefix).await?;
+    let mut body = vec![0; control_len(prefix)?];
+    read_exact(receive, &mut body).await?;
+    Ok(decode_control(&body)?)
+}
+
+async fn read_exact(receive: &mut quinn::RecvStream, buf: &mut [u8]) -> Result<(), StreamError> {
+    receive.read_exact(buf).await.map_err(|e| StreamError::Quic(e.to_string()))
+}
+
+async fn write_reply(send: &mut quinn::SendStream, reply: &Reply) -> Result<(), StreamError> {
+    send.write_all(&encode_control(reply)?).await.map_err(|e| StreamError::Quic(e.to_string()))
+}
+
+/// Tells the newest journaled position, once for however many batches.
+async fn acknowledge(disk: &Rc<IncomingDisk>, owner: u64, send: &mut quinn::SendStream) -> Result<(), StreamError> {
+    let mut told = None;
+    loop {
+        disk.journaled.notified().await;
+        if disk.owner.get() != owner {
+            // The bell rang for the newer stream.
+            disk.journaled.notify_one();
+            return Err(StreamError::Superseded);
+        }
+        if let Some(reason) = disk.failed.borrow().clone() {
+            return Err(StreamError::Refused { retry: false, message: format!("the journal is closed for writing: {reason}") });
+        }
+        let journaled = disk.order.borrow().as_ref().map(|o| o.positions().1);
+        if let Some(position) = journaled.filter(|p| told != Some(*p)) {
+            told = Some(position);
+            write_reply(send, &Reply::Journaled(position)).await?;
+        }
+    }
+}
+
+struct DiskStream<'a> {
+    receiver: &'a Receiver,
+    disk: Rc<IncomingDisk>,
+    shared: Arc<DiskShared>,
+    prepared: Prepared,
+    owner: u64,
+    opener: Option<Opener>,
+}
+
+impl DiskStream<'_> {
+    async fn take_items(&mut self, connection: &quinn::Connection, receive: &mut quinn::RecvStream) -> Result<(), StreamError> {
+        let mut prefix = [0; PREFIX_LEN];
+        loop {
+            read_exact(receive, &mut prefix).await?;
+            let prefix = Prefix::decode(&prefix)?;
+            let len = prefix.len as usize;
+            // Room for the record header: the journal writes this very buffer.
+            let mut record = AlignedBuf::with_capacity(RECORD_HEADER_LEN + len);
+            record.set_len(RECORD_HEADER_LEN + len);
+            let body = read_exact(receive, &mut record[RECORD_HEADER_LEN..]);
+            tokio::time::timeout(Duration::from_secs(SILENCE_SECONDS), body).await.map_err(|_| StreamError::Quic("an item was not completed in time".to_owned()))??;
+            if self.disk.owner.get() != self.owner {
+                return Err(StreamError::Superseded);
+            }
+            match prefix.kind {
+                ItemType::Report => {
+                    let report: DiskReport = decode_control(&record[RECORD_HEADER_LEN..])?;
+                    self.shared.condition().report = Some((report, clock::now()));
+                }
+                ItemType::Batch => self.take_batch(prefix, record, connection.rtt() / 2).await?,
+            }
+        }
+    }
+
+    async fn take_batch(&mut self, prefix: Prefix, record: AlignedBuf, link: Duration) -> Result<(), StreamError> {
+        let sealed = &record[RECORD_HEADER_LEN..];
+        let header = BatchHeader::decode(sealed)?;
+        if header.epoch > self.disk.epoch.get() {
+            // Stored before it is obeyed: after a crash the older epoch is refused as well.
+            let (records, disk, epoch) = (self.receiver.records.clone(), self.shared.id, header.epoch);
+            let stored = tokio::task::spawn_blocking(move || records.raise_epoch(disk, epoch)).await;
+            stored.map_err(|e| StreamError::Quic(e.to_string()))??;
+            self.disk.epoch.set(header.epoch);
+        }
+        let judge = |disk: &IncomingDisk| disk.order.borrow().as_ref().map(|o| o.judge(header.epoch, header.first, header.last));
+        if matches!(judge(&self.disk).transpose()?, Some(Verdict::Known) | None) {
+            self.disk.journaled.notify_one();
+            return Ok(());
+        }
+        let (header, body) = self.opener().open(sealed)?;
+        for entry in parse_entries(&header, &body)? {
+            if !entry.extent.fits(self.prepared.size) {
+                return Err(StreamError::Outside { offset: entry.extent.offset, len: entry.extent.len, size: self.prepared.size });
+            }
+        }
+        if parse_marker(&header, &body)?.is_some_and(|m| m.machine != self.shared.machine) {
+            return Err(StreamError::ForeignMarker);
+        }
+        let share = self.receiver.settings.journal.size_max / 2;
+        while self.shared.waiting_bytes() > share {
+            // One replica that cannot go on must not fill the journal for all.
+            tokio::time::sleep(FULL_WAIT).await;
+        }
+        let Ok(permit) = self.receiver.pipeline.clone().acquire_owned().await else { return Ok(()) };
+        // Another stream of this disk may have brought it meanwhile.
+        if self.disk.owner.get() != self.owner || !matches!(judge(&self.disk).transpose()?, Some(Verdict::Next)) {
+            return Ok(());
+        }
+        let travel = Travel {
+            received: clock::now(),
+            source: Duration::from_micros(header.age_us),
+            gateway: Duration::from_micros(prefix.age_us.saturating_sub(header.age_us)),
+            link,
+        };
+        let number = self.queue(header, body, travel);
+        let tag = Tag { disk: self.shared.id, number, permit };
+        self.receiver.journal.append(Append { record, tag }).await.map_err(|e| StreamError::Quic(e.to_string()))
+    }
+
+    fn queue(&self, header: BatchHeader, body: AlignedBuf, travel: Travel) -> u64 {
+        let shared = &self.receiver.shared;
+        let keep = shared.body_bytes.load(Ordering::Relaxed) < self.receiver.settings.apply.memory_max;
+        if keep {
+            shared.body_bytes.fetch_add(body.len() as u64, Ordering::Relaxed);
+        }
+        let (first, end) = (header.first, header.end());
+        let mut order = self.disk.order.borrow_mut();
+        let order = order.as_mut().expect("made when the stream was opened");
+        let number = order.received(end, || Item { first, end, location: Location::nowhere(), body: keep.then_some((header, body)), travel: Some(travel) });
+        self.shared.condition().received = order.positions().0;
+        number
+    }
+
+    fn opener(&mut self) -> &mut Opener {
+        let prepared = &self.prepared;
+        let disk = self.shared.id;
+        self.opener.get_or_insert_with(|| Opener::new(prepared.key.clone(), Purpose::Stream, disk, prepared.generation))
+    }
+}

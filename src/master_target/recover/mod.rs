@@ -1,0 +1,232 @@
+//! Brings points back: as a block device over NBD, or as an image file. Reads through the apply thread; replication goes on.
+
+mod export;
+mod mount;
+
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{Notify, mpsc, oneshot};
+
+use super::apply::Command as ApplyCommand;
+use crate::control::api::RecoveryView;
+use crate::disk::Format;
+use crate::model::{Address, DiskId, PointId};
+
+/// Mounts and exports that may run at once.
+const RUNNING_MAX: usize = 64;
+/// Finished exports that are remembered.
+const FINISHED_KEPT: usize = 32;
+
+/// What is wanted.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// A block device.
+    Nbd(Address),
+    /// An image file.
+    File(Format, PathBuf),
+}
+
+/// A request to the recover thread.
+pub enum Command {
+    /// Start a mount or an export.
+    Start {
+        /// Which point.
+        point: PointId,
+        /// Which disk.
+        disk: DiskId,
+        /// `machine/disk`.
+        label: String,
+        /// Where to.
+        target: Target,
+        /// How it began.
+        done: oneshot::Sender<Result<RecoveryView, String>>,
+    },
+    /// End one.
+    Stop {
+        /// Its name.
+        name: String,
+        /// Whether there was one.
+        done: oneshot::Sender<bool>,
+    },
+}
+
+/// What runs and what finished; shared with the control interface.
+#[derive(Clone, Default)]
+pub struct Recoveries(Arc<Mutex<Vec<RecoveryView>>>);
+
+impl Recoveries {
+    /// All of them.
+    pub fn list(&self) -> Vec<RecoveryView> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn update(&self, name: &str, change: impl FnOnce(&mut RecoveryView)) {
+        if let Some(view) = self.0.lock().unwrap_or_else(PoisonError::into_inner).iter_mut().find(|v| v.name == name) {
+            change(view);
+        }
+    }
+
+    fn remove(&self, name: &str) -> bool {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = all.len();
+        all.retain(|v| v.name != name);
+        all.len() < before
+    }
+
+    fn add(&self, view: RecoveryView) -> Result<(), String> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.iter().filter(|v| v.state == "running").count() >= RUNNING_MAX {
+            return Err(format!("{RUNNING_MAX} mounts and exports run already: end one with `tidegate recover unmount`"));
+        }
+        while all.iter().filter(|v| v.state != "running").count() >= FINISHED_KEPT
+            && let Some(at) = all.iter().position(|v| v.state != "running")
+        {
+            all.remove(at);
+        }
+        all.push(view);
+        Ok(())
+    }
+}
+
+/// A disk at a point, open; the point stays pinned until it is closed.
+struct OpenPoint {
+    apply: mpsc::Sender<ApplyCommand>,
+    view: u64,
+    size: u64,
+}
+
+impl OpenPoint {
+    async fn open(apply: &mpsc::Sender<ApplyCommand>, point: PointId, disk: DiskId) -> Result<Self, String> {
+        let (done, answer) = oneshot::channel();
+        let gone = |_| "the master target is stopping".to_owned();
+        apply.send(ApplyCommand::OpenView { point, disk, done }).await.map_err(|e| gone(drop(e)))?;
+        let (view, size) = answer.await.map_err(|e| gone(drop(e)))??;
+        Ok(Self { apply: apply.clone(), view, size })
+    }
+
+    async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<Result<T, String>>) -> ApplyCommand) -> Result<T, String> {
+        let (done, answer) = oneshot::channel();
+        let gone = || "the master target is stopping".to_owned();
+        self.apply.send(make(done)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    async fn close(&self) {
+        let _ = self.apply.send(ApplyCommand::CloseView { view: self.view }).await;
+    }
+}
+
+/// Serves requests until every sender is gone.
+pub async fn run(mut commands: mpsc::Receiver<Command>, apply: mpsc::Sender<ApplyCommand>, recoveries: Recoveries) {
+    let mut running: Vec<(String, Rc<Notify>)> = Vec::new();
+    let mut number = 0;
+    while let Some(command) = commands.recv().await {
+        match command {
+            Command::Start { point, disk, label, target, done } => {
+                number += 1;
+                let kind = if matches!(target, Target::Nbd(_)) { "mount" } else { "export" };
+                let name = format!("{kind}-{number}");
+                let stop = Rc::new(Notify::new());
+                running.push((name.clone(), stop.clone()));
+                let job = Job { name, label, point, disk, target, stop, recoveries: recoveries.clone(), apply: apply.clone() };
+                tokio::task::spawn_local(job.run(done));
+            }
+            Command::Stop { name, done } => {
+                if let Some(at) = running.iter().position(|(n, _)| *n == name) {
+                    running.swap_remove(at).1.notify_one();
+                }
+                let _ = done.send(recoveries.remove(&name));
+            }
+        }
+    }
+}
+
+struct Job {
+    name: String,
+    label: String,
+    point: PointId,
+    disk: DiskId,
+    target: Target,
+    stop: Rc<Notify>,
+    recoveries: Recoveries,
+    apply: mpsc::Sender<ApplyCommand>,
+}
+
+impl Job {
+    async fn run(self, done: oneshot::Sender<Result<RecoveryView, String>>) {
+        let open = match OpenPoint::open(&self.apply, self.point, self.disk).await {
+            Ok(open) => Rc::new(open),
+            Err(e) => return drop(done.send(Err(e))),
+        };
+        let result = self.start(&open, done).await;
+        open.close().await;
+        match result {
+            Ok(()) => self.recoveries.update(&self.name, |v| {
+                v.state = "done".to_owned();
+                v.done_bytes = v.total_bytes;
+            }),
+            Err(error) => {
+                tracing::warn!(name = self.name, error, "recovery failed");
+                self.recoveries.update(&self.name, |v| (v.state, v.error) = ("failed".to_owned(), Some(error)));
+            }
+        }
+        if matches!(self.target, Target::Nbd(_)) {
+            self.recoveries.remove(&self.name);
+        }
+    }
+
+    /// Begins, answers how that went, and goes on until it is done or stopped.
+    async fn start(&self, open: &Rc<OpenPoint>, done: oneshot::Sender<Result<RecoveryView, String>>) -> Result<(), String> {
+        let view = RecoveryView {
+            name: self.name.clone(),
+            kind: if matches!(self.target, Target::Nbd(_)) { "mount" } else { "export" }.to_owned(),
+            point: self.point.to_string(),
+            disk: self.label.clone(),
+            target: match &self.target {
+                Target::Nbd(address) => address.to_string(),
+                Target::File(_, path) => path.display().to_string(),
+            },
+            state: "running".to_owned(),
+            done_bytes: 0,
+            total_bytes: open.size,
+            error: None,
+        };
+        let begun = match &self.target {
+            Target::Nbd(address) => crate::nbd::Listener::bind(address).await.map(Some).map_err(|e| e.to_string()),
+            Target::File(_, path) if path.exists() => Err(format!("{} exists already: remove it or choose another --output", path.display())),
+            Target::File(..) => Ok(None),
+        };
+        let listener = match begun.and_then(|l| self.recoveries.add(view.clone()).map(|()| l)) {
+            Ok(listener) => listener,
+            Err(e) => {
+                let _ = done.send(Err(e));
+                return Ok(());
+            }
+        };
+        let _ = done.send(Ok(view));
+        tracing::info!(name = self.name, point = %self.point, disk = self.label, "recovery begins");
+        let work = async {
+            match (&self.target, listener) {
+                (Target::Nbd(_), Some(listener)) => {
+                    mount::serve(listener, open.clone(), &self.label).await;
+                    Ok(())
+                }
+                (Target::File(format, path), _) => {
+                    let progress = |bytes| self.recoveries.update(&self.name, |v| v.done_bytes = bytes);
+                    export::write(open, *format, path, progress).await
+                }
+                (Target::Nbd(_), None) => Ok(()),
+            }
+        };
+        let result = tokio::select! {
+            result = work => result,
+            () = self.stop.notified() => Ok(()),
+        };
+        if let Target::Nbd(Address::Unix(path)) = &self.target {
+            let _ = std::fs::remove_file(path);
+        }
+        result
+    }
+}

@@ -1,0 +1,338 @@
+//! One interval's file: records of old content, and an index when it is closed.
+//!
+//! First page: 0 magic `TGUNDO\0\1` (the last byte is the version), 8 incarnation u64, 16 epoch u64, 24 sequence u64,
+//! 32 offset of the index u64 (0 while open), 40 CRC-32C of bytes 0..40. Records follow from byte 4096.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::index::{self, ENTRIES_MAX, Source};
+use super::{RetainError, Subject, seal};
+use crate::crypto::seal::{OpenError, Opener, SealingSession};
+use crate::model::{Extent, OverlayMap, Piece, Position};
+use crate::storage::log::format::{RECORD_HEADER_LEN, finish_record, peek_record, record_is_whole, record_len};
+use crate::storage::log::random_u64;
+use crate::storage::{AlignedBuf, File, OpenMode, Storage};
+use crate::wire::batch::{BATCH_BYTES_MAX, parse_entries, push_entry};
+
+const MAGIC: [u8; 8] = *b"TGUNDO\0\x01";
+const FIRST_RECORD: u64 = 4096;
+/// Space is reserved in steps of this.
+const RESERVE_BYTES: u64 = 8 << 20;
+
+/// Name of the file of the interval that begins at `start`.
+pub fn file_name(start: Position) -> String {
+    format!("undo-{:016x}-{:016x}.tgu", start.epoch, start.sequence)
+}
+
+/// The begin that a file name says.
+pub fn parse_name(name: &str) -> Option<Position> {
+    let (epoch, sequence) = name.strip_prefix("undo-")?.strip_suffix(".tgu")?.split_once('-')?;
+    let hex = |text: &str| (text.len() == 16).then(|| u64::from_str_radix(text, 16).ok()).flatten();
+    Some(Position::new(hex(epoch)?, hex(sequence)?))
+}
+
+/// An interval's file.
+pub struct Interval<F> {
+    start: Position,
+    path: PathBuf,
+    file: F,
+    incarnation: u64,
+    end: Cell<u64>,
+    reserved: Cell<u64>,
+    records: Cell<u64>,
+    index: RefCell<OverlayMap<Source>>,
+    pending: RefCell<Vec<(Extent, Source)>>,
+    published: RefCell<Vec<Extent>>,
+}
+
+impl<F: File> Interval<F> {
+    /// Makes the file, durably.
+    pub async fn create<S: Storage<File = F>>(storage: &S, dir: &Path, start: Position) -> Result<Self, RetainError> {
+        let path = dir.join(file_name(start));
+        let made = async {
+            let file = storage.open(&path, OpenMode::Create).await?;
+            let interval = Self::new(start, path.clone(), file, random_u64(), FIRST_RECORD);
+            interval.file.allocate(0, RESERVE_BYTES).await?;
+            interval.reserved.set(RESERVE_BYTES);
+            interval.write_header(0).await?;
+            interval.file.sync_data().await?;
+            storage.sync_dir(dir)?;
+            Ok(interval)
+        };
+        made.await.map_err(|source| {
+            // A partly made file would be in the way of the next attempt; it holds nothing.
+            let _ = storage.remove(&path);
+            RetainError::Io { path: path.clone(), source }
+        })
+    }
+
+    /// Opens a file to go on with it after a restart: its records are read, an index is cut off.
+    pub async fn reopen<S: Storage<File = F>>(storage: &S, dir: &Path, start: Position, opener: &RefCell<Opener>) -> Result<Self, RetainError> {
+        let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Write).await?;
+        interval.scan(opener).await?;
+        if index_at != 0 {
+            let opened = async {
+                interval.write_header(0).await?;
+                interval.file.sync_data().await
+            };
+            opened.await.map_err(|e| interval.io(e))?;
+        }
+        interval.publish();
+        Ok(interval)
+    }
+
+    /// Opens a file to read it: by its index, or by its records if it has none.
+    pub async fn load<S: Storage<File = F>>(storage: &S, dir: &Path, start: Position, opener: &RefCell<Opener>) -> Result<Self, RetainError> {
+        let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Read).await?;
+        if index_at == 0 || !interval.read_index(index_at).await {
+            interval.scan(opener).await?;
+        }
+        interval.publish();
+        Ok(interval)
+    }
+
+    /// Length of a file, for accounting.
+    pub async fn file_len<S: Storage<File = F>>(storage: &S, path: &Path) -> Result<u64, RetainError> {
+        let io = |source| RetainError::Io { path: path.to_owned(), source };
+        storage.open(path, OpenMode::Read).await.map_err(io)?.len().map_err(io)
+    }
+
+    fn new(start: Position, path: PathBuf, file: F, incarnation: u64, end: u64) -> Self {
+        Self {
+            start,
+            path,
+            file,
+            incarnation,
+            end: Cell::new(end),
+            reserved: Cell::new(0),
+            records: Cell::new(0),
+            index: RefCell::default(),
+            pending: RefCell::default(),
+            published: RefCell::default(),
+        }
+    }
+
+    async fn open<S: Storage<File = F>>(storage: &S, dir: &Path, start: Position, mode: OpenMode) -> Result<(Self, u64), RetainError> {
+        let path = dir.join(file_name(start));
+        let io = |source| RetainError::Io { path: path.clone(), source };
+        let file = storage.open(&path, mode).await.map_err(io)?;
+        let len = file.len().map_err(io)?;
+        let page = if len >= FIRST_RECORD { file.read_at(0, FIRST_RECORD as usize).await.map_err(io)? } else { AlignedBuf::zeroed(FIRST_RECORD as usize) };
+        let u64_at = |at: usize| u64::from_le_bytes(*page[at..].first_chunk().expect("the page is longer than the header"));
+        let whole = page[..8] == MAGIC && crc32c::crc32c(&page[..40]).to_le_bytes() == page[40..44];
+        if !whole {
+            // Power went before the file was durable, so nothing in it was needed: an empty interval.
+            let interval = Self::new(start, path, file, random_u64(), FIRST_RECORD);
+            if mode == OpenMode::Write {
+                interval.write_header(0).await.map_err(|e| interval.io(e))?;
+            }
+            return Ok((interval, 0));
+        }
+        let interval = Self::new(start, path, file, u64_at(8), FIRST_RECORD);
+        interval.reserved.set(len);
+        Ok((interval, u64_at(32)))
+    }
+
+    /// Reads every record and takes its table; stops at the first that is not whole, or at an index.
+    async fn scan(&self, opener: &RefCell<Opener>) -> Result<(), RetainError> {
+        let len = self.file.len().map_err(|e| self.io(e))?;
+        let mut at = FIRST_RECORD;
+        while at + FIRST_RECORD <= len {
+            let Some(record) = self.read_record(at, len).await? else { break };
+            if record.starts_with(&index::MAGIC) {
+                break;
+            }
+            let opened = opener.borrow_mut().open(&record);
+            let (header, body) = opened.map_err(|source| RetainError::Damaged { path: self.path.clone(), offset: at, source })?;
+            let entries = parse_entries(&header, &body).map_err(|e| RetainError::Damaged { path: self.path.clone(), offset: at, source: e.into() })?;
+            for entry in entries {
+                let source = Source { record_at: at, body_len: record.len() as u32, data_at: entry.data_at };
+                self.pending.borrow_mut().push((entry.extent, source));
+            }
+            self.records.set(self.records.get() + 1);
+            at += record_len(record.len()) as u64;
+        }
+        self.end.set(at);
+        Ok(())
+    }
+
+    async fn read_index(&self, index_at: u64) -> bool {
+        let Ok(len) = self.file.len() else { return false };
+        let (mut at, mut read) = (index_at, 0);
+        loop {
+            let Ok(Some(body)) = self.read_record(at, len).await else { return false };
+            let Some((entries, total)) = index::decode(&body) else { return false };
+            read += entries.len() as u64;
+            self.pending.borrow_mut().extend(entries);
+            if read >= total {
+                self.end.set(index_at);
+                return read == total;
+            }
+            at += record_len(body.len()) as u64;
+        }
+    }
+
+    /// The body of the record at `at`; `None` if there is no whole one.
+    async fn read_record(&self, at: u64, file_len: u64) -> Result<Option<AlignedBuf>, RetainError> {
+        if at + FIRST_RECORD > file_len {
+            return Ok(None);
+        }
+        let first = self.file.read_at(at, FIRST_RECORD as usize).await.map_err(|e| self.io(e))?;
+        let Some(body_len) = peek_record(&first, self.incarnation, BATCH_BYTES_MAX) else { return Ok(None) };
+        let whole = record_len(body_len);
+        if at + whole as u64 > file_len {
+            return Ok(None);
+        }
+        let record = self.file.read_at(at, whole).await.map_err(|e| self.io(e))?;
+        Ok(record_is_whole(&record, body_len).then(|| AlignedBuf::copy_of(&record[RECORD_HEADER_LEN..RECORD_HEADER_LEN + body_len])))
+    }
+
+    /// Appends old content: `body` is the data of the parts that are no holes, in order. Durable after [`Interval::sync`].
+    pub async fn append(&self, subject: &Subject, session: &Arc<SealingSession>, mut body: Vec<u8>, parts: &[(Extent, bool)]) -> Result<(), RetainError> {
+        let data_len = body.len();
+        for (extent, hole) in parts {
+            push_entry(&mut body, *extent, *hole);
+        }
+        self.records.set(self.records.get() + 1);
+        let record = seal(subject, session, body, data_len, parts.len(), self.records.get()).await;
+        let body_len = (record.len() - RECORD_HEADER_LEN) as u32;
+        let at = self.write_record(record).await.map_err(|e| self.io(e))?;
+        let mut data_at = 0;
+        for (extent, hole) in parts {
+            let source = Source { record_at: at, body_len, data_at: (!hole).then_some(data_at) };
+            if !hole {
+                data_at += extent.len as u32;
+            }
+            self.pending.borrow_mut().push((*extent, source));
+        }
+        Ok(())
+    }
+
+    async fn write_record(&self, mut record: AlignedBuf) -> io::Result<u64> {
+        let at = self.end.get();
+        finish_record(&mut record, self.incarnation);
+        record.pad_to(record.len().next_multiple_of(4096));
+        let end = at + record.len() as u64;
+        if end > self.reserved.get() {
+            let upto = end.max(self.reserved.get() + RESERVE_BYTES);
+            self.file.allocate(at, upto - at).await?;
+            self.reserved.set(upto);
+        }
+        self.file.write_at(at, record.freeze()).await?;
+        self.end.set(end);
+        Ok(at)
+    }
+
+    /// Makes what was appended durable.
+    pub async fn sync(&self) -> Result<(), RetainError> {
+        self.file.sync_data().await.map_err(|e| self.io(e))
+    }
+
+    /// Shows what was appended to readers.
+    pub fn publish(&self) {
+        let (mut index, mut published) = (self.index.borrow_mut(), self.published.borrow_mut());
+        for (extent, source) in self.pending.borrow_mut().drain(..) {
+            // The first attempt's content counts.
+            index.insert_below(extent, source);
+            published.push(extent);
+        }
+    }
+
+    /// What was shown since the last call.
+    pub fn take_published(&self) -> Vec<Extent> {
+        std::mem::take(&mut *self.published.borrow_mut())
+    }
+
+    /// Writes the index and gives back reserved space. The interval can still be read.
+    pub async fn close(&self) -> Result<(), RetainError> {
+        let entries: Vec<(Extent, Source)> = self.index.borrow().iter().map(|p| (p.extent, skip(p))).collect();
+        let data_end = self.end.get();
+        let closed = async {
+            for chunk in entries.chunks(ENTRIES_MAX) {
+                let body = index::encode(chunk, entries.len() as u64);
+                let mut record = AlignedBuf::with_capacity(RECORD_HEADER_LEN + body.len() + 4096);
+                record.pad_to(RECORD_HEADER_LEN);
+                record.extend(&body);
+                self.write_record(record).await?;
+            }
+            self.file.set_len(self.end.get())?;
+            self.file.sync_data().await?;
+            // Not synced: without it the index is made again from the records.
+            if entries.is_empty() { Ok(()) } else { self.write_header(data_end).await }
+        };
+        let result = closed.await.map_err(|e| self.io(e));
+        let bytes = self.end.get();
+        self.end.set(data_end);
+        self.reserved.set(bytes);
+        result
+    }
+
+    async fn write_header(&self, index_at: u64) -> io::Result<()> {
+        let mut page = AlignedBuf::with_capacity(FIRST_RECORD as usize);
+        page.extend(&MAGIC);
+        for field in [self.incarnation, self.start.epoch, self.start.sequence, index_at] {
+            page.extend(&field.to_le_bytes());
+        }
+        let crc = crc32c::crc32c(&page);
+        page.extend(&crc.to_le_bytes());
+        page.pad_to(FIRST_RECORD as usize);
+        self.file.write_at(0, page.freeze()).await
+    }
+
+    /// Begin of the interval.
+    pub fn start(&self) -> Position {
+        self.start
+    }
+
+    /// Bytes of the file.
+    pub fn bytes(&self) -> u64 {
+        self.end.get().max(self.reserved.get())
+    }
+
+    /// Every extent it has.
+    pub fn extents(&self) -> Vec<Extent> {
+        self.index.borrow().iter().map(|p| p.extent).collect()
+    }
+
+    /// Every extent it has, with its source.
+    pub fn entries(&self) -> Vec<(Extent, Source)> {
+        self.index.borrow().iter().map(|p| (p.extent, skip(p))).collect()
+    }
+
+    /// What it has of `extent`.
+    pub fn lookup(&self, extent: Extent) -> Vec<(Extent, Source)> {
+        self.index.borrow().overlapping(extent).into_iter().map(|p| (p.extent, skip(p))).collect()
+    }
+
+    /// The first extent it has at or after `offset`.
+    pub fn next_from(&self, offset: u64) -> Option<Extent> {
+        self.index.borrow().next_from(offset)
+    }
+
+    /// A record does not hold what the index says.
+    pub fn damaged(&self, source: Source) -> RetainError {
+        RetainError::Damaged { path: self.path.clone(), offset: source.record_at, source: OpenError::Body }
+    }
+
+    /// The opened body of a record.
+    pub async fn read(&self, source: Source, opener: &RefCell<Opener>) -> Result<Rc<AlignedBuf>, RetainError> {
+        let damaged = |e| RetainError::Damaged { path: self.path.clone(), offset: source.record_at, source: e };
+        let len = self.file.len().map_err(|e| self.io(e))?;
+        let record = self.read_record(source.record_at, len).await?.ok_or_else(|| damaged(OpenError::Body))?;
+        let opened = opener.borrow_mut().open(&record);
+        Ok(Rc::new(opened.map_err(damaged)?.1))
+    }
+
+    fn io(&self, source: io::Error) -> RetainError {
+        RetainError::Io { path: self.path.clone(), source }
+    }
+}
+
+/// The source of a piece that begins somewhere inside what was inserted.
+fn skip(piece: Piece<Source>) -> Source {
+    Source { data_at: piece.source.data_at.map(|at| at + piece.skip as u32), ..piece.source }
+}

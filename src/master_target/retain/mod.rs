@@ -1,0 +1,347 @@
+//! The retention journal of one disk: what is needed to go back from the replica to older points.
+//!
+//! An *interval* begins at a point's marker and ends at the next. It keeps, for each block overwritten within it for the
+//! first time, the content the block had at its beginning. Content at point P of a block = the first interval from P on
+//! that has it, else the replica. Dropping the oldest point drops the oldest interval: nothing is merged.
+//!
+//! Constraints first:
+//! - Old content is durable here before the replica's block is overwritten.
+//! - It is kept from the first attempt only: after a crash the replica may already hold new content, and a block that is
+//!   found here is not read again. Intervals are named by the marker's position, so a repeated attempt finds them.
+//! - One file an interval, made when the first block is kept: `undo-EPOCH-SEQUENCE.tgu`, positions in hexadecimal.
+//!
+//! If power goes while records are appended: those found whole are right, because the replica was not touched before all
+//! were durable. While an interval is closed: its index is missing and is made again from its records. While files are
+//! removed: the points were unlisted before.
+
+pub mod index;
+mod interval;
+mod view;
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+
+use futures_util::StreamExt;
+use thiserror::Error;
+
+use self::interval::{Interval, file_name, parse_name};
+pub use self::view::View;
+use crate::config::limits::APPLY_DEPTH;
+use crate::crypto::keyring::DataKey;
+use crate::crypto::seal::{OpenError, Opener, Packer, Purpose, SealingSession};
+use crate::disk::{DiskError, Image};
+use crate::model::{BLOCK, BlockSet, DiskId, Extent, Position};
+use crate::storage::{File, Storage};
+use crate::wire::batch::{BATCH_DATA_TARGET, BATCH_EXTENTS_MAX};
+
+/// Why the retention journal cannot do what was asked.
+#[derive(Debug, Error)]
+pub enum RetainError {
+    /// The file system failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The failure.
+        source: io::Error,
+    },
+    /// A record is damaged.
+    #[error("{path} at byte {offset}: {source}; points older than this record cannot be brought back exactly")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Where.
+        offset: u64,
+        /// How it was noticed.
+        source: OpenError,
+    },
+    /// The replica cannot be read.
+    #[error(transparent)]
+    Replica(#[from] DiskError),
+}
+
+impl RetainError {
+    /// The failure of the file system, if it was one.
+    pub fn io_error(&self) -> Option<&io::Error> {
+        match self {
+            RetainError::Io { source, .. } | RetainError::Replica(DiskError::Io { source, .. }) => Some(source),
+            _ => None,
+        }
+    }
+}
+
+/// What is known of the disk whose history is kept.
+#[derive(Clone)]
+pub struct Subject {
+    /// The disk.
+    pub disk: DiskId,
+    /// Its replica's history.
+    pub generation: u64,
+    /// Its data key.
+    pub key: DataKey,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// The retention journal of one disk; lives on the apply thread.
+pub struct Retention<S: Storage> {
+    storage: S,
+    dir: PathBuf,
+    subject: Subject,
+    session: Arc<SealingSession>,
+    opener: RefCell<Opener>,
+    /// Begin of every interval that has a file, and its bytes.
+    files: RefCell<BTreeMap<Position, u64>>,
+    current: RefCell<Option<Rc<Interval<S::File>>>>,
+    current_start: Cell<Option<Position>>,
+    touched: RefCell<BlockSet>,
+    views: RefCell<Vec<Weak<View<S>>>>,
+}
+
+impl<S: Storage> Retention<S> {
+    /// Opens the journal in `dir`. `last_marker` is the newest marker within the replica's checkpoint; a file that begins
+    /// there, or later, is scanned so that what was kept before a crash is kept from that attempt.
+    ///
+    /// # Errors
+    /// [`RetainError`].
+    pub async fn open(storage: S, dir: &Path, subject: Subject, last_marker: Option<Position>) -> Result<Self, RetainError> {
+        let io = |source| RetainError::Io { path: dir.to_owned(), source };
+        storage.create_dir(dir).map_err(io)?;
+        let session = Arc::new(SealingSession::start(&subject.key, Purpose::Retention, subject.disk, subject.generation));
+        let opener = RefCell::new(Opener::new(subject.key.clone(), Purpose::Retention, subject.disk, subject.generation));
+        let retention = Self {
+            dir: dir.to_owned(),
+            session,
+            opener,
+            files: RefCell::default(),
+            current: RefCell::default(),
+            current_start: Cell::new(None),
+            touched: RefCell::default(),
+            views: RefCell::default(),
+            storage,
+            subject,
+        };
+        for name in retention.storage.list(dir).map_err(io)? {
+            if let Some(start) = parse_name(&name) {
+                let bytes = Interval::<S::File>::file_len(&retention.storage, &dir.join(&name)).await?;
+                retention.files.borrow_mut().insert(start, bytes);
+            }
+        }
+        if let Some(start) = last_marker {
+            retention.begin(start).await?;
+        }
+        Ok(retention)
+    }
+
+    /// Whether old content has to be kept: there is a point to go back to.
+    pub fn is_keeping(&self) -> bool {
+        self.current_start.get().is_some()
+    }
+
+    /// A marker was passed: from here on old content belongs to the interval that begins there. Repeating is harmless.
+    ///
+    /// # Errors
+    /// [`RetainError::Io`].
+    pub async fn begin(&self, start: Position) -> Result<(), RetainError> {
+        if self.current_start.get() == Some(start) {
+            return Ok(());
+        }
+        let closed = self.current.borrow_mut().take();
+        if let Some(interval) = closed {
+            interval.close().await?;
+            self.files.borrow_mut().insert(interval.start(), interval.bytes());
+        }
+        self.touched.borrow_mut().clear();
+        self.current_start.set(Some(start));
+        if self.files.borrow().contains_key(&start) {
+            let interval = Rc::new(Interval::reopen(&self.storage, &self.dir, start, &self.opener).await?);
+            for extent in interval.extents() {
+                self.touch(extent);
+            }
+            self.use_interval(interval);
+        }
+        Ok(())
+    }
+
+    /// Keeps the content that `extents` have in `image` now, as far as this interval does not have it. Durable when this
+    /// returns; only then may they be overwritten.
+    ///
+    /// # Errors
+    /// [`RetainError`]; the replica must not be overwritten then.
+    pub async fn preserve<F: File>(&self, image: &Image<F>, extents: impl Iterator<Item = Extent>) -> Result<(), RetainError> {
+        let Some(start) = self.current_start.get() else { return Ok(()) };
+        let fresh = self.untouched(extents);
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        let current = self.current.borrow().clone();
+        let interval = match current {
+            Some(interval) => interval,
+            None => {
+                let made = Rc::new(Interval::create(&self.storage, &self.dir, start).await?);
+                self.files.borrow_mut().insert(start, 0);
+                self.use_interval(made.clone());
+                made
+            }
+        };
+        for group in group(split_holes(image, fresh)?) {
+            let mut body = Vec::with_capacity(BATCH_DATA_TARGET * 2);
+            let reads = group.iter().filter(|(_, hole)| !hole).map(|(extent, _)| image.read(*extent));
+            let mut reads = futures_util::stream::iter(reads).buffered(APPLY_DEPTH);
+            while let Some(old) = reads.next().await {
+                body.extend_from_slice(&old?);
+            }
+            drop(reads);
+            interval.append(&self.subject, &self.session, body, &group).await?;
+        }
+        interval.sync().await?;
+        // Before any overwriting begins: readers of older points look here again after they read the replica.
+        interval.publish();
+        for extent in interval.take_published() {
+            self.touch(extent);
+        }
+        self.files.borrow_mut().insert(start, interval.bytes());
+        Ok(())
+    }
+
+    /// Removes every interval that begins before `oldest_needed`; all but the current one if there is none.
+    ///
+    /// # Errors
+    /// [`RetainError::Io`]; what was not removed is removed the next time.
+    pub fn forget_before(&self, oldest_needed: Option<Position>) -> Result<(), RetainError> {
+        let keep_from = oldest_needed.or(self.current_start.get());
+        let Some(keep_from) = keep_from else { return Ok(()) };
+        let gone: Vec<Position> = self.files.borrow().range(..keep_from).map(|(p, _)| *p).filter(|p| Some(*p) != self.current_start.get()).collect();
+        for start in &gone {
+            let path = self.dir.join(file_name(*start));
+            self.storage.remove(&path).map_err(|source| RetainError::Io { path, source })?;
+            self.files.borrow_mut().remove(start);
+        }
+        if gone.is_empty() {
+            return Ok(());
+        }
+        self.storage.sync_dir(&self.dir).map_err(|source| RetainError::Io { path: self.dir.clone(), source })
+    }
+
+    /// Bytes of all intervals.
+    pub fn bytes(&self) -> u64 {
+        self.files.borrow().values().sum()
+    }
+
+    fn use_interval(&self, interval: Rc<Interval<S::File>>) {
+        self.views.borrow_mut().retain(|view| match view.upgrade() {
+            Some(view) => {
+                view.add_live(interval.clone());
+                true
+            }
+            None => false,
+        });
+        *self.current.borrow_mut() = Some(interval);
+    }
+
+    fn touch(&self, extent: Extent) {
+        let mut touched = self.touched.borrow_mut();
+        for block in extent.offset / BLOCK..extent.end().div_ceil(BLOCK) {
+            touched.insert(block);
+        }
+    }
+
+    /// Whole blocks of `extents` that this interval does not have, in order, clipped to the disk.
+    fn untouched(&self, extents: impl Iterator<Item = Extent>) -> Vec<Extent> {
+        let touched = self.touched.borrow();
+        let mut asked = BlockSet::default();
+        let mut fresh: Vec<Extent> = Vec::new();
+        for extent in extents {
+            let (first, last) = (extent.offset / BLOCK, (extent.end() - 1) / BLOCK);
+            for (start, count) in touched.missing_runs(first, last) {
+                // Two extents may share a block.
+                for (start, count) in asked.missing_runs(start, start + count - 1) {
+                    for block in start..start + count {
+                        asked.insert(block);
+                    }
+                    let offset = start * BLOCK;
+                    fresh.push(Extent::new(offset, (count * BLOCK).min(self.subject.size - offset)));
+                }
+            }
+        }
+        fresh
+    }
+}
+
+/// Cuts extents where the image has holes, which need no reading: (extent, hole).
+fn split_holes<F: File>(image: &Image<F>, extents: Vec<Extent>) -> Result<Vec<(Extent, bool)>, DiskError> {
+    let mut parts = Vec::new();
+    for extent in extents {
+        let mut at = extent.offset;
+        while at < extent.end() {
+            let data = image.next_data(at)?.filter(|d| d.offset < extent.end()).unwrap_or(Extent::new(extent.end(), 0));
+            if data.offset > at {
+                parts.push((Extent::new(at, data.offset - at), true));
+            }
+            let end = data.end().min(extent.end());
+            if end > data.offset {
+                parts.push((Extent::new(data.offset.max(at), end - data.offset.max(at)), false));
+            }
+            at = end.max(data.offset);
+        }
+    }
+    Ok(parts)
+}
+
+/// Groups parts into records of about [`BATCH_DATA_TARGET`] bytes, cutting long ones.
+fn group(parts: Vec<(Extent, bool)>) -> Vec<Vec<(Extent, bool)>> {
+    let mut groups = vec![Vec::new()];
+    let mut data = 0;
+    for (extent, hole) in parts {
+        let mut at = extent.offset;
+        while at < extent.end() {
+            let limit = if hole { crate::model::change::ZERO_BYTES_MAX } else { BATCH_DATA_TARGET as u64 };
+            let part = Extent::new(at, limit.min(extent.end() - at));
+            at = part.end();
+            let bytes = if hole { 0 } else { part.len };
+            let full = data + bytes > BATCH_DATA_TARGET as u64 || groups.last().is_some_and(|g: &Vec<_>| g.len() >= BATCH_EXTENTS_MAX);
+            if full {
+                groups.push(Vec::new());
+                data = 0;
+            }
+            data += bytes;
+            groups.last_mut().expect("there is always one group").push((part, hole));
+        }
+    }
+    groups.retain(|g| !g.is_empty());
+    groups
+}
+
+/// Seals a record away from the I/O thread.
+async fn seal(subject: &Subject, session: &Arc<SealingSession>, body: Vec<u8>, data_len: usize, extents: usize, number: u64) -> crate::storage::AlignedBuf {
+    let mut header = crate::wire::batch::BatchHeader {
+        compressed: false,
+        disk: subject.disk,
+        generation: subject.generation,
+        epoch: 0,
+        first: number,
+        last: number,
+        data_len: data_len as u32,
+        extents: extents as u32,
+        marker_len: 0,
+        stored_len: 0,
+        body_crc: 0,
+        age_us: 0,
+        accepted_wall_ms: 0,
+        salt: [0; 32],
+        nonce: 0,
+    };
+    let session = session.clone();
+    tokio::task::spawn_blocking(move || {
+        thread_local! {
+            static PACKER: RefCell<Packer> = RefCell::default();
+        }
+        PACKER.with(|packer| session.seal(&mut header, &body, &mut packer.borrow_mut()))
+    })
+    .await
+    .expect("sealing does not panic and the runtime outlives this task")
+}

@@ -1,0 +1,213 @@
+//! What the network thread and the apply thread share of each disk: the queue of journaled batches, and figures.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::points::Book;
+use crate::clock::{self, Mono};
+use crate::disk::Format;
+use crate::model::{DiskId, DiskReport, MachineId, Name, Position};
+use crate::storage::AlignedBuf;
+use crate::storage::log::Location;
+use crate::wire::batch::BatchHeader;
+
+/// A journaled batch that is not in the replica.
+pub struct Item {
+    /// First sequence.
+    pub first: u64,
+    /// Where the stream stands after it.
+    pub end: Position,
+    /// Where it is in the journal.
+    pub location: Location,
+    /// Its opened body, unless it has to be read back.
+    pub body: Option<(BatchHeader, AlignedBuf)>,
+    /// How it travelled.
+    pub travel: Option<Travel>,
+}
+
+impl Item {
+    /// A batch found at start.
+    pub fn recovered(header: &BatchHeader, location: Location) -> Self {
+        Self { first: header.first, end: header.end(), location, body: None, travel: None }
+    }
+}
+
+/// Where a batch's last change spent its time. All of it monotonic.
+#[derive(Clone, Copy, Debug)]
+pub struct Travel {
+    /// When it arrived here.
+    pub received: Mono,
+    /// At the agent.
+    pub source: Duration,
+    /// At the process server.
+    pub gateway: Duration,
+    /// On the link.
+    pub link: Duration,
+}
+
+impl Travel {
+    /// When the change was captured, on this process's clock.
+    pub fn captured(&self) -> Mono {
+        self.received.minus(self.source + self.gateway + self.link)
+    }
+}
+
+/// The newest listed point of a disk, for its RPO.
+#[derive(Clone, Copy, Debug)]
+pub struct Newest {
+    /// How its marker travelled.
+    pub travel: Travel,
+    /// From arrival to listing.
+    pub apply: Duration,
+}
+
+/// Positions and condition of a replica.
+#[derive(Clone, Debug, Default)]
+pub struct Condition {
+    /// Received by the network thread.
+    pub received: Position,
+    /// Durable in the journal.
+    pub journaled: Position,
+    /// In the replica.
+    pub applied: Position,
+    /// Durable in the replica.
+    pub checkpointed: Position,
+    /// What the agent said last, and when.
+    pub report: Option<(DiskReport, Mono)>,
+    /// Why the replica does not go on, if so.
+    pub error: Option<String>,
+    /// The newest listed point.
+    pub newest: Option<Newest>,
+    /// Bytes of the disk; 0 when there is no replica yet.
+    pub size: u64,
+    /// Bytes of old content kept.
+    pub retained_bytes: u64,
+}
+
+/// One disk.
+pub struct DiskShared {
+    /// Its id.
+    pub id: DiskId,
+    /// Whose.
+    pub machine: MachineId,
+    /// The machine's name.
+    pub machine_name: Name,
+    /// Its name.
+    pub name: Name,
+    /// `machine/disk`.
+    pub label: String,
+    /// Format of new replicas.
+    pub format: Format,
+    /// Size by configuration.
+    pub configured_size: Option<u64>,
+    queue: Mutex<VecDeque<Item>>,
+    /// Bytes in the journal of this disk.
+    pub queue_bytes: AtomicU64,
+    /// Rung when something was queued.
+    pub queued: Notify,
+    condition: Mutex<Condition>,
+}
+
+impl DiskShared {
+    /// A disk of the configuration.
+    pub fn new(machine: &crate::config::master_target::Machine, disk: &crate::config::master_target::Disk) -> Self {
+        Self {
+            id: machine.disk_id(disk),
+            machine: machine.id(),
+            machine_name: machine.name.clone(),
+            name: disk.name.clone(),
+            label: format!("{}/{}", machine.name, disk.name),
+            format: disk.format,
+            configured_size: disk.size,
+            queue: Mutex::default(),
+            queue_bytes: AtomicU64::new(0),
+            queued: Notify::new(),
+            condition: Mutex::default(),
+        }
+    }
+
+    /// The condition. Held for moments only.
+    pub fn condition(&self) -> MutexGuard<'_, Condition> {
+        self.condition.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues a journaled batch.
+    pub fn push(&self, item: Item) {
+        self.queue_bytes.fetch_add(item.location.stored_bytes(), Ordering::Relaxed);
+        self.lock_queue().push_back(item);
+        self.queued.notify_one();
+    }
+
+    /// Takes batches in order until about `bytes` are taken.
+    pub fn take(&self, bytes: u64) -> Vec<Item> {
+        let mut queue = self.lock_queue();
+        let mut taken = Vec::new();
+        let mut sum = 0;
+        while sum < bytes
+            && let Some(item) = queue.pop_front()
+        {
+            sum += item.body.as_ref().map_or(item.location.stored_bytes(), |(_, body)| body.len() as u64);
+            taken.push(item);
+        }
+        taken
+    }
+
+    /// Batches waiting.
+    pub fn waiting(&self) -> usize {
+        self.lock_queue().len()
+    }
+
+    /// Bytes of opened bodies waiting.
+    pub fn waiting_bytes(&self) -> u64 {
+        self.queue_bytes.load(Ordering::Relaxed)
+    }
+
+    fn lock_queue(&self) -> MutexGuard<'_, VecDeque<Item>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What all parts of a master target share.
+pub struct TargetShared {
+    /// Every configured disk.
+    pub disks: Vec<Arc<DiskShared>>,
+    book: Mutex<Book>,
+    /// Bytes of opened bodies in memory.
+    pub body_bytes: AtomicU64,
+    /// Held while the book and the catalogue are changed together.
+    pub noting: tokio::sync::Mutex<()>,
+    /// Seconds run before this start.
+    pub clock_before: u64,
+    started: Mono,
+}
+
+impl TargetShared {
+    /// The shared state at start.
+    pub fn new(disks: Vec<Arc<DiskShared>>, book: Book, clock_before: u64) -> Self {
+        Self { disks, book: Mutex::new(book), body_bytes: AtomicU64::new(0), noting: tokio::sync::Mutex::new(()), clock_before, started: clock::now() }
+    }
+
+    /// The book of points. Held for moments only.
+    pub fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Seconds this master target has run in all.
+    pub fn clock(&self) -> u64 {
+        self.clock_before + clock::now().since(self.started).as_secs()
+    }
+
+    /// A disk by id.
+    pub fn disk(&self, id: DiskId) -> Option<&Arc<DiskShared>> {
+        self.disks.iter().find(|d| d.id == id)
+    }
+
+    /// The disks of a machine.
+    pub fn disks_of(&self, machine: MachineId) -> Vec<DiskId> {
+        self.disks.iter().filter(|d| d.machine == machine).map(|d| d.id).collect()
+    }
+}

@@ -1,0 +1,82 @@
+//! What the process server tells the command line.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{ProcessServer, ProcessServerView};
+use crate::control::api::{DiskView, MachineView, Request, RoleStatus};
+use crate::control::server::{Answer, Role};
+use crate::model::Health;
+
+struct Control {
+    view: Arc<Mutex<ProcessServerView>>,
+}
+
+impl ProcessServer {
+    /// Its side of the control interface.
+    pub fn control(&self) -> Arc<dyn Role> {
+        Arc::new(Control { view: self.view.clone() })
+    }
+}
+
+impl Role for Control {
+    fn status(&self) -> RoleStatus {
+        let view = self.view.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let free = 100 - view.cache_used_bytes * 100 / view.cache_capacity_bytes.max(1);
+        let (health, reason, remedy) = match (view.link_up, free) {
+            (false, _) => (Health::Critical, view.link_error.clone(), Some("check the master target and the network; changes are kept in the cache meanwhile")),
+            (true, ..25) => (Health::Critical, Some(format!("{free} % of the cache is free")), Some("the link is slower than the churn: enlarge [cache] size_max or the link")),
+            (true, ..30) => (Health::Warning, Some(format!("{free} % of the cache is free")), Some("watch the link and the churn")),
+            _ => (Health::Healthy, None, None),
+        };
+        RoleStatus {
+            role: "process-server".to_owned(),
+            name: String::new(),
+            health,
+            reason,
+            remedy: remedy.map(str::to_owned),
+            machines: machines(&view),
+            cache_bytes: Some((view.cache_used_bytes, view.cache_capacity_bytes)),
+            connected: Some(view.link_up),
+        }
+    }
+
+    fn call<'a>(&'a self, _: &'a Request) -> Answer<'a> {
+        Box::pin(async { None })
+    }
+}
+
+fn machines(view: &ProcessServerView) -> Vec<MachineView> {
+    let mut machines: Vec<MachineView> = Vec::new();
+    for disk in &view.disks {
+        let (machine, name) = disk.disk.split_once('/').unwrap_or(("", &disk.disk));
+        let health = if disk.not_ready.is_some() || !disk.connected { Health::Warning } else { Health::Healthy };
+        let reason = disk.not_ready.clone().or_else(|| (!disk.connected).then(|| "its agent is not connected".to_owned()));
+        let shown = DiskView {
+            name: name.to_owned(),
+            id: disk.id.clone(),
+            state: if disk.connected { "connected" } else { "not connected" }.to_owned(),
+            health,
+            reason,
+            waiting_bytes: disk.cache_bytes,
+            positions: disk.positions.clone(),
+            ..DiskView::default()
+        };
+        match machines.iter_mut().find(|m| m.name == machine) {
+            Some(found) => {
+                found.health = found.health.max(health);
+                found.disks.push(shown);
+            }
+            None => machines.push(MachineView {
+                name: machine.to_owned(),
+                id: String::new(),
+                health,
+                rpo_seconds: None,
+                points: 0,
+                oldest_point: None,
+                newest_point: None,
+                disks: vec![shown],
+            }),
+        }
+    }
+    machines
+}
