@@ -127,6 +127,18 @@ impl<F: File> Image<F> {
         })
     }
 
+    /// Opens an image to read it; the file is not changed.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub async fn open_read_only<S: Storage<File = F>>(storage: &S, path: &Path, format: Format) -> Result<Self, DiskError> {
+        let file = open_file(storage, path, OpenMode::Read).await?;
+        Ok(match format {
+            Format::Raw => Image::Raw(Raw::open(path, file)?),
+            Format::Vhdx => Image::Vhdx(Vhdx::load(path, file).await?.0),
+        })
+    }
+
     /// Size of the virtual disk in bytes.
     pub fn size(&self) -> u64 {
         match self {

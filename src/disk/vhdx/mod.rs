@@ -93,6 +93,16 @@ impl<F: File> Vhdx<F> {
     /// # Errors
     /// [`DiskError`].
     pub async fn open(path: &Path, file: F) -> Result<Self, DiskError> {
+        let (vhdx, header) = Self::load(path, file).await?;
+        vhdx.begin_session(header).await.map_err(|e| vhdx.io(e))?;
+        Ok(vhdx)
+    }
+
+    /// Checks the whole structure and changes nothing. Returns the current header and which of the two it is.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    pub async fn load(path: &Path, file: F) -> Result<(Self, (Header, usize)), DiskError> {
         let io = |source| DiskError::Io { path: path.to_owned(), source };
         let corrupt = |offset, what| DiskError::Corrupt { path: path.to_owned(), offset, what };
         let file_len = file.len().map_err(io)?;
@@ -135,8 +145,7 @@ impl<F: File> Vhdx<F> {
             bat: RefCell::new(bat),
             placing: Mutex::new(()),
         };
-        vhdx.begin_session(header).await.map_err(io)?;
-        Ok(vhdx)
+        Ok((vhdx, header))
     }
 
     /// New write ids in the other header, then in this one: whichever write is torn, the other header is whole. Then the

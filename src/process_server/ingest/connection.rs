@@ -201,10 +201,11 @@ impl Connection {
             self.server.dispatch(&disk, number, batch).await;
         }
         *disk.acknowledge.borrow_mut() = Some(self.bell.clone());
+        let frozen = self.server.over_share(&disk);
         let (resume_at, safe, credit) = {
             let mut stream = disk.stream.borrow_mut();
             let resume_at = stream.open(epoch);
-            (resume_at, stream.safe_in_epoch(), stream.credit(self.server.window(), self.server.over_share(&disk)))
+            (resume_at, stream.safe_in_epoch(), stream.credit(self.server.window(), frozen))
         };
         let generation = disk.record.borrow().as_ref().map_or(0, |r| r.generation);
         tracing::info!(disk = %disk.label, epoch, resume_at, "agent sends this disk");

@@ -1,0 +1,131 @@
+//! `tidegate machine` and `tidegate disk`.
+
+use anyhow::bail;
+
+use super::{Ask, ask, output};
+use crate::config::units::show_size;
+use crate::control::api::{DiskView, MachineView, Request, RoleStatus};
+
+/// Machines.
+#[derive(clap::Subcommand)]
+pub enum MachineCommand {
+    /// All machines the server knows.
+    List(Ask),
+    /// One machine with its disks.
+    Show {
+        /// Its name.
+        machine: String,
+        #[command(flatten)]
+        ask: Ask,
+    },
+}
+
+/// Disks.
+#[derive(clap::Subcommand)]
+pub enum DiskCommand {
+    /// All disks the server knows.
+    List(Ask),
+    /// One disk with its positions.
+    Show {
+        /// MACHINE/DISK, or an id.
+        disk: String,
+        #[command(flatten)]
+        ask: Ask,
+    },
+}
+
+/// Runs `machine`.
+pub fn machine(command: MachineCommand) -> anyhow::Result<()> {
+    match command {
+        MachineCommand::List(args) => {
+            let machines = machines(&args)?;
+            if args.json {
+                return output::json(&machines);
+            }
+            let rows: Vec<_> = machines
+                .iter()
+                .map(|m| vec![m.name.clone(), m.health.as_str().to_owned(), output::seconds(m.rpo_seconds), m.disks.len().to_string(), m.points.to_string(), m.newest_point.clone().unwrap_or_else(|| "-".to_owned())])
+                .collect();
+            output::table(&["MACHINE", "HEALTH", "RPO", "DISKS", "POINTS", "NEWEST"], &rows);
+            Ok(())
+        }
+        MachineCommand::Show { machine, ask } => {
+            let all = machines(&ask)?;
+            let Some(found) = all.iter().find(|m| m.name == machine || m.id == machine) else {
+                bail!("machine {machine} is not known to this server: see `tidegate machine list`");
+            };
+            if ask.json {
+                return output::json(found);
+            }
+            println!("machine {} ({})", found.name, found.id);
+            println!("health  {}", found.health.as_str());
+            println!("rpo     {}", output::seconds(found.rpo_seconds));
+            println!("points  {}, {} to {}", found.points, found.oldest_point.as_deref().unwrap_or("-"), found.newest_point.as_deref().unwrap_or("-"));
+            print_disks(&[found]);
+            Ok(())
+        }
+    }
+}
+
+/// Runs `disk`.
+pub fn disk(command: DiskCommand) -> anyhow::Result<()> {
+    match command {
+        DiskCommand::List(args) => {
+            let machines = machines(&args)?;
+            if args.json {
+                let disks: Vec<_> = machines.iter().flat_map(|m| m.disks.iter().map(|d| serde_json::json!({ "machine": m.name, "disk": d }))).collect();
+                return output::json(&disks);
+            }
+            print_disks(&machines.iter().collect::<Vec<_>>());
+            Ok(())
+        }
+        DiskCommand::Show { disk, ask } => {
+            let machines = machines(&ask)?;
+            let mut all = machines.iter().flat_map(|m| m.disks.iter().map(move |d| (m, d)));
+            let Some((machine, found)) = all.find(|(m, d)| format!("{}/{}", m.name, d.name) == disk || d.id == disk) else {
+                bail!("disk {disk} is not known to this server: write MACHINE/DISK, see `tidegate disk list`");
+            };
+            if ask.json {
+                return output::json(found);
+            }
+            show(machine, found);
+            Ok(())
+        }
+    }
+}
+
+fn machines(args: &Ask) -> anyhow::Result<Vec<MachineView>> {
+    let status: Vec<RoleStatus> = ask(&args.control, &Request::Status)?;
+    // Where several roles share a process, the master target knows most.
+    let best = status.iter().find(|r| r.role == "master-target").or(status.first());
+    Ok(best.map(|r| r.machines.clone()).unwrap_or_default())
+}
+
+fn print_disks(machines: &[&MachineView]) {
+    let rows: Vec<_> = machines
+        .iter()
+        .flat_map(|m| m.disks.iter().map(move |d| (*m, d)))
+        .map(|(m, d)| vec![format!("{}/{}", m.name, d.name), d.state.clone(), d.health.as_str().to_owned(), show_size(d.size_bytes), output::seconds(d.rpo_seconds), show_size(d.missing_bytes), d.reason.clone().unwrap_or_default()])
+        .collect();
+    output::table(&["DISK", "STATE", "HEALTH", "SIZE", "RPO", "MISSING", "REASON"], &rows);
+}
+
+fn show(machine: &MachineView, disk: &DiskView) {
+    println!("disk      {}/{} ({})", machine.name, disk.name, disk.id);
+    println!("state     {}", disk.state);
+    println!("health    {}", disk.health.as_str());
+    for (what, text) in [("reason", &disk.reason), ("do", &disk.remedy)] {
+        if let Some(text) = text {
+            println!("{what:<9} {text}");
+        }
+    }
+    println!("size      {}", show_size(disk.size_bytes));
+    println!("rpo       {}", output::seconds(disk.rpo_seconds));
+    println!("missing   {}", show_size(disk.missing_bytes));
+    println!("backlog   {}", show_size(disk.backlog_bytes));
+    println!("waiting   {}", show_size(disk.waiting_bytes));
+    println!("retained  {}", show_size(disk.retained_bytes));
+    for (rung, position) in &disk.positions {
+        println!("  {rung:<13} {position}");
+    }
+}

@@ -1,0 +1,125 @@
+//! The command line: one file for each group of commands. The only place that uses anyhow.
+
+mod check;
+mod machine;
+mod output;
+mod pki;
+mod point;
+mod quickstart;
+mod recover;
+mod servers;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::model::Address;
+
+/// Keeps a second copy of running machines at another site and brings any of them back as it stood at a chosen moment.
+#[derive(Parser)]
+#[command(name = "tidegate", version, propagate_version = true, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Where a running server answers, and how to print.
+#[derive(clap::Args, Clone)]
+struct Ask {
+    /// Control socket of the server to ask.
+    #[arg(long, env = "TIDEGATE_CONTROL", default_value = "unix:/run/tidegate/control.sock", value_name = "unix:PATH")]
+    control: Address,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run all roles in one process over loopback, with a CA of its own, on real data.
+    #[command(after_help = "Examples:\n  tidegate quickstart                       a 1 GiB sample disk, a workload, points, recovery, a report\n  tidegate quickstart --disk /dev/vg/web01  protect that disk until interrupted")]
+    Quickstart(quickstart::Args),
+    /// Run the agent of a source host.
+    #[command(after_help = "Example:\n  tidegate agent --config /etc/tidegate/agent.toml")]
+    Agent(servers::Args),
+    /// Run a process server (gateway).
+    #[command(after_help = "Example:\n  tidegate process-server --config /etc/tidegate/process-server.toml")]
+    ProcessServer(servers::Args),
+    /// Run a master target.
+    #[command(after_help = "Example:\n  tidegate master-target --config /etc/tidegate/master-target.toml")]
+    MasterTarget(servers::Args),
+    /// Is it working? Exit code 0 healthy, 1 warning, 2 critical, 3 cannot tell.
+    #[command(after_help = "Example:\n  tidegate status --control unix:/run/tidegate/master-target.sock")]
+    Status(Ask),
+    /// Protected machines.
+    #[command(subcommand, after_help = "Example:\n  tidegate machine list")]
+    Machine(machine::MachineCommand),
+    /// Disks of protected machines.
+    #[command(subcommand, after_help = "Example:\n  tidegate disk show web01/sda")]
+    Disk(machine::DiskCommand),
+    /// Recovery points.
+    #[command(subcommand, after_help = "Examples:\n  tidegate point list --machine web01\n  tidegate point mark --machine web01 --label before-upgrade --control unix:/run/tidegate/agent.sock")]
+    Point(point::PointCommand),
+    /// Bring points back.
+    #[command(subcommand, after_help = "Examples:\n  tidegate recover mount latest --nbd unix:/tmp/point.sock\n  tidegate recover export 3f2a --disk sda --format vhdx --output /srv/web01.vhdx")]
+    Recover(recover::RecoverCommand),
+    /// Certificates.
+    #[command(subcommand, after_help = "Example:\n  tidegate pki init /etc/tidegate/ca\n  tidegate pki issue --ca /etc/tidegate/ca --role agent --name web01 --out /etc/tidegate/tls")]
+    Pki(pki::PkiCommand),
+    /// Check files without changing them.
+    #[command(subcommand, after_help = "Example:\n  tidegate check config --role agent /etc/tidegate/agent.toml")]
+    Check(check::CheckCommand),
+    /// Print a completion script for a shell.
+    #[command(after_help = "Example:\n  tidegate completions bash > /etc/bash_completion.d/tidegate")]
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// An error of usage or configuration: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
+/// Parses the command line and runs it. Exit code 0 done, 1 failed, 2 wrong usage or configuration.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Quickstart(args) => quickstart::run(args),
+        Command::Agent(args) => servers::agent(&args),
+        Command::ProcessServer(args) => servers::process_server(&args),
+        Command::MasterTarget(args) => servers::master_target(&args),
+        Command::Status(ask) => return status::run(&ask),
+        Command::Machine(command) => machine::machine(command),
+        Command::Disk(command) => machine::disk(command),
+        Command::Point(command) => point::run(command),
+        Command::Recover(command) => recover::run(command),
+        Command::Pki(command) => pki::run(command),
+        Command::Check(command) => check::run(&command),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "tidegate", &mut std::io::stdout());
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tidegate: {error:#}");
+            if error.downcast_ref::<Usage>().is_some() { ExitCode::from(2) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+/// Runs a request against a server.
+fn ask<T: serde::de::DeserializeOwned>(address: &Address, request: &crate::control::api::Request) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(crate::control::client::call(address, request))?)
+}
+
+/// An absolute path, because the server that uses it stands in another folder.
+fn absolute(path: &std::path::Path) -> anyhow::Result<PathBuf> {
+    Ok(std::path::absolute(path)?)
+}

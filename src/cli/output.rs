@@ -1,0 +1,33 @@
+//! Tables and numbers for people, JSON for programs.
+
+use serde::Serialize;
+
+/// Prints rows under a heading, columns aligned.
+pub fn table(heading: &[&str], rows: &[Vec<String>]) {
+    let widths: Vec<usize> = (0..heading.len())
+        .map(|column| rows.iter().map(|r| r[column].chars().count()).chain([heading[column].len()]).max().unwrap_or(0))
+        .collect();
+    let line = |cells: &[String]| {
+        let padded: Vec<String> = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        println!("{}", padded.join("  ").trim_end());
+    };
+    line(&heading.iter().map(|h| (*h).to_owned()).collect::<Vec<_>>());
+    rows.iter().for_each(|row| line(row));
+}
+
+/// Prints a value as JSON.
+pub fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// Seconds as people read them.
+pub fn seconds(value: Option<f64>) -> String {
+    match value {
+        None => "unknown".to_owned(),
+        Some(s) if s < 10.0 => format!("{s:.1} s"),
+        Some(s) if s < 120.0 => format!("{s:.0} s"),
+        Some(s) if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        Some(s) => format!("{:.1} h", s / 3600.0),
+    }
+}

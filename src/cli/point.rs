@@ -1,0 +1,84 @@
+//! `tidegate point`.
+
+use anyhow::bail;
+
+use super::{Ask, ask, output};
+use crate::control::api::{Marked, PointView, Request};
+
+/// Recovery points.
+#[derive(clap::Subcommand)]
+pub enum PointCommand {
+    /// Listed points, the oldest first. Ask the master target.
+    List {
+        /// Of one machine only.
+        #[arg(long)]
+        machine: Option<String>,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// One point. Ask the master target.
+    Show {
+        /// Its id, or the beginning of it.
+        point: String,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Make a crash-consistent point now. Ask the agent of the machine.
+    Mark {
+        /// Of which machine.
+        #[arg(long)]
+        machine: String,
+        /// What to call it.
+        #[arg(long)]
+        label: Option<String>,
+        /// Application-consistent.
+        #[arg(long)]
+        app: bool,
+        #[command(flatten)]
+        ask: Ask,
+    },
+}
+
+/// Runs the command.
+pub fn run(command: PointCommand) -> anyhow::Result<()> {
+    match command {
+        PointCommand::List { machine, ask: args } => {
+            let points: Vec<PointView> = ask(&args.control, &Request::Points { machine })?;
+            if args.json {
+                return output::json(&points);
+            }
+            let row = |p: &PointView| {
+                let disks: Vec<_> = p.disks.iter().map(|d| d.0.as_str()).collect();
+                vec![p.id.clone(), p.machine.clone(), p.time.clone(), p.kind.clone(), disks.join(","), format!("{:.1} ms", p.hold_seconds * 1e3), p.label.clone().unwrap_or_default()]
+            };
+            output::table(&["POINT", "MACHINE", "TIME", "KIND", "DISKS", "HELD", "LABEL"], &points.iter().map(row).collect::<Vec<_>>());
+            Ok(())
+        }
+        PointCommand::Show { point, ask: args } => {
+            let points: Vec<PointView> = ask(&args.control, &Request::Points { machine: None })?;
+            let found: Vec<_> = points.iter().filter(|p| p.id.starts_with(&point)).collect();
+            let [found] = found[..] else { bail!("{} points begin with {point}: see `tidegate point list`", found.len()) };
+            if args.json {
+                return output::json(found);
+            }
+            println!("point    {}", found.id);
+            println!("machine  {}", found.machine);
+            println!("time     {} (clock of the source)", found.time);
+            println!("kind     {}", found.kind);
+            println!("held     {:.1} ms", found.hold_seconds * 1e3);
+            println!("label    {}", found.label.as_deref().unwrap_or("-"));
+            for (name, id, position) in &found.disks {
+                println!("  disk {name} ({id}) at {position}");
+            }
+            Ok(())
+        }
+        PointCommand::Mark { machine, label, app, ask: args } => {
+            let marked: Marked = ask(&args.control, &Request::Mark { machine, label, app })?;
+            if args.json {
+                return output::json(&marked);
+            }
+            println!("point {} is on its way; `tidegate point list` at the master target shows it when every disk has it", marked.point);
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! `tidegate recover`.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::bail;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{Ask, absolute, ask, output};
+use crate::config::units::show_size;
+use crate::control::api::{RecoveryView, Request};
+use crate::control::client;
+use crate::model::Address;
+
+/// Bring points back. Ask the master target.
+#[derive(clap::Subcommand)]
+pub enum RecoverCommand {
+    /// Serve a disk of a point as a read-only block device over NBD until interrupted; replication goes on.
+    #[command(after_help = "Example:\n  tidegate recover mount latest --disk sda --nbd unix:/tmp/point.sock\n  nbdinfo 'nbd+unix:///?socket=/tmp/point.sock'")]
+    Mount {
+        /// Id of the point, the beginning of it, or `latest`.
+        point: String,
+        /// Where: unix:PATH or tcp:ADDRESS:PORT.
+        #[arg(long)]
+        nbd: Address,
+        /// Name of the disk; needed when the machine has several.
+        #[arg(long)]
+        disk: Option<String>,
+        /// Refuse writes. In this version points are always read-only.
+        #[arg(long)]
+        read_only: bool,
+        /// Leave it mounted and return.
+        #[arg(long)]
+        detach: bool,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Write a disk of a point to an image file.
+    #[command(after_help = "Example:\n  tidegate recover export latest --disk sda --format vhdx --output /srv/web01-sda.vhdx")]
+    Export {
+        /// As in `mount`.
+        point: String,
+        /// As in `mount`.
+        #[arg(long)]
+        disk: Option<String>,
+        /// vhdx or raw.
+        #[arg(long, default_value = "vhdx")]
+        format: String,
+        /// File on the master target's host; must not exist.
+        #[arg(long)]
+        output: PathBuf,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Mounts and exports.
+    List(Ask),
+    /// End a mount or forget an export.
+    Unmount {
+        /// Its name, see `recover list`.
+        name: String,
+        #[command(flatten)]
+        ask: Ask,
+    },
+}
+
+/// Runs the command.
+pub fn run(command: RecoverCommand) -> anyhow::Result<()> {
+    match command {
+        RecoverCommand::Mount { point, nbd, disk, read_only: _, detach, ask: args } => mount(point, nbd, disk, detach, &args),
+        RecoverCommand::Export { point, disk, format, output, ask: args } => export(point, disk, format, output, &args),
+        RecoverCommand::List(args) => {
+            let all: Vec<RecoveryView> = ask(&args.control, &Request::Recoveries)?;
+            if args.json {
+                return output::json(&all);
+            }
+            let row = |v: &RecoveryView| {
+                let progress = if v.kind == "mount" { "-".to_owned() } else { format!("{} of {}", show_size(v.done_bytes), show_size(v.total_bytes)) };
+                vec![v.name.clone(), v.kind.clone(), v.disk.clone(), v.point.clone(), v.state.clone(), progress, v.target.clone(), v.error.clone().unwrap_or_default()]
+            };
+            output::table(&["NAME", "KIND", "DISK", "POINT", "STATE", "PROGRESS", "TARGET", "ERROR"], &all.iter().map(row).collect::<Vec<_>>());
+            Ok(())
+        }
+        RecoverCommand::Unmount { name, ask: args } => {
+            let () = ask(&args.control, &Request::Unmount { name: name.clone() })?;
+            if args.json { output::json(&serde_json::json!({ "unmounted": name })) } else { Ok(println!("{name} ended")) }
+        }
+    }
+}
+
+fn mount(point: String, nbd: Address, disk: Option<String>, detach: bool, args: &Ask) -> anyhow::Result<()> {
+    let nbd = match nbd {
+        Address::Unix(path) => Address::Unix(absolute(&path)?),
+        tcp @ Address::Tcp(_) => tcp,
+    };
+    let view: RecoveryView = ask(&args.control, &Request::Mount { point, disk, nbd: nbd.clone() })?;
+    if args.json {
+        output::json(&view)?;
+    } else {
+        let uri = match &nbd {
+            Address::Unix(path) => format!("nbd+unix:///?socket={}", path.display()),
+            Address::Tcp(address) => format!("nbd://{address}"),
+        };
+        println!("{} of {} is at {uri} (read-only), name {}", view.point, view.disk, view.name);
+    }
+    if detach {
+        return Ok(());
+    }
+    if !args.json {
+        println!("press Ctrl-C to unmount");
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        loop {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => break,
+                _ = terminate.recv() => break,
+                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            }
+            let all: Vec<RecoveryView> = client::call(&args.control, &Request::Recoveries).await?;
+            if !all.iter().any(|v| v.name == view.name) {
+                return Ok(());
+            }
+        }
+        client::call::<()>(&args.control, &Request::Unmount { name: view.name }).await.map_err(anyhow::Error::from)
+    })
+}
+
+fn export(point: String, disk: Option<String>, format: String, file: PathBuf, args: &Ask) -> anyhow::Result<()> {
+    let file = absolute(&file)?.display().to_string();
+    let mut view: RecoveryView = ask(&args.control, &Request::Export { point, disk, format, output: file })?;
+    let bar = if args.json || !std::io::stderr().is_terminal() { ProgressBar::hidden() } else { ProgressBar::new(view.total_bytes) };
+    let style = ProgressStyle::with_template("{bar:40} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left")?;
+    bar.set_style(style);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        while view.state == "running" {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let all: Vec<RecoveryView> = client::call(&args.control, &Request::Recoveries).await?;
+            let Some(now) = all.into_iter().find(|v| v.name == view.name) else { bail!("the export was ended by somebody") };
+            bar.set_position(now.done_bytes);
+            view = now;
+        }
+        Ok(())
+    })?;
+    bar.finish_and_clear();
+    if let Some(error) = &view.error {
+        bail!("export failed: {error}");
+    }
+    if args.json {
+        return output::json(&view);
+    }
+    println!("{} of {} written to {} ({})", view.point, view.disk, view.target, show_size(view.total_bytes));
+    Ok(())
+}
