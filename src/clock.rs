@@ -44,9 +44,7 @@ pub fn wall_ms() -> i64 {
 
 /// A wall-clock label as RFC 3339 UTC with milliseconds.
 pub fn rfc3339(wall_ms: i64) -> String {
-    let format = time::macros::format_description!(
-        "[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z"
-    );
+    let format = time::macros::format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z");
     time::OffsetDateTime::from_unix_timestamp_nanos(i128::from(wall_ms) * 1_000_000)
         .ok()
         .and_then(|t| t.format(format).ok())

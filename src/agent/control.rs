@@ -29,7 +29,11 @@ impl Role for Control {
         let disks: Vec<DiskView> = self.shared.volumes.iter().map(|v| disk(v)).collect();
         let worst = disks.iter().map(|d| d.health).max().unwrap_or_default();
         let (health, reason, remedy) = match (connected, error) {
-            (false, error) => (Health::Critical, error.or(Some("not connected to the process server".to_owned())), Some("check the process server and the network; writes go on and are kept".to_owned())),
+            (false, error) => (
+                Health::Critical,
+                error.or(Some("not connected to the process server".to_owned())),
+                Some("check the process server and the network; writes go on and are kept".to_owned()),
+            ),
             (true, Some(error)) => (Health::Warning.max(worst), Some(error), Some("act on the reason".to_owned())),
             (true, None) => (worst, None, None),
         };
@@ -69,7 +73,11 @@ impl Role for Control {
                 Err(_) => Err("the agent is stopping".to_owned()),
             };
             let marked = made.map(|point| Marked { point: point.to_string() });
-            Some(marked.map_err(|message| ApiError { message }).and_then(|m| serde_json::to_value(m).map_err(|e| ApiError { message: e.to_string() })))
+            Some(
+                marked
+                    .map_err(|message| ApiError { message })
+                    .and_then(|m| serde_json::to_value(m).map_err(|e| ApiError { message: e.to_string() })),
+            )
         })
     }
 }

@@ -59,7 +59,8 @@ impl RangeLocks {
         let mut index = 0;
         while index < state.waiting.len() {
             let extent = state.waiting[index].1;
-            let blocked = state.active.iter().any(|(_, e)| e.overlaps(&extent)) || state.waiting.iter().take(index).any(|(_, e, _)| e.overlaps(&extent));
+            let blocked = state.active.iter().any(|(_, e)| e.overlaps(&extent))
+                || state.waiting.iter().take(index).any(|(_, e, _)| e.overlaps(&extent));
             if blocked {
                 index += 1;
             } else if let Some((id, extent, tell)) = state.waiting.remove(index) {

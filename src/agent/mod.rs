@@ -41,7 +41,9 @@ pub enum AgentError {
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// The certificate is for another machine.
-    #[error("the certificate is for machine {found}, the configuration protects {expected}: issue one with `tidegate pki issue --role agent --name {expected}`")]
+    #[error(
+        "the certificate is for machine {found}, the configuration protects {expected}: issue one with `tidegate pki issue --role agent --name {expected}`"
+    )]
     OtherMachine {
         /// In the certificate.
         found: String,
@@ -83,7 +85,9 @@ impl Agent {
         })?;
         let shared = opened_rx.recv().map_err(|_| io::Error::other("the capture thread ended while opening the disks"))??;
         let (to_capture, session_shared) = (commands.clone(), shared.clone());
-        let session = std::thread::Builder::new().name("session".to_owned()).spawn(move || session::run(settings, credentials, session_shared, to_capture))?;
+        let session = std::thread::Builder::new()
+            .name("session".to_owned())
+            .spawn(move || session::run(settings, credentials, session_shared, to_capture))?;
         Ok(Self { shared, commands, threads: vec![capture, session] })
     }
 

@@ -111,7 +111,12 @@ struct Slot {
     spent: Cell<u64>,
 }
 
-async fn connect_and_run(settings: &AgentSettings, credentials: &Credentials, shared: &Arc<AgentShared>, commands: &mpsc::Sender<Command>) -> Result<(), SessionError> {
+async fn connect_and_run(
+    settings: &AgentSettings,
+    credentials: &Credentials,
+    shared: &Arc<AgentShared>,
+    commands: &mpsc::Sender<Command>,
+) -> Result<(), SessionError> {
     let address = settings.process_server.address.clone();
     let limit = Duration::from_secs(HANDSHAKE_SECONDS);
     let connect = async {
@@ -328,7 +333,9 @@ async fn send(link: Rc<Link>, mut write: WriteHalf<TlsStream<TcpStream>>) -> Res
 
 impl Link {
     fn has_work(&self) -> bool {
-        let sendable = |(slot, volume): (&Slot, &Arc<VolumeShared>)| slot.open.get() && slot.credit.get() > slot.spent.get() && volume.backlog().has_unsent();
+        let sendable = |(slot, volume): (&Slot, &Arc<VolumeShared>)| {
+            slot.open.get() && slot.credit.get() > slot.spent.get() && volume.backlog().has_unsent()
+        };
         self.slots.iter().zip(&self.shared.volumes).any(sendable)
     }
 }

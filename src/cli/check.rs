@@ -10,7 +10,7 @@ use crate::config::{self, ConfigError};
 
 /// Checks.
 #[derive(clap::Subcommand)]
-pub enum CheckCommand {
+pub(super) enum CheckCommand {
     /// Parse and check a configuration exactly as the server does.
     #[command(after_help = "Example:\n  tidegate check config /etc/tidegate/agent.toml")]
     Config {
@@ -23,7 +23,7 @@ pub enum CheckCommand {
 }
 
 /// Runs the check.
-pub fn run(command: &CheckCommand) -> anyhow::Result<()> {
+pub(super) fn run(command: &CheckCommand) -> anyhow::Result<()> {
     let CheckCommand::Config { file, role } = command;
     let stem = file.file_stem().and_then(|s| s.to_str()).unwrap_or_default().to_owned();
     let role = role.clone().unwrap_or(stem);
@@ -39,6 +39,6 @@ pub fn run(command: &CheckCommand) -> anyhow::Result<()> {
 }
 
 /// Loads a configuration for a server; a mistake in it is exit code 2.
-pub fn load<T: config::Settings>(file: &Path) -> anyhow::Result<T> {
+pub(super) fn load<T: config::Settings>(file: &Path) -> anyhow::Result<T> {
     config::load(file).map_err(|e: ConfigError| Usage(e.to_string()).into())
 }

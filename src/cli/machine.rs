@@ -8,7 +8,7 @@ use crate::control::api::{DiskView, MachineView, Request, RoleStatus};
 
 /// Machines.
 #[derive(clap::Subcommand)]
-pub enum MachineCommand {
+pub(super) enum MachineCommand {
     /// All machines the server knows.
     List(Ask),
     /// One machine with its disks.
@@ -22,7 +22,7 @@ pub enum MachineCommand {
 
 /// Disks.
 #[derive(clap::Subcommand)]
-pub enum DiskCommand {
+pub(super) enum DiskCommand {
     /// All disks the server knows.
     List(Ask),
     /// One disk with its positions.
@@ -35,7 +35,7 @@ pub enum DiskCommand {
 }
 
 /// Runs `machine`.
-pub fn machine(command: MachineCommand) -> anyhow::Result<()> {
+pub(super) fn machine(command: MachineCommand) -> anyhow::Result<()> {
     match command {
         MachineCommand::List(args) => {
             let machines = machines(&args)?;
@@ -44,7 +44,16 @@ pub fn machine(command: MachineCommand) -> anyhow::Result<()> {
             }
             let rows: Vec<_> = machines
                 .iter()
-                .map(|m| vec![m.name.clone(), m.health.as_str().to_owned(), output::seconds(m.rpo_seconds), m.disks.len().to_string(), m.points.to_string(), m.newest_point.clone().unwrap_or_else(|| "-".to_owned())])
+                .map(|m| {
+                    vec![
+                        m.name.clone(),
+                        m.health.as_str().to_owned(),
+                        output::seconds(m.rpo_seconds),
+                        m.disks.len().to_string(),
+                        m.points.to_string(),
+                        m.newest_point.clone().unwrap_or_else(|| "-".to_owned()),
+                    ]
+                })
                 .collect();
             output::table(&["MACHINE", "HEALTH", "RPO", "DISKS", "POINTS", "NEWEST"], &rows);
             Ok(())
@@ -60,7 +69,12 @@ pub fn machine(command: MachineCommand) -> anyhow::Result<()> {
             println!("machine {} ({})", found.name, found.id);
             println!("health  {}", found.health.as_str());
             println!("rpo     {}", output::seconds(found.rpo_seconds));
-            println!("points  {}, {} to {}", found.points, found.oldest_point.as_deref().unwrap_or("-"), found.newest_point.as_deref().unwrap_or("-"));
+            println!(
+                "points  {}, {} to {}",
+                found.points,
+                found.oldest_point.as_deref().unwrap_or("-"),
+                found.newest_point.as_deref().unwrap_or("-")
+            );
             print_disks(&[found]);
             Ok(())
         }
@@ -68,12 +82,13 @@ pub fn machine(command: MachineCommand) -> anyhow::Result<()> {
 }
 
 /// Runs `disk`.
-pub fn disk(command: DiskCommand) -> anyhow::Result<()> {
+pub(super) fn disk(command: DiskCommand) -> anyhow::Result<()> {
     match command {
         DiskCommand::List(args) => {
             let machines = machines(&args)?;
             if args.json {
-                let disks: Vec<_> = machines.iter().flat_map(|m| m.disks.iter().map(|d| serde_json::json!({ "machine": m.name, "disk": d }))).collect();
+                let disks: Vec<_> =
+                    machines.iter().flat_map(|m| m.disks.iter().map(|d| serde_json::json!({ "machine": m.name, "disk": d }))).collect();
                 return output::json(&disks);
             }
             print_disks(&machines.iter().collect::<Vec<_>>());
@@ -105,7 +120,17 @@ fn print_disks(machines: &[&MachineView]) {
     let rows: Vec<_> = machines
         .iter()
         .flat_map(|m| m.disks.iter().map(move |d| (*m, d)))
-        .map(|(m, d)| vec![format!("{}/{}", m.name, d.name), d.state.clone(), d.health.as_str().to_owned(), show_size(d.size_bytes), output::seconds(d.rpo_seconds), show_size(d.missing_bytes), d.reason.clone().unwrap_or_default()])
+        .map(|(m, d)| {
+            vec![
+                format!("{}/{}", m.name, d.name),
+                d.state.clone(),
+                d.health.as_str().to_owned(),
+                show_size(d.size_bytes),
+                output::seconds(d.rpo_seconds),
+                show_size(d.missing_bytes),
+                d.reason.clone().unwrap_or_default(),
+            ]
+        })
         .collect();
     output::table(&["DISK", "STATE", "HEALTH", "SIZE", "RPO", "MISSING", "REASON"], &rows);
 }

@@ -39,7 +39,9 @@ struct Ask {
 #[derive(Subcommand)]
 enum Command {
     /// Run all roles in one process over loopback, with a CA of its own, on real data.
-    #[command(after_help = "Examples:\n  tidegate quickstart                       a 1 GiB sample disk, a workload, points, recovery, a report\n  tidegate quickstart --disk /dev/vg/web01  protect that disk until interrupted")]
+    #[command(
+        after_help = "Examples:\n  tidegate quickstart                       a 1 GiB sample disk, a workload, points, recovery, a report\n  tidegate quickstart --disk /dev/vg/web01  protect that disk until interrupted"
+    )]
     Quickstart(quickstart::Args),
     /// Run the agent of a source host.
     #[command(after_help = "Example:\n  tidegate agent --config /etc/tidegate/agent.toml")]
@@ -60,13 +62,22 @@ enum Command {
     #[command(subcommand, after_help = "Example:\n  tidegate disk show web01/sda")]
     Disk(machine::DiskCommand),
     /// Recovery points.
-    #[command(subcommand, after_help = "Examples:\n  tidegate point list --machine web01\n  tidegate point mark --machine web01 --label before-upgrade --control unix:/run/tidegate/agent.sock")]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  tidegate point list --machine web01\n  tidegate point mark --machine web01 --label before-upgrade --control unix:/run/tidegate/agent.sock"
+    )]
     Point(point::PointCommand),
     /// Bring points back.
-    #[command(subcommand, after_help = "Examples:\n  tidegate recover mount latest --nbd unix:/tmp/point.sock\n  tidegate recover export 3f2a --disk sda --format vhdx --output /srv/web01.vhdx")]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  tidegate recover mount latest --nbd unix:/tmp/point.sock\n  tidegate recover export 3f2a --disk sda --format vhdx --output /srv/web01.vhdx"
+    )]
     Recover(recover::RecoverCommand),
     /// Certificates.
-    #[command(subcommand, after_help = "Example:\n  tidegate pki init /etc/tidegate/ca\n  tidegate pki issue --ca /etc/tidegate/ca --role agent --name web01 --out /etc/tidegate/tls")]
+    #[command(
+        subcommand,
+        after_help = "Example:\n  tidegate pki init /etc/tidegate/ca\n  tidegate pki issue --ca /etc/tidegate/ca --role agent --name web01 --out /etc/tidegate/tls"
+    )]
     Pki(pki::PkiCommand),
     /// Check files without changing them.
     #[command(subcommand, after_help = "Example:\n  tidegate check config --role agent /etc/tidegate/agent.toml")]

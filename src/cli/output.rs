@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 /// Prints rows under a heading, columns aligned.
-pub fn table(heading: &[&str], rows: &[Vec<String>]) {
+pub(super) fn table(heading: &[&str], rows: &[Vec<String>]) {
     let widths: Vec<usize> = (0..heading.len())
         .map(|column| rows.iter().map(|r| r[column].chars().count()).chain([heading[column].len()]).max().unwrap_or(0))
         .collect();
@@ -16,13 +16,13 @@ pub fn table(heading: &[&str], rows: &[Vec<String>]) {
 }
 
 /// Prints a value as JSON.
-pub fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
+pub(super) fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
     println!("{}", serde_json::to_string_pretty(value)?);
     Ok(())
 }
 
 /// Seconds as people read them.
-pub fn seconds(value: Option<f64>) -> String {
+pub(super) fn seconds(value: Option<f64>) -> String {
     match value {
         None => "unknown".to_owned(),
         Some(s) if s < 10.0 => format!("{s:.1} s"),

@@ -7,7 +7,7 @@ use crate::crypto::pki::{self, Identity, LEAF_DAYS};
 
 /// Certificates.
 #[derive(clap::Subcommand)]
-pub enum PkiCommand {
+pub(super) enum PkiCommand {
     /// Make a new CA: ca.pem for everybody, ca.key for this folder only.
     Init {
         /// Folder of the CA.
@@ -40,14 +40,21 @@ pub enum PkiCommand {
 }
 
 /// Runs the command.
-pub fn run(command: PkiCommand) -> anyhow::Result<()> {
+pub(super) fn run(command: PkiCommand) -> anyhow::Result<()> {
     match command {
         PkiCommand::Init { dir } => {
             pki::init(&dir)?;
-            println!("CA made in {}. Keep ca.key there and away from the servers; issue certificates with `tidegate pki issue --ca {}`.", dir.display(), dir.display());
+            println!(
+                "CA made in {}. Keep ca.key there and away from the servers; issue certificates with `tidegate pki issue --ca {}`.",
+                dir.display(),
+                dir.display()
+            );
         }
         PkiCommand::Issue { ca, role, name, out } => {
-            let identity = Identity { role: role.parse().map_err(|e: pki::PkiError| Usage(e.to_string()))?, name: name.parse().map_err(|e: crate::model::NameError| Usage(e.to_string()))? };
+            let identity = Identity {
+                role: role.parse().map_err(|e: pki::PkiError| Usage(e.to_string()))?,
+                name: name.parse().map_err(|e: crate::model::NameError| Usage(e.to_string()))?,
+            };
             pki::issue(&ca, &identity, &out)?;
             println!("{identity} issued for {LEAF_DAYS} days into {} (cert.pem, key.pem, ca.pem)", out.display());
         }
@@ -58,7 +65,10 @@ pub fn run(command: PkiCommand) -> anyhow::Result<()> {
             }
             let days = shown.expires_in_seconds / 86400;
             let state = if shown.expires_in_seconds < 0 { "EXPIRED".to_owned() } else { format!("{days} days left") };
-            println!("identity    {}", shown.identity.as_deref().unwrap_or(if shown.is_ca { "(certificate authority)" } else { "(none of ours)" }));
+            println!(
+                "identity    {}",
+                shown.identity.as_deref().unwrap_or(if shown.is_ca { "(certificate authority)" } else { "(none of ours)" })
+            );
             println!("valid       {} to {} ({state})", shown.not_before, shown.not_after);
             println!("serial      {}", shown.serial);
         }

@@ -7,7 +7,7 @@ use crate::control::api::{Marked, PointView, Request};
 
 /// Recovery points.
 #[derive(clap::Subcommand)]
-pub enum PointCommand {
+pub(super) enum PointCommand {
     /// Listed points, the oldest first. Ask the master target.
     List {
         /// Of one machine only.
@@ -40,7 +40,7 @@ pub enum PointCommand {
 }
 
 /// Runs the command.
-pub fn run(command: PointCommand) -> anyhow::Result<()> {
+pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
     match command {
         PointCommand::List { machine, ask: args } => {
             let points: Vec<PointView> = ask(&args.control, &Request::Points { machine })?;
@@ -49,7 +49,15 @@ pub fn run(command: PointCommand) -> anyhow::Result<()> {
             }
             let row = |p: &PointView| {
                 let disks: Vec<_> = p.disks.iter().map(|d| d.0.as_str()).collect();
-                vec![p.id.clone(), p.machine.clone(), p.time.clone(), p.kind.clone(), disks.join(","), format!("{:.1} ms", p.hold_seconds * 1e3), p.label.clone().unwrap_or_default()]
+                vec![
+                    p.id.clone(),
+                    p.machine.clone(),
+                    p.time.clone(),
+                    p.kind.clone(),
+                    disks.join(","),
+                    format!("{:.1} ms", p.hold_seconds * 1e3),
+                    p.label.clone().unwrap_or_default(),
+                ]
             };
             output::table(&["POINT", "MACHINE", "TIME", "KIND", "DISKS", "HELD", "LABEL"], &points.iter().map(row).collect::<Vec<_>>());
             Ok(())

@@ -15,9 +15,11 @@ use crate::model::Address;
 
 /// Bring points back. Ask the master target.
 #[derive(clap::Subcommand)]
-pub enum RecoverCommand {
+pub(super) enum RecoverCommand {
     /// Serve a disk of a point as a read-only block device over NBD until interrupted; replication goes on.
-    #[command(after_help = "Example:\n  tidegate recover mount latest --disk sda --nbd unix:/tmp/point.sock\n  nbdinfo 'nbd+unix:///?socket=/tmp/point.sock'")]
+    #[command(
+        after_help = "Example:\n  tidegate recover mount latest --disk sda --nbd unix:/tmp/point.sock\n  nbdinfo 'nbd+unix:///?socket=/tmp/point.sock'"
+    )]
     Mount {
         /// Id of the point, the beginning of it, or `latest`.
         point: String,
@@ -65,7 +67,7 @@ pub enum RecoverCommand {
 }
 
 /// Runs the command.
-pub fn run(command: RecoverCommand) -> anyhow::Result<()> {
+pub(super) fn run(command: RecoverCommand) -> anyhow::Result<()> {
     match command {
         RecoverCommand::Mount { point, nbd, disk, read_only: _, detach, ask: args } => mount(point, nbd, disk, detach, &args),
         RecoverCommand::Export { point, disk, format, output, ask: args } => export(point, disk, format, output, &args),
@@ -75,15 +77,33 @@ pub fn run(command: RecoverCommand) -> anyhow::Result<()> {
                 return output::json(&all);
             }
             let row = |v: &RecoveryView| {
-                let progress = if v.kind == "mount" { "-".to_owned() } else { format!("{} of {}", show_size(v.done_bytes), show_size(v.total_bytes)) };
-                vec![v.name.clone(), v.kind.clone(), v.disk.clone(), v.point.clone(), v.state.clone(), progress, v.target.clone(), v.error.clone().unwrap_or_default()]
+                let progress =
+                    if v.kind == "mount" { "-".to_owned() } else { format!("{} of {}", show_size(v.done_bytes), show_size(v.total_bytes)) };
+                vec![
+                    v.name.clone(),
+                    v.kind.clone(),
+                    v.disk.clone(),
+                    v.point.clone(),
+                    v.state.clone(),
+                    progress,
+                    v.target.clone(),
+                    v.error.clone().unwrap_or_default(),
+                ]
             };
-            output::table(&["NAME", "KIND", "DISK", "POINT", "STATE", "PROGRESS", "TARGET", "ERROR"], &all.iter().map(row).collect::<Vec<_>>());
+            output::table(
+                &["NAME", "KIND", "DISK", "POINT", "STATE", "PROGRESS", "TARGET", "ERROR"],
+                &all.iter().map(row).collect::<Vec<_>>(),
+            );
             Ok(())
         }
         RecoverCommand::Unmount { name, ask: args } => {
             let () = ask(&args.control, &Request::Unmount { name: name.clone() })?;
-            if args.json { output::json(&serde_json::json!({ "unmounted": name })) } else { Ok(println!("{name} ended")) }
+            if args.json {
+                output::json(&serde_json::json!({ "unmounted": name }))
+            } else {
+                println!("{name} ended");
+                Ok(())
+            }
         }
     }
 }

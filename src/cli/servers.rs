@@ -18,7 +18,7 @@ use crate::process_server::ProcessServer;
 
 /// Arguments of a server.
 #[derive(clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// Configuration file.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
@@ -28,7 +28,7 @@ pub struct Args {
 }
 
 /// Runs an agent.
-pub fn agent(args: &Args) -> anyhow::Result<()> {
+pub(super) fn agent(args: &Args) -> anyhow::Result<()> {
     let settings: AgentSettings = load(&args.config)?;
     let (control, scrape) = (settings.control.clone(), settings.metrics.clone());
     run(args, control, scrape, |ready| {
@@ -39,7 +39,7 @@ pub fn agent(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Runs a process server.
-pub fn process_server(args: &Args) -> anyhow::Result<()> {
+pub(super) fn process_server(args: &Args) -> anyhow::Result<()> {
     let settings: ProcessServerSettings = load(&args.config)?;
     let (control, scrape) = (settings.control.clone(), settings.metrics.clone());
     run(args, control, scrape, |ready| {
@@ -50,7 +50,7 @@ pub fn process_server(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Runs a master target.
-pub fn master_target(args: &Args) -> anyhow::Result<()> {
+pub(super) fn master_target(args: &Args) -> anyhow::Result<()> {
     let settings: MasterTargetSettings = load(&args.config)?;
     let (control, scrape) = (settings.control.clone(), settings.metrics.clone());
     run(args, control, scrape, |ready| {
@@ -62,7 +62,12 @@ pub fn master_target(args: &Args) -> anyhow::Result<()> {
 
 type Stop = std::pin::Pin<Box<dyn Future<Output = ()>>>;
 
-fn run(args: &Args, control: Control, scrape: Metrics, start: impl FnOnce(&mut Readiness) -> anyhow::Result<(Arc<dyn Role>, Stop)>) -> anyhow::Result<()> {
+fn run(
+    args: &Args,
+    control: Control,
+    scrape: Metrics,
+    start: impl FnOnce(&mut Readiness) -> anyhow::Result<(Arc<dyn Role>, Stop)>,
+) -> anyhow::Result<()> {
     logging::init("info", args.log_json);
     logging::abort_on_panic();
     metrics::install();
@@ -89,7 +94,8 @@ fn run(args: &Args, control: Control, scrape: Metrics, start: impl FnOnce(&mut R
 }
 
 async fn wait_for_signal() -> anyhow::Result<()> {
-    let (mut terminate, mut interrupt, mut hangup) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?);
+    let (mut terminate, mut interrupt, mut hangup) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?);
     loop {
         tokio::select! {
             _ = terminate.recv() => return Ok(()),

@@ -8,7 +8,7 @@ use crate::control::api::{Request, RoleStatus};
 use crate::model::Health;
 
 /// Prints one screen and answers by exit code.
-pub fn run(args: &Ask) -> ExitCode {
+pub(super) fn run(args: &Ask) -> ExitCode {
     let status: Vec<RoleStatus> = match ask(&args.control, &Request::Status) {
         Ok(status) => status,
         Err(error) => {
@@ -45,7 +45,9 @@ fn print(role: &RoleStatus) {
     let mut rows = Vec::new();
     for machine in &role.machines {
         for disk in &machine.disks {
-            let split = disk.rpo_parts.map_or_else(String::new, |p| format!("{:.0}/{:.0}/{:.0}/{:.0} ms", p[0] * 1e3, p[1] * 1e3, p[2] * 1e3, p[3] * 1e3));
+            let split = disk
+                .rpo_parts
+                .map_or_else(String::new, |p| format!("{:.0}/{:.0}/{:.0}/{:.0} ms", p[0] * 1e3, p[1] * 1e3, p[2] * 1e3, p[3] * 1e3));
             rows.push(vec![
                 format!("{}/{}", machine.name, disk.name),
                 disk.state.clone(),
@@ -61,7 +63,10 @@ fn print(role: &RoleStatus) {
         }
     }
     if !rows.is_empty() {
-        output::table(&["DISK", "STATE", "HEALTH", "RPO", "SOURCE/GATEWAY/LINK/APPLY", "MISSING", "WAITING", "POINTS", "OLDEST", "NEWEST"], &rows);
+        output::table(
+            &["DISK", "STATE", "HEALTH", "RPO", "SOURCE/GATEWAY/LINK/APPLY", "MISSING", "WAITING", "POINTS", "OLDEST", "NEWEST"],
+            &rows,
+        );
     }
     println!();
 }

@@ -24,6 +24,7 @@ pub const REGIONS_MAX: u64 = 16 << 20;
 /// Writes of one checkpoint to a replica that are under way.
 pub const APPLY_DEPTH: usize = 64;
 
-const _: () = assert!(DISK_WINDOW_BYTES_MIN >= 2 * BATCH_DATA_MAX as u64, "a disk can always fill a batch, or nothing would ever be acknowledged");
+const _: () =
+    assert!(DISK_WINDOW_BYTES_MIN >= 2 * BATCH_DATA_MAX as u64, "a disk can always fill a batch, or nothing would ever be acknowledged");
 const _: () = assert!(BATCH_BYTES_MAX < 1 << 20, "a sealed batch with its record header fits the largest pooled buffer");
 const _: () = assert!(RESYNC_WINDOW_BYTES >= 16 * CHANGE_BYTES_MAX as u64, "a region's chunks fit the window");

@@ -77,14 +77,16 @@ pub fn load<T: Settings>(path: &Path) -> Result<T, ConfigError> {
 /// # Errors
 /// [`ConfigError::Parse`], [`ConfigError::Meaning`].
 pub fn parse<T: Settings>(path: &Path, text: &str) -> Result<T, ConfigError> {
-    let settings: T = toml::from_str(text).map_err(|e| ConfigError::Parse { path: path.to_owned(), message: with_nearest_key(&e.to_string()) })?;
+    let settings: T =
+        toml::from_str(text).map_err(|e| ConfigError::Parse { path: path.to_owned(), message: with_nearest_key(&e.to_string()) })?;
     settings.check().map_err(|message| ConfigError::Meaning { path: path.to_owned(), message })?;
     Ok(settings)
 }
 
 /// Adds `did you mean` to serde's message about an unknown key.
 fn with_nearest_key(message: &str) -> String {
-    let quoted: Vec<&str> = message.split_once("unknown field").map(|(_, rest)| rest.split('`').skip(1).step_by(2).collect()).unwrap_or_default();
+    let quoted: Vec<&str> =
+        message.split_once("unknown field").map(|(_, rest)| rest.split('`').skip(1).step_by(2).collect()).unwrap_or_default();
     let [typed, known @ ..] = &quoted[..] else { return message.trim_end().to_owned() };
     let near = known.iter().min_by_key(|k| strsim::damerau_levenshtein(k, typed));
     match near.filter(|k| strsim::damerau_levenshtein(k, typed) <= 4) {
@@ -136,7 +138,8 @@ impl TryFrom<String> for SecretRef {
         match text.split_once(':') {
             Some(("file", path)) if !path.is_empty() => Ok(Self(path.into())),
             Some(("credential", name)) if !name.is_empty() && !name.contains('/') => {
-                let dir = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or("credential: needs systemd's CREDENTIALS_DIRECTORY, which is not set")?;
+                let dir = std::env::var_os("CREDENTIALS_DIRECTORY")
+                    .ok_or("credential: needs systemd's CREDENTIALS_DIRECTORY, which is not set")?;
                 Ok(Self(PathBuf::from(dir).join(name)))
             }
             _ => Err("a secret is a reference, never a value: write \"file:/path/to/key\" or \"credential:NAME\"".to_owned()),

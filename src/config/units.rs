@@ -70,7 +70,8 @@ pub fn size_option<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<
 /// A sentence with an example.
 pub fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
-    humantime::parse_duration(&text).map_err(|_| de::Error::custom(format!("{text:?} is not a duration: write for example \"5s\", \"200ms\" or \"2h\"")))
+    humantime::parse_duration(&text)
+        .map_err(|_| de::Error::custom(format!("{text:?} is not a duration: write for example \"5s\", \"200ms\" or \"2h\"")))
 }
 
 #[cfg(test)]

@@ -42,17 +42,23 @@ pub async fn call<T: DeserializeOwned>(address: &Address, request: &Request) -> 
         return Err(unreachable("control over TCP is not available in this version".to_owned()));
     };
     let stream = UnixStream::connect(path).await.map_err(|e| unreachable(e.to_string()))?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| unreachable(e.to_string()))?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| unreachable(e.to_string()))?;
     let driver = tokio::spawn(connection);
     let body = serde_json::to_vec(request).map_err(|e| ClientError::Answer(e.to_string()))?;
-    let http = hyper::Request::post("/v1/call").header("host", "tidegate").header("content-type", "application/json").body(Full::new(Bytes::from(body)));
+    let http = hyper::Request::post("/v1/call")
+        .header("host", "tidegate")
+        .header("content-type", "application/json")
+        .body(Full::new(Bytes::from(body)));
     let http = http.map_err(|e| ClientError::Answer(e.to_string()))?;
     let response = sender.send_request(http).await.map_err(|e| unreachable(e.to_string()))?;
     let ok = response.status().is_success();
-    let bytes = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await.map_err(|e| ClientError::Answer(e.to_string()))?.to_bytes();
+    let bytes =
+        Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await.map_err(|e| ClientError::Answer(e.to_string()))?.to_bytes();
     driver.abort();
     if !ok {
-        let error: ApiError = serde_json::from_slice(&bytes).map_err(|_| ClientError::Refused(String::from_utf8_lossy(&bytes).into_owned()))?;
+        let error: ApiError =
+            serde_json::from_slice(&bytes).map_err(|_| ClientError::Refused(String::from_utf8_lossy(&bytes).into_owned()))?;
         return Err(ClientError::Refused(error.message));
     }
     serde_json::from_slice(&bytes).map_err(|e| ClientError::Answer(e.to_string()))

@@ -36,7 +36,12 @@ pub trait Role: Send + Sync {
 /// # Errors
 /// Names the path and what to do.
 pub async fn bind(path: &Path) -> io::Result<UnixListener> {
-    let named = |e: io::Error| io::Error::new(e.kind(), format!("cannot listen on {} for control: {e}; change [control] listen or stop the other server", path.display()));
+    let named = |e: io::Error| {
+        io::Error::new(
+            e.kind(),
+            format!("cannot listen on {} for control: {e}; change [control] listen or stop the other server", path.display()),
+        )
+    };
     if tokio::net::UnixStream::connect(path).await.is_ok() {
         return Err(named(io::ErrorKind::AddrInUse.into()));
     }

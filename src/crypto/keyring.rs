@@ -109,9 +109,7 @@ impl KeyEncryptionKey {
         let nonce: [u8; 12] = wrapped[..12].try_into().map_err(|_| fail())?;
         let mut text: [u8; 32] = wrapped[12..44].try_into().map_err(|_| fail())?;
         let tag = Tag::try_from(&wrapped[44..]).map_err(|_| fail())?;
-        self.0
-            .decrypt_inout_detached(&Nonce::from(nonce), &binding(disk, generation), (&mut text[..]).into(), &tag)
-            .map_err(|_| fail())?;
+        self.0.decrypt_inout_detached(&Nonce::from(nonce), &binding(disk, generation), (&mut text[..]).into(), &tag).map_err(|_| fail())?;
         Ok(DataKey::from_bytes(text))
     }
 }

@@ -156,10 +156,8 @@ pub fn issue(ca_dir: &Path, identity: &Identity, out: &Path) -> Result<(), PkiEr
     let key = KeyPair::generate()?;
     let mut params = CertificateParams::default();
     params.distinguished_name.push(DnType::CommonName, identity.name.as_str());
-    params.subject_alt_names = vec![
-        SanType::URI(identity.to_string().try_into()?),
-        SanType::DnsName(identity.role.server_name().try_into()?),
-    ];
+    params.subject_alt_names =
+        vec![SanType::URI(identity.to_string().try_into()?), SanType::DnsName(identity.role.server_name().try_into()?)];
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
@@ -191,7 +189,8 @@ pub fn identity_of(certificate: &CertificateDer<'_>) -> Result<Identity, PkiErro
     let bad = |found: &str| PkiError::Identity(found.to_owned());
     let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| bad("bytes that are not a certificate"))?;
     let names = parsed.subject_alternative_name().ok().flatten().ok_or_else(|| bad("no alternative names"))?;
-    let uris: Vec<&str> = names.value.general_names.iter().filter_map(|n| if let GeneralName::URI(u) = n { Some(*u) } else { None }).collect();
+    let uris: Vec<&str> =
+        names.value.general_names.iter().filter_map(|n| if let GeneralName::URI(u) = n { Some(*u) } else { None }).collect();
     let [uri] = uris[..] else { return Err(bad(&format!("{} URIs", uris.len()))) };
     let rest = uri.strip_prefix("spiffe://").and_then(|r| r.strip_prefix(TRUST_DOMAIN)).and_then(|r| r.strip_prefix('/'));
     let (role, name) = rest.and_then(|r| r.split_once('/')).ok_or_else(|| bad(uri))?;

@@ -14,7 +14,10 @@ use std::time::Duration;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::udp::{RecvMeta, Transmit};
-use quinn::{AsyncUdpSocket, ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, ServerConfig, TokioRuntime, TransportConfig, UdpPoller, VarInt};
+use quinn::{
+    AsyncUdpSocket, ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, ServerConfig, TokioRuntime,
+    TransportConfig, UdpPoller, VarInt,
+};
 
 use super::tls::{ALPN_FORWARD, Credentials, TlsError};
 use crate::config::limits::SILENCE_SECONDS;
@@ -36,7 +39,12 @@ pub fn server(credentials: &Credentials, address: SocketAddr, mtu: u16, window: 
     config.transport_config(Arc::new(transport(mtu, window)));
     config.migration(false);
     config.max_incoming(256);
-    let hint = |e: io::Error| io::Error::new(e.kind(), format!("cannot listen on udp {address}: {e}; stop the program that uses the port or change [receive] listen"));
+    let hint = |e: io::Error| {
+        io::Error::new(
+            e.kind(),
+            format!("cannot listen on udp {address}: {e}; stop the program that uses the port or change [receive] listen"),
+        )
+    };
     endpoint(address, mtu, Some(config)).map_err(hint)
 }
 

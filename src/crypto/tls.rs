@@ -118,7 +118,9 @@ impl Credentials {
     /// [`TlsError::Rustls`].
     pub fn server(&self, alpn: &[u8]) -> Result<ServerConfig, TlsError> {
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots.clone(), provider.clone()).build().map_err(|e| TlsError::Rustls(e.to_string()))?;
+        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots.clone(), provider.clone())
+            .build()
+            .map_err(|e| TlsError::Rustls(e.to_string()))?;
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .and_then(|b| b.with_client_cert_verifier(verifier).with_single_cert(self.chain.clone(), self.key.clone_key()))

@@ -91,6 +91,7 @@ pub enum DiskError {
 }
 
 /// An open image; lives on one thread. Reads and writes may run side by side; [`Image::barrier`] runs alone.
+#[allow(clippy::large_enum_variant, reason = "there is one for each disk, not one for each operation")]
 pub enum Image<F: File> {
     /// See [`raw`].
     Raw(Raw<F>),

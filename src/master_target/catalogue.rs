@@ -110,7 +110,14 @@ impl Records {
     ///
     /// # Errors
     /// Those of the catalogue; nothing was changed then.
-    pub fn checkpoint(&self, disk: DiskId, checkpoint: Position, last_marker: Option<Position>, changes: &[Changes], clock: u64) -> Result<(), CatalogueError> {
+    pub fn checkpoint(
+        &self,
+        disk: DiskId,
+        checkpoint: Position,
+        last_marker: Option<Position>,
+        changes: &[Changes],
+        clock: u64,
+    ) -> Result<(), CatalogueError> {
         self.catalogue.write(|batch| {
             let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
             record.checkpoint = checkpoint;

@@ -35,7 +35,12 @@ pub struct Control {
 impl MasterTarget {
     /// Its side of the control interface.
     pub fn control(&self) -> Arc<dyn Role> {
-        Arc::new(Control { shared: self.shared.clone(), recoveries: self.recoveries.clone(), recover: self.recover.clone(), name: self.name.clone() })
+        Arc::new(Control {
+            shared: self.shared.clone(),
+            recoveries: self.recoveries.clone(),
+            recover: self.recover.clone(),
+            name: self.name.clone(),
+        })
     }
 }
 
@@ -45,16 +50,29 @@ impl Role for Control {
         let health = machines.iter().map(|m| m.health).max().unwrap_or_default();
         let worst = machines.iter().flat_map(|m| &m.disks).find(|d| d.health == health && d.reason.is_some());
         let (reason, remedy) = worst.map_or((None, None), |d| (d.reason.clone(), d.remedy.clone()));
-        RoleStatus { role: "master-target".to_owned(), name: self.name.clone(), health, reason, remedy, machines, cache_bytes: None, connected: None }
+        RoleStatus {
+            role: "master-target".to_owned(),
+            name: self.name.clone(),
+            health,
+            reason,
+            remedy,
+            machines,
+            cache_bytes: None,
+            connected: None,
+        }
     }
 
     fn call<'a>(&'a self, request: &'a Request) -> Answer<'a> {
         Box::pin(async move {
             let result = match request {
                 Request::Points { machine } => self.points(machine.as_deref()).and_then(|points| to_value(&points)),
-                Request::Mount { point, disk, nbd } => self.start(point, disk.as_deref(), Target::Nbd(nbd.clone())).await.and_then(|v| to_value(&v)),
+                Request::Mount { point, disk, nbd } => {
+                    self.start(point, disk.as_deref(), Target::Nbd(nbd.clone())).await.and_then(|v| to_value(&v))
+                }
                 Request::Export { point, disk, format, output } => match format.parse::<Format>() {
-                    Ok(format) => self.start(point, disk.as_deref(), Target::File(format, PathBuf::from(output))).await.and_then(|v| to_value(&v)),
+                    Ok(format) => {
+                        self.start(point, disk.as_deref(), Target::File(format, PathBuf::from(output))).await.and_then(|v| to_value(&v))
+                    }
                     Err(message) => Err(message),
                 },
                 Request::Recoveries => to_value(&self.recoveries.list()),
@@ -146,7 +164,11 @@ impl Control {
         let (done, answer) = oneshot::channel();
         let gone = || "the master target is stopping".to_owned();
         self.recover.send(recover::Command::Stop { name: name.to_owned(), done }).await.map_err(|_| gone())?;
-        if answer.await.map_err(|_| gone())? { Ok(()) } else { Err(format!("there is no mount or export {name}: see `tidegate recover list`")) }
+        if answer.await.map_err(|_| gone())? {
+            Ok(())
+        } else {
+            Err(format!("there is no mount or export {name}: see `tidegate recover list`"))
+        }
     }
 }
 
@@ -217,11 +239,23 @@ fn judge(error: &Option<String>, size: u64, state: Option<ReplicationState>) -> 
     let told = |health, reason: &str, remedy: &str| (health, Some(reason.to_owned()), Some(remedy.to_owned()));
     match (error, state) {
         (Some(error), _) => told(Health::Critical, error, "act on the reason; restart the master target if it does not go on by itself"),
-        (None, None) if size == 0 => told(Health::Critical, "nothing has arrived yet", "start the agent and the process server, look at their logs"),
-        (None, None) => told(Health::Critical, "nothing heard from the agent for 15 s", "check the agent, the process server and the network between them"),
-        (None, Some(ReplicationState::InitialReplication)) => told(Health::Warning, "initial replication is under way", "wait; points begin when it is complete"),
-        (None, Some(ReplicationState::Resynchronising)) => told(Health::Warning, "regions are being sent again", "wait; older points stay good meanwhile"),
-        (None, Some(ReplicationState::Error)) => told(Health::Critical, "the source disk failed at the agent", "look at the agent's log and restart it"),
+        (None, None) if size == 0 => {
+            told(Health::Critical, "nothing has arrived yet", "start the agent and the process server, look at their logs")
+        }
+        (None, None) => told(
+            Health::Critical,
+            "nothing heard from the agent for 15 s",
+            "check the agent, the process server and the network between them",
+        ),
+        (None, Some(ReplicationState::InitialReplication)) => {
+            told(Health::Warning, "initial replication is under way", "wait; points begin when it is complete")
+        }
+        (None, Some(ReplicationState::Resynchronising)) => {
+            told(Health::Warning, "regions are being sent again", "wait; older points stay good meanwhile")
+        }
+        (None, Some(ReplicationState::Error)) => {
+            told(Health::Critical, "the source disk failed at the agent", "look at the agent's log and restart it")
+        }
         (None, Some(ReplicationState::Delta)) => (Health::Healthy, None, None),
     }
 }

@@ -102,7 +102,14 @@ impl MasterTarget {
         let disks = settings.machine.iter().flat_map(|m| m.disk.iter().map(|d| Arc::new(DiskShared::new(m, d)))).collect();
         let shared = Arc::new(TargetShared::new(disks, records.book()?, records.clock()?));
         let (to_apply, commands) = mpsc::channel(COMMANDS_QUEUED_MAX);
-        let setup = apply::Setup { settings: settings.clone(), shared: shared.clone(), records: records.clone(), kek, journal: journal.clone(), found };
+        let setup = apply::Setup {
+            settings: settings.clone(),
+            shared: shared.clone(),
+            records: records.clone(),
+            kek,
+            journal: journal.clone(),
+            found,
+        };
         let (opened_tx, opened_rx) = std::sync::mpsc::sync_channel(1);
         std::thread::Builder::new().name("apply".to_owned()).spawn(move || {
             if let Err(error) = uring::run(apply::run(setup, commands, opened_tx)) {
@@ -122,7 +129,8 @@ impl MasterTarget {
         let parts = (readiness.clone(), stop.clone(), shared.clone());
         let (bound_tx, bound_rx) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new().name("master-target".to_owned()).spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime on one thread can always be built");
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime on one thread can always be built");
             let receiver = Receiver::new(settings, parts.2.clone(), records, journal, to_apply);
             let work = serve(receiver, &credentials, completions, unneeded, parts, bound_tx);
             runtime.block_on(tokio::task::LocalSet::new().run_until(work));

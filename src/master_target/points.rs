@@ -41,7 +41,12 @@ impl Book {
     /// The book as the catalogue has it.
     pub fn load(listed: Vec<RecoveryPoint>, pending: Vec<(PointId, Pending)>) -> Self {
         let next_order = listed.iter().map(|p| p.order + 1).max().unwrap_or(1);
-        Self { listed: listed.into_iter().map(|p| (p.id, p)).collect(), pending: pending.into_iter().collect(), next_order, ..Self::default() }
+        Self {
+            listed: listed.into_iter().map(|p| (p.id, p)).collect(),
+            pending: pending.into_iter().collect(),
+            next_order,
+            ..Self::default()
+        }
     }
 
     /// What becomes of a marker that is durable in the replica of `disk`. Changes nothing: see [`Book::commit`].
@@ -51,7 +56,8 @@ impl Book {
         if self.listed.contains_key(&marker.point) {
             return changes;
         }
-        let mut pending = self.pending.get(&marker.point).cloned().unwrap_or_else(|| Pending { marker: marker.clone(), arrived: BTreeMap::new() });
+        let mut pending =
+            self.pending.get(&marker.point).cloned().unwrap_or_else(|| Pending { marker: marker.clone(), arrived: BTreeMap::new() });
         pending.arrived.insert(disk, position);
         // Every disk of the machine, by the agent's list and by ours: a point without one of them is no point.
         let complete = marker.disks.iter().chain(configured).all(|d| pending.arrived.contains_key(d));
@@ -61,7 +67,8 @@ impl Book {
         }
         changes.forget.push(marker.point);
         let overtaken = |other: &Pending| {
-            other.marker.machine == marker.machine && other.arrived.iter().all(|(d, at)| pending.arrived.get(d).is_some_and(|newer| newer > at))
+            other.marker.machine == marker.machine
+                && other.arrived.iter().all(|(d, at)| pending.arrived.get(d).is_some_and(|newer| newer > at))
         };
         changes.forget.extend(self.pending.iter().filter(|(id, p)| **id != marker.point && overtaken(p)).map(|(id, _)| *id));
         changes.listed = Some(RecoveryPoint {
@@ -98,7 +105,8 @@ impl Book {
         let keep_from = points.len().saturating_sub(points_max);
         let Some((_newest, older)) = points.split_last() else { return Vec::new() };
         let old = |p: &RecoveryPoint| clock.saturating_sub(p.listed_clock) > span.as_secs();
-        let gone: Vec<_> = older.iter().enumerate().take_while(|(index, p)| (*index < keep_from || old(p)) && !self.in_use.contains_key(&p.id)).collect();
+        let gone: Vec<_> =
+            older.iter().enumerate().take_while(|(index, p)| (*index < keep_from || old(p)) && !self.in_use.contains_key(&p.id)).collect();
         gone.into_iter().map(|(_, p)| p.id).collect()
     }
 
@@ -186,7 +194,15 @@ mod tests {
     }
 
     fn marker(n: u128, disks: &[DiskId]) -> Marker {
-        Marker { point: PointId(Uuid::from_u128(n)), machine: MachineId(Uuid::from_u128(1)), kind: PointKind::Crash, disks: disks.to_vec(), label: None, wall_ms: 0, hold_us: 0 }
+        Marker {
+            point: PointId(Uuid::from_u128(n)),
+            machine: MachineId(Uuid::from_u128(1)),
+            kind: PointKind::Crash,
+            disks: disks.to_vec(),
+            label: None,
+            wall_ms: 0,
+            hold_us: 0,
+        }
     }
 
     fn arrive(book: &mut Book, disk: DiskId, sequence: u64, marker: &Marker, clock: u64) -> bool {

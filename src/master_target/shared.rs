@@ -188,7 +188,14 @@ pub struct TargetShared {
 impl TargetShared {
     /// The shared state at start.
     pub fn new(disks: Vec<Arc<DiskShared>>, book: Book, clock_before: u64) -> Self {
-        Self { disks, book: Mutex::new(book), body_bytes: AtomicU64::new(0), noting: tokio::sync::Mutex::new(()), clock_before, started: clock::now() }
+        Self {
+            disks,
+            book: Mutex::new(book),
+            body_bytes: AtomicU64::new(0),
+            noting: tokio::sync::Mutex::new(()),
+            clock_before,
+            started: clock::now(),
+        }
     }
 
     /// The book of points. Held for moments only.

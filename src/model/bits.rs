@@ -109,9 +109,7 @@ impl BlockSet {
 
     /// Whether `block` is in the set.
     pub fn contains(&self, block: u64) -> bool {
-        self.pages
-            .get(&(block / PAGE_BLOCKS))
-            .is_some_and(|page| page[(block % PAGE_BLOCKS / 64) as usize] & (1 << (block % 64)) != 0)
+        self.pages.get(&(block / PAGE_BLOCKS)).is_some_and(|page| page[(block % PAGE_BLOCKS / 64) as usize] & (1 << (block % 64)) != 0)
     }
 
     /// Runs of blocks in `[first, last]` that are not members, as (first, count).

@@ -193,7 +193,7 @@ mod tests {
             let out = Extent::new(offset, len).aligned_out(4096, size);
             prop_assert!(out.offset <= offset && out.end() >= offset + len);
             prop_assert_eq!(out.offset % 4096, 0);
-            prop_assert!(out.end() % 4096 == 0 || out.end() == size);
+            prop_assert!(out.end().is_multiple_of(4096) || out.end() == size);
         }
     }
 }

@@ -42,7 +42,11 @@ impl Listener {
     /// Names the address and what occupies it.
     pub async fn bind(address: &Address) -> io::Result<Self> {
         let named = |e: io::Error| {
-            let hint = if e.kind() == io::ErrorKind::AddrInUse { "; another program listens there: stop it or configure another address" } else { "" };
+            let hint = if e.kind() == io::ErrorKind::AddrInUse {
+                "; another program listens there: stop it or configure another address"
+            } else {
+                ""
+            };
             io::Error::new(e.kind(), format!("cannot listen on {address}: {e}{hint}"))
         };
         match address {

@@ -10,8 +10,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::sync::{Notify, Semaphore};
 
 use super::protocol::{
-    CONTEXT_ID, CONTEXT_NAME, DESCRIPTORS_MAX, HANDSHAKE_FLAGS, MAGIC_GREETING, MAGIC_OPTION, MAGIC_OPTION_REPLY, NbdError, OPTION_BYTES_MAX,
-    PAYLOAD_BYTES_MAX, REQUEST_LEN, Request, chunk, chunk_header, command, flag, option, reply, simple_reply,
+    CONTEXT_ID, CONTEXT_NAME, DESCRIPTORS_MAX, HANDSHAKE_FLAGS, MAGIC_GREETING, MAGIC_OPTION, MAGIC_OPTION_REPLY, NbdError,
+    OPTION_BYTES_MAX, PAYLOAD_BYTES_MAX, REQUEST_LEN, Request, chunk, chunk_header, command, flag, option, reply, simple_reply,
 };
 use crate::model::Extent;
 use crate::storage::AlignedBuf;
@@ -67,7 +67,8 @@ pub trait Export: 'static {
 /// Those of the socket, and [`io::ErrorKind::InvalidData`] for a client that does not speak the protocol.
 pub async fn serve<E: Export, S: AsyncRead + AsyncWrite + 'static>(stream: S, export: Rc<E>) -> io::Result<()> {
     let (read, write) = tokio::io::split(stream);
-    let mut connection = Negotiation { read: BufReader::with_capacity(READ_BUFFER, read), write, export, structured: false, context: false };
+    let mut connection =
+        Negotiation { read: BufReader::with_capacity(READ_BUFFER, read), write, export, structured: false, context: false };
     match tokio::time::timeout(HANDSHAKE_LIMIT, connection.negotiate()).await {
         Ok(Ok(true)) => connection.transmit().await,
         Ok(Ok(false)) => Ok(()),
@@ -204,7 +205,7 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
         }
         let listing = number == option::LIST_META_CONTEXT;
         let matches = |q: &&[u8]| **q == *CONTEXT_NAME.as_bytes() || listing && **q == *b"base:";
-        let found = queries.1.iter().any(|q| matches(&q)) || listing && queries.1.is_empty();
+        let found = queries.1.iter().any(matches) || listing && queries.1.is_empty();
         if !listing {
             self.context = found;
         }
@@ -255,7 +256,11 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
                 break Err(io::ErrorKind::BrokenPipe.into());
             }
             let payload = request.kind == command::WRITE;
-            let kib = if matches!(request.kind, command::READ | command::WRITE) { request.len.min(PAYLOAD_BYTES_MAX).div_ceil(1024).max(1) } else { 1 };
+            let kib = if matches!(request.kind, command::READ | command::WRITE) {
+                request.len.min(PAYLOAD_BYTES_MAX).div_ceil(1024).max(1)
+            } else {
+                1
+            };
             let permits = budget.clone().acquire(kib).await;
             let data = if payload && request.len <= PAYLOAD_BYTES_MAX {
                 let mut data = AlignedBuf::with_capacity(request.len as usize);
@@ -270,7 +275,8 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
                 }
                 None
             };
-            let answer = Answer { export: self.export.clone(), replies: replies.clone(), structured: self.structured, context: self.context };
+            let answer =
+                Answer { export: self.export.clone(), replies: replies.clone(), structured: self.structured, context: self.context };
             tokio::task::spawn_local(async move {
                 answer.handle(request, data).await;
                 drop(permits);

@@ -34,7 +34,10 @@ impl Readiness {
 /// Names the address if it cannot be used.
 pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::bind(address).await.map_err(|e| {
-        io::Error::new(e.kind(), format!("cannot listen on {address} for metrics: {e}; change [metrics] listen or stop the program that uses the port"))
+        io::Error::new(
+            e.kind(),
+            format!("cannot listen on {address} for metrics: {e}; change [metrics] listen or stop the program that uses the port"),
+        )
     })
 }
 
@@ -53,7 +56,13 @@ pub async fn serve(listener: TcpListener, readiness: Readiness) {
         async move { if readiness.get() { (StatusCode::OK, "ready\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "not ready\n") } }
     };
     let router = Router::new()
-        .route("/metrics", get(move || { let handle = handle.clone(); async move { handle.render() } }))
+        .route(
+            "/metrics",
+            get(move || {
+                let handle = handle.clone();
+                async move { handle.render() }
+            }),
+        )
         .route("/livez", get(|| async { "alive\n" }))
         .route("/readyz", get(ready));
     if let Err(error) = axum::serve(listener, router).await {

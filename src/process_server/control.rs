@@ -23,8 +23,16 @@ impl Role for Control {
         let view = self.view.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let free = 100 - view.cache_used_bytes * 100 / view.cache_capacity_bytes.max(1);
         let (health, reason, remedy) = match (view.link_up, free) {
-            (false, _) => (Health::Critical, view.link_error.clone(), Some("check the master target and the network; changes are kept in the cache meanwhile")),
-            (true, ..25) => (Health::Critical, Some(format!("{free} % of the cache is free")), Some("the link is slower than the churn: enlarge [cache] size_max or the link")),
+            (false, _) => (
+                Health::Critical,
+                view.link_error.clone(),
+                Some("check the master target and the network; changes are kept in the cache meanwhile"),
+            ),
+            (true, ..25) => (
+                Health::Critical,
+                Some(format!("{free} % of the cache is free")),
+                Some("the link is slower than the churn: enlarge [cache] size_max or the link"),
+            ),
             (true, ..30) => (Health::Warning, Some(format!("{free} % of the cache is free")), Some("watch the link and the churn")),
             _ => (Health::Healthy, None, None),
         };

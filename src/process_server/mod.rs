@@ -110,7 +110,8 @@ impl ProcessServer {
         let (opened_tx, opened_rx) = std::sync::mpsc::sync_channel(1);
         let shared = (view.clone(), readiness.clone(), stop.clone());
         let thread = std::thread::Builder::new().name("process-server".to_owned()).spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime on one thread can always be built");
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime on one thread can always be built");
             let local = tokio::task::LocalSet::new();
             runtime.block_on(local.run_until(server::run(settings, shared, opened_tx)));
         })?;

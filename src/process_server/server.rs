@@ -4,8 +4,8 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::mpsc::SyncSender;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -66,7 +66,11 @@ pub struct Server {
 type Shared = (Arc<Mutex<ProcessServerView>>, Readiness, Arc<Notify>);
 
 /// Runs until told to stop.
-pub async fn run(settings: ProcessServerSettings, (view, readiness, stop): Shared, opened: SyncSender<Result<SocketAddr, ProcessServerError>>) {
+pub(super) async fn run(
+    settings: ProcessServerSettings,
+    (view, readiness, stop): Shared,
+    opened: SyncSender<Result<SocketAddr, ProcessServerError>>,
+) {
     let (server, completions, listener) = match open(settings, view).await {
         Ok(parts) => parts,
         Err(e) => return drop(opened.send(Err(e))),
@@ -90,7 +94,10 @@ pub async fn run(settings: ProcessServerSettings, (view, readiness, stop): Share
     readiness.set(false);
 }
 
-async fn open(settings: ProcessServerSettings, view: Arc<Mutex<ProcessServerView>>) -> Result<(Rc<Server>, Completions, tokio::net::TcpListener), ProcessServerError> {
+async fn open(
+    settings: ProcessServerSettings,
+    view: Arc<Mutex<ProcessServerView>>,
+) -> Result<(Rc<Server>, Completions, tokio::net::TcpListener), ProcessServerError> {
     crate::storage::uring::create_dir_durable(&settings.state)?;
     let credentials = Credentials::load(&settings.tls, Role::ProcessServer)?;
     metrics::disk_part(metrics::CERTIFICATE_EXPIRY, "", "role", Role::ProcessServer.as_str(), credentials.expires_in_seconds as f64);
@@ -164,7 +171,10 @@ fn recover_disks(
     }
     if !found.is_empty() {
         // Not released: they may belong to a machine that was taken out of the configuration by mistake.
-        tracing::warn!(disks = found.len(), "the cache holds batches of disks that are not in the configuration; they are kept, add the machines again to forward them");
+        tracing::warn!(
+            disks = found.len(),
+            "the cache holds batches of disks that are not in the configuration; they are kept, add the machines again to forward them"
+        );
     }
     Ok((disks, unneeded))
 }
@@ -268,7 +278,9 @@ async fn release(server: Rc<Server>) {
         match tokio::task::spawn_blocking(move || store.put(&batch)).await {
             Ok(Ok(())) => {
                 for (id, record) in records {
-                    if let Some(disk) = server.disks.get(&id).filter(|d| d.record.borrow().as_ref().is_some_and(|r| r.generation == record.generation)) {
+                    if let Some(disk) =
+                        server.disks.get(&id).filter(|d| d.record.borrow().as_ref().is_some_and(|r| r.generation == record.generation))
+                    {
                         disk.stream.borrow_mut().released_through(record.released);
                     }
                 }

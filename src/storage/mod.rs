@@ -32,6 +32,7 @@ pub enum OpenMode {
 }
 
 /// An open file. Not `Send`: it lives on the thread that drives it.
+#[allow(clippy::len_without_is_empty, reason = "nobody asks a file whether it is empty")]
 pub trait File: 'static {
     /// Reads exactly `len` bytes at `offset`.
     fn read_at(&self, offset: u64, len: usize) -> impl Future<Output = io::Result<AlignedBuf>>;

@@ -25,7 +25,12 @@ const RING_ENTRIES: u32 = 512;
 /// Fails with advice if the kernel or the sandbox refuses io_uring.
 pub fn run<T>(work: impl Future<Output = T>) -> io::Result<T> {
     let runtime = tokio_uring::Runtime::new(tokio_uring::builder().entries(RING_ENTRIES)).map_err(|e| {
-        io::Error::new(e.kind(), format!("io_uring is not available ({e}): allow it in the container's seccomp profile and check sysctl kernel.io_uring_disabled"))
+        io::Error::new(
+            e.kind(),
+            format!(
+                "io_uring is not available ({e}): allow it in the container's seccomp profile and check sysctl kernel.io_uring_disabled"
+            ),
+        )
     })?;
     Ok(runtime.block_on(work))
 }
@@ -65,12 +70,7 @@ impl Storage for Uring {
             None => rustix::fs::open(path, flags, private)?,
         };
         let std_file = std::fs::File::from(fd.try_clone()?);
-        Ok(UringFile {
-            ring: tokio_uring::fs::File::from_std(std_file),
-            fd,
-            in_flight: self.in_flight.clone(),
-            closed: Cell::new(false),
-        })
+        Ok(UringFile { ring: tokio_uring::fs::File::from_std(std_file), fd, in_flight: self.in_flight.clone(), closed: Cell::new(false) })
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
@@ -214,7 +214,11 @@ impl File for UringFile {
     async fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
         match self.fallocate(FallocateFlags::empty(), offset, len) {
             Err(e) if e.raw_os_error() == Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()) => {
-                if self.len()? < offset + len { self.set_len(offset + len) } else { Ok(()) }
+                if self.len()? < offset + len {
+                    self.set_len(offset + len)
+                } else {
+                    Ok(())
+                }
             }
             other => other,
         }

@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 
 /// The gate; lives on one thread.
 #[derive(Default)]
-pub struct Gate {
+pub(super) struct Gate {
     held: Cell<bool>,
     inside: Cell<usize>,
     opened: Notify,
@@ -15,11 +15,11 @@ pub struct Gate {
 }
 
 /// A write that passed the gate.
-pub struct Passage(Rc<Gate>);
+pub(super) struct Passage(Rc<Gate>);
 
 impl Gate {
     /// Passes, waiting while the gate is held.
-    pub async fn pass(self: &Rc<Self>) -> Passage {
+    pub(super) async fn pass(self: &Rc<Self>) -> Passage {
         while self.held.get() {
             self.opened.notified().await;
         }
@@ -28,19 +28,19 @@ impl Gate {
     }
 
     /// Lets nobody pass any more.
-    pub fn hold(&self) {
+    pub(super) fn hold(&self) {
         self.held.set(true);
     }
 
     /// Waits until everybody who passed has left.
-    pub async fn drained(&self) {
+    pub(super) async fn drained(&self) {
         while self.inside.get() > 0 {
             self.empty.notified().await;
         }
     }
 
     /// Opens the gate.
-    pub fn release(&self) {
+    pub(super) fn release(&self) {
         self.held.set(false);
         self.opened.notify_waiters();
     }

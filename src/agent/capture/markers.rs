@@ -45,7 +45,7 @@ impl Skip {
 }
 
 /// Makes a point every interval, and one as soon as the machine becomes consistent.
-pub async fn timer(capture: Rc<Capture>) {
+pub(super) async fn timer(capture: Rc<Capture>) {
     let interval = capture.settings.points.interval;
     let mut told = false;
     let mut due = clock::now();

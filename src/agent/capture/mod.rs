@@ -143,7 +143,8 @@ impl Capture {
                     let _ = done.send(self.volumes[volume].generation() == generation);
                 }
                 Command::NewGeneration { volume, generation, done } => {
-                    let _ = done.send(self.volumes[volume].restart_stream(0, Some(generation), "new replica").await.map_err(|e| e.to_string()));
+                    let _ =
+                        done.send(self.volumes[volume].restart_stream(0, Some(generation), "new replica").await.map_err(|e| e.to_string()));
                 }
                 Command::Mark { label, kind, done } => {
                     let capture = self.clone();

@@ -19,7 +19,7 @@ const IDLE: Duration = Duration::from_millis(50);
 const NO_ROOM: Duration = Duration::from_millis(2);
 
 /// Sends missing regions of one disk whenever there are some and the process server takes changes.
-pub async fn run(volume: Rc<Volume>) {
+pub(super) async fn run(volume: Rc<Volume>) {
     let depth = Rc::new(Semaphore::new(DEPTH));
     let mut sending = false;
     loop {
@@ -33,7 +33,11 @@ pub async fn run(volume: Rc<Volume>) {
         }
         if !sending {
             sending = true;
-            tracing::info!(disk = volume.shared.label, missing_bytes = volume.missing_bytes(), "sending regions that are not in the stream");
+            tracing::info!(
+                disk = volume.shared.label,
+                missing_bytes = volume.missing_bytes(),
+                "sending regions that are not in the stream"
+            );
         }
         if volume.shared.backlog().bytes() >= RESYNC_WINDOW_BYTES {
             tokio::time::sleep(NO_ROOM).await;
@@ -106,7 +110,8 @@ async fn read_changes(volume: &Volume, extent: Extent) -> std::io::Result<Vec<Ch
     }
     let read = futures_util::future::try_join_all(reads.iter().map(|&(offset, len)| volume.read_raw(offset, len as usize))).await?;
     for (&(offset, len), data) in reads.iter().zip(read) {
-        let change = if is_zero(&data) { ChangeKind::Zero(Extent::new(offset, len)) } else { ChangeKind::Write { offset, data: data.freeze() } };
+        let change =
+            if is_zero(&data) { ChangeKind::Zero(Extent::new(offset, len)) } else { ChangeKind::Write { offset, data: data.freeze() } };
         changes.push((offset, change));
     }
     Ok(changes.into_iter().map(|(_, change)| change).collect())

@@ -27,7 +27,7 @@ use crate::storage::uring::{Uring, UringFile, is_full};
 use crate::storage::{AlignedBuf, File, OpenMode, Storage};
 
 /// A disk opened, before the machine is put together.
-pub struct Parts {
+pub(super) struct Parts {
     /// Shared state.
     pub shared: Arc<VolumeShared>,
     file: UringFile,
@@ -38,7 +38,7 @@ pub struct Parts {
 ///
 /// # Errors
 /// Names the disk and what to do.
-pub async fn open_parts(settings: &AgentSettings, disk: &Disk) -> io::Result<Parts> {
+pub(super) async fn open_parts(settings: &AgentSettings, disk: &Disk) -> io::Result<Parts> {
     let named = |e: io::Error| io::Error::new(e.kind(), format!("disk {} ({}): {e}", disk.name, disk.path.display()));
     let kind = std::fs::metadata(&disk.path).map_err(named)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
@@ -59,7 +59,7 @@ pub async fn open_parts(settings: &AgentSettings, disk: &Disk) -> io::Result<Par
 }
 
 /// One protected disk.
-pub struct Volume {
+pub(super) struct Volume {
     /// Shared with the session.
     pub shared: Arc<VolumeShared>,
     agent: Arc<AgentShared>,
@@ -75,12 +75,16 @@ pub struct Volume {
 
 impl Volume {
     /// Puts a disk under the machine's gate. Everything its map marks is missing.
-    pub fn new(parts: Parts, gate: Rc<Gate>, agent: Arc<AgentShared>) -> Self {
+    pub(super) fn new(parts: Parts, gate: Rc<Gate>, agent: Arc<AgentShared>) -> Self {
         let marked = parts.map.marked();
         let header = parts.map.header();
         if marked.count() > 0 && !header.initial {
             metrics::disk_count(metrics::RESYNCS, &parts.shared.label, 1);
-            tracing::info!(disk = parts.shared.label, regions = marked.count(), "regions written shortly before the last stop will be sent again");
+            tracing::info!(
+                disk = parts.shared.label,
+                regions = marked.count(),
+                "regions written shortly before the last stop will be sent again"
+            );
         }
         Self {
             regions: RefCell::new(Regions::new(header.region, parts.shared.size, marked)),
@@ -97,7 +101,7 @@ impl Volume {
     }
 
     /// Bytes whose content is not in the stream.
-    pub fn missing_bytes(&self) -> u64 {
+    pub(super) fn missing_bytes(&self) -> u64 {
         self.regions.borrow().missing_bytes()
     }
 
@@ -106,7 +110,7 @@ impl Volume {
     ///
     /// # Errors
     /// Those of the map's file; the old stream then stays as it is.
-    pub async fn restart_stream(&self, above: u64, generation: Option<u64>, reason: &'static str) -> io::Result<u64> {
+    pub(super) async fn restart_stream(&self, above: u64, generation: Option<u64>, reason: &'static str) -> io::Result<u64> {
         if generation.is_some() {
             self.map.mark_all().await?;
         }
@@ -130,12 +134,12 @@ impl Volume {
     }
 
     /// The history of the replica this map belongs to.
-    pub fn generation(&self) -> u64 {
+    pub(super) fn generation(&self) -> u64 {
         self.map.header().generation
     }
 
     /// Initial replication or resynchronisation has put everything into the stream.
-    pub async fn became_consistent(&self) {
+    pub(super) async fn became_consistent(&self) {
         let initial = self.map.header().initial;
         tracing::info!(disk = self.shared.label, initial, "everything is in the stream; recovery points continue");
         if initial && let Err(error) = self.map.update_header(|h| h.initial = false).await {
@@ -147,7 +151,7 @@ impl Volume {
     ///
     /// # Errors
     /// Those of the map's file.
-    pub async fn clean(&self, idle: Duration) -> io::Result<()> {
+    pub(super) async fn clean(&self, idle: Duration) -> io::Result<()> {
         let safe = self.shared.backlog().safe();
         let clean = self.regions.borrow().cleanable(&self.map.marked(), safe, clock::now(), idle);
         if clean.is_empty() {
@@ -163,12 +167,12 @@ impl Volume {
     ///
     /// # Errors
     /// Those of the disk.
-    pub async fn sync(&self) -> io::Result<()> {
+    pub(super) async fn sync(&self) -> io::Result<()> {
         self.file.sync_data().await
     }
 
     /// How the disk does.
-    pub fn report(&self, now: Mono) -> DiskReport {
+    pub(super) fn report(&self, now: Mono) -> DiskReport {
         let backlog = self.shared.backlog();
         let missing_bytes = self.missing_bytes();
         let state = match (missing_bytes, self.map.header().initial) {
@@ -177,37 +181,43 @@ impl Volume {
             (_, true) => ReplicationState::InitialReplication,
             (_, false) => ReplicationState::Resynchronising,
         };
-        DiskReport { state, missing_bytes, backlog_bytes: backlog.bytes(), captured: backlog.rungs()[0].1, lag_us: micros(backlog.lag(now)) }
+        DiskReport {
+            state,
+            missing_bytes,
+            backlog_bytes: backlog.bytes(),
+            captured: backlog.rungs()[0].1,
+            lag_us: micros(backlog.lag(now)),
+        }
     }
 
     /// Bytes captured since the last call.
-    pub fn take_captured_bytes(&self) -> u64 {
+    pub(super) fn take_captured_bytes(&self) -> u64 {
         self.captured_bytes.replace(0)
     }
 
     /// The next missing region that nobody is sending.
-    pub fn next_missing(&self) -> Option<u64> {
+    pub(super) fn next_missing(&self) -> Option<u64> {
         let region = self.regions.borrow_mut().next_missing()?;
         self.sending.borrow_mut().insert(region).then_some(region)
     }
 
     /// The attempt to send a region ended.
-    pub fn end_send(&self, region: u64) {
+    pub(super) fn end_send(&self, region: u64) {
         self.sending.borrow_mut().remove(&region);
     }
 
     /// Whether a region is missing.
-    pub fn is_missing(&self, region: u64) -> bool {
+    pub(super) fn is_missing(&self, region: u64) -> bool {
         self.regions.borrow().is_missing(region)
     }
 
     /// Bytes of a region.
-    pub fn region_extent(&self, region: u64) -> Extent {
+    pub(super) fn region_extent(&self, region: u64) -> Extent {
         self.regions.borrow().extent(region)
     }
 
     /// A region is in the stream, up to `sequence`.
-    pub fn region_sent(&self, region: u64, extent: Extent, sequence: u64, now: Mono) {
+    pub(super) fn region_sent(&self, region: u64, extent: Extent, sequence: u64, now: Mono) {
         let mut regions = self.regions.borrow_mut();
         regions.captured(extent, sequence, now);
         regions.sent(region);
@@ -216,7 +226,7 @@ impl Volume {
     }
 
     /// Locks a range.
-    pub async fn lock(&self, extent: Extent) -> RangeGuard {
+    pub(super) async fn lock(&self, extent: Extent) -> RangeGuard {
         self.locks.lock(extent).await
     }
 
@@ -224,7 +234,7 @@ impl Volume {
     ///
     /// # Errors
     /// Those of the disk.
-    pub async fn read_raw(&self, offset: u64, len: usize) -> io::Result<AlignedBuf> {
+    pub(super) async fn read_raw(&self, offset: u64, len: usize) -> io::Result<AlignedBuf> {
         self.file.read_at(offset, len).await
     }
 
@@ -232,7 +242,7 @@ impl Volume {
     ///
     /// # Errors
     /// Those of the disk.
-    pub fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+    pub(super) fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         self.file.next_data(offset)
     }
 
@@ -301,7 +311,9 @@ impl Volume {
             while at < extent.end() && last.is_ok() {
                 let len = step.min(extent.end() - at);
                 let kind = match &content {
-                    Some((data, start)) => ChangeKind::Write { offset: at, data: data.slice((at - start) as usize..(at - start + len) as usize) },
+                    Some((data, start)) => {
+                        ChangeKind::Write { offset: at, data: data.slice((at - start) as usize..(at - start + len) as usize) }
+                    }
                     None => ChangeKind::Zero(Extent::new(at, len)),
                 };
                 last = backlog.push(kind, now);
@@ -318,7 +330,11 @@ impl Volume {
     fn lose(&self, extent: Extent, reason: &'static str) {
         if self.regions.borrow_mut().lose(extent) {
             metrics::disk_count(metrics::RESYNCS, &self.shared.label, 1);
-            tracing::warn!(disk = self.shared.label, reason, "changes are tracked by region from now on; they will be sent when the stream keeps up, recovery points pause until then");
+            tracing::warn!(
+                disk = self.shared.label,
+                reason,
+                "changes are tracked by region from now on; they will be sent when the stream keeps up, recovery points pause until then"
+            );
         }
     }
 

@@ -146,7 +146,15 @@ mod tests {
 
     #[test]
     fn header_round_trips() {
-        let header = Header { sequence: 4, disk: DiskId(Uuid::from_u128(9)), size: 1 << 30, region: 1 << 20, epoch: 3, generation: 8, initial: true };
+        let header = Header {
+            sequence: 4,
+            disk: DiskId(Uuid::from_u128(9)),
+            size: 1 << 30,
+            region: 1 << 20,
+            epoch: 3,
+            generation: 8,
+            initial: true,
+        };
         assert_eq!(Header::decode(&header.encode()), Some(header));
         assert_eq!(Header::decode(&[0; 512]), None);
         assert_eq!(Header::decode(&[]), None);

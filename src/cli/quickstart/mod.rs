@@ -23,7 +23,7 @@ use crate::observe::{logging, metrics};
 
 /// Arguments of the quickstart.
 #[derive(clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// Protect this raw disk file or block device until interrupted, instead of a sample disk.
     #[arg(long, value_name = "PATH")]
     disk: Option<PathBuf>,
@@ -80,7 +80,7 @@ const SIZE_MIN: u64 = 64 << 20;
 const REPLICATION_LIMIT: Duration = Duration::from_secs(3600);
 
 /// Runs the quickstart.
-pub fn run(args: Args) -> anyhow::Result<()> {
+pub(super) fn run(args: Args) -> anyhow::Result<()> {
     logging::init(if args.disk.is_some() { "tidegate=info" } else { "tidegate=warn" }, false);
     logging::abort_on_panic();
     metrics::install();
@@ -135,8 +135,16 @@ async fn demonstrate(args: &Args, state: &Path) -> anyhow::Result<()> {
     };
     roles.stop().await;
     let all_identical = !report.recovered.is_empty() && report.recovered.iter().all(|r| r.identical);
-    if args.json { println!("{}", serde_json::to_string(&report)?) } else { print(&report) }
-    if all_identical { Ok(()) } else { bail!("a recovered point differs from what was expected: please report this with the folder {}", state.display()) }
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?)
+    } else {
+        print(&report)
+    }
+    if all_identical {
+        Ok(())
+    } else {
+        bail!("a recovered point differs from what was expected: please report this with the folder {}", state.display())
+    }
 }
 
 /// Waits until the replica holds everything durably; the time it took since `started`.
@@ -151,7 +159,10 @@ async fn wait_for_replica(roles: &Roles, started: clock::Mono, quiet: bool) -> a
         }
         let waited = clock::now().since(started);
         if waited > REPLICATION_LIMIT {
-            bail!("initial replication did not finish: {}", roles.last_error().unwrap_or_else(|| "no reason known, see the log".to_owned()));
+            bail!(
+                "initial replication did not finish: {}",
+                roles.last_error().unwrap_or_else(|| "no reason known, see the log".to_owned())
+            );
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
@@ -167,7 +178,9 @@ async fn protect(disk: &Path, state: &Path) -> anyhow::Result<()> {
     println!("  is it working:                tidegate status --control {}", roles.control());
     println!("  points:                       tidegate point list --control {}", roles.control());
     println!("  bring one back:               tidegate recover export latest --output back.vhdx --control {}", roles.control());
-    println!("  writes that do not pass through the NBD export are not seen. Press Ctrl-C to stop; it goes on where it was when started again.");
+    println!(
+        "  writes that do not pass through the NBD export are not seen. Press Ctrl-C to stop; it goes on where it was when started again."
+    );
     let started = clock::now();
     tokio::select! {
         waited = wait_for_replica(&roles, started, false) => {
@@ -199,7 +212,12 @@ fn print(report: &Report) {
     let (initial, work) = (&report.initial_replication, &report.workload);
     let ms = |s: Spread| format!("p50 {:.1} ms, p99 {:.1} ms, max {:.1} ms", s.p50 * 1e3, s.p99 * 1e3, s.max * 1e3);
     println!();
-    println!("initial replication  {} in {:.1} s: {}/s, durable in cache, journal and VHDX", show_size(initial.bytes), initial.seconds, show_size(initial.bytes_per_second as u64));
+    println!(
+        "initial replication  {} in {:.1} s: {}/s, durable in cache, journal and VHDX",
+        show_size(initial.bytes),
+        initial.seconds,
+        show_size(initial.bytes_per_second as u64)
+    );
     println!("workload             {} writes, {} in {:.1} s", work.writes, show_size(work.bytes), work.seconds);
     println!("RPO                  {}", ms(report.rpo_seconds));
     println!("writes held          {}", ms(report.marker_hold_seconds));

@@ -18,11 +18,11 @@ use crate::observe::http;
 use crate::process_server::ProcessServer;
 
 /// Name of the sample machine and disk.
-pub const MACHINE: &str = "sample";
+pub(super) const MACHINE: &str = "sample";
 const DISK: &str = "disk0";
 
 /// Everything running.
-pub struct Roles {
+pub(super) struct Roles {
     agent: Agent,
     process_server: ProcessServer,
     target: MasterTarget,
@@ -32,7 +32,7 @@ pub struct Roles {
 
 impl Roles {
     /// Makes what is missing in `state` and starts all roles on loopback ports that are free.
-    pub async fn start(state: &Path, disk: &Path, interval: Duration) -> anyhow::Result<Self> {
+    pub(super) async fn start(state: &Path, disk: &Path, interval: Duration) -> anyhow::Result<Self> {
         let pki_dir = state.join("pki");
         if !pki_dir.join("ca.pem").exists() {
             pki::init(&pki_dir)?;
@@ -71,56 +71,59 @@ impl Roles {
     }
 
     /// The protected disk's export.
-    pub fn nbd(&self) -> Address {
+    pub(super) fn nbd(&self) -> Address {
         Address::Unix(self.nbd.clone())
     }
 
     /// The same, as tools want it.
-    pub fn nbd_uri(&self) -> String {
+    pub(super) fn nbd_uri(&self) -> String {
         format!("nbd+unix:///{DISK}?socket={}", self.nbd.display())
     }
 
     /// The control interface of all roles.
-    pub fn control(&self) -> Address {
+    pub(super) fn control(&self) -> Address {
         Address::Unix(self.control.clone())
     }
 
     /// Bytes of the disk.
-    pub fn disk_size(&self) -> u64 {
+    pub(super) fn disk_size(&self) -> u64 {
         self.agent.shared.volumes[0].size
     }
 
     /// Bytes not in the stream yet.
-    pub fn missing_bytes(&self) -> u64 {
+    pub(super) fn missing_bytes(&self) -> u64 {
         self.agent.shared.volumes[0].report().missing_bytes
     }
 
     /// What the agent complains about.
-    pub fn last_error(&self) -> Option<String> {
+    pub(super) fn last_error(&self) -> Option<String> {
         self.agent.shared.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether everything captured is durable in the replica.
-    pub fn is_replicated(&self) -> bool {
+    pub(super) fn is_replicated(&self) -> bool {
         let volume = &self.agent.shared.volumes[0];
         let captured = volume.backlog().rungs()[0].1;
         let report = volume.report();
-        report.state == ReplicationState::Delta && report.missing_bytes == 0 && captured.sequence > 0 && self.disk().condition().checkpointed >= captured
+        report.state == ReplicationState::Delta
+            && report.missing_bytes == 0
+            && captured.sequence > 0
+            && self.disk().condition().checkpointed >= captured
     }
 
     /// Age of the newest point, as the master target measures it.
-    pub fn rpo(&self) -> Option<f64> {
+    pub(super) fn rpo(&self) -> Option<f64> {
         let newest = self.disk().condition().newest?;
         Some(crate::clock::now().since(newest.travel.captured()).as_secs_f64())
     }
 
     /// All listed points, the oldest first.
-    pub fn points(&self) -> Vec<RecoveryPoint> {
+    pub(super) fn points(&self) -> Vec<RecoveryPoint> {
         self.target.shared.book().all()
     }
 
     /// Makes a point and waits until it is listed.
-    pub async fn mark(&self, label: &str) -> anyhow::Result<String> {
+    pub(super) async fn mark(&self, label: &str) -> anyhow::Result<String> {
         let request = Request::Mark { machine: MACHINE.to_owned(), label: Some(label.to_owned()), app: false };
         let marked: Marked = client::call(&self.control(), &request).await?;
         for _ in 0..6000 {
@@ -133,7 +136,7 @@ impl Roles {
     }
 
     /// Runs a mount or an export; an export is waited for.
-    pub async fn recover(&self, request: Request) -> anyhow::Result<RecoveryView> {
+    pub(super) async fn recover(&self, request: Request) -> anyhow::Result<RecoveryView> {
         let mut view: RecoveryView = client::call(&self.control(), &request).await?;
         while view.kind == "export" && view.state == "running" {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -147,7 +150,7 @@ impl Roles {
     }
 
     /// Stops all roles, the agent first.
-    pub async fn stop(self) {
+    pub(super) async fn stop(self) {
         self.agent.stop().await;
         self.process_server.stop().await;
         self.target.stop().await;

@@ -11,7 +11,7 @@ use anyhow::Context;
 use crate::model::Extent;
 
 /// A sample disk.
-pub struct Sample {
+pub(super) struct Sample {
     /// Bytes of data on it.
     pub bytes: u64,
     /// Where the workload may write.
@@ -19,7 +19,7 @@ pub struct Sample {
 }
 
 /// Removes what an earlier quickstart left in `state`.
-pub fn clear(state: &Path) -> anyhow::Result<()> {
+pub(super) fn clear(state: &Path) -> anyhow::Result<()> {
     for name in ["agent", "process-server", "master-target", "recovered", "files"] {
         let dir = state.join(name);
         if dir.exists() {
@@ -33,7 +33,7 @@ pub fn clear(state: &Path) -> anyhow::Result<()> {
 }
 
 /// Makes the disk at `disk`. Three quarters are a file system, mostly full; the rest is the workload's.
-pub fn make(state: &Path, disk: &Path, size: u64) -> anyhow::Result<Sample> {
+pub(super) fn make(state: &Path, disk: &Path, size: u64) -> anyhow::Result<Sample> {
     let area = Extent::new(size / 4 * 3 / 4096 * 4096, size - size / 4 * 3 / 4096 * 4096);
     File::create(disk)?.set_len(size)?;
     if !make_file_system(state, disk, area.offset)? {
@@ -80,19 +80,19 @@ fn make_file_system(state: &Path, disk: &Path, size: u64) -> anyhow::Result<bool
 }
 
 /// Bytes that compress about 2:1: words of a small vocabulary between random runs.
-pub struct Content {
+pub(super) struct Content {
     state: u64,
     buffer: Vec<u8>,
 }
 
 impl Content {
     /// A stream of bytes that depends on `seed` only.
-    pub fn new(seed: u64) -> Self {
+    pub(super) fn new(seed: u64) -> Self {
         Self { state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1, buffer: Vec::new() }
     }
 
     /// A random number (xorshift64*, Vigna 2016).
-    pub fn random(&mut self) -> u64 {
+    pub(super) fn random(&mut self) -> u64 {
         self.state ^= self.state >> 12;
         self.state ^= self.state << 25;
         self.state ^= self.state >> 27;
@@ -100,7 +100,7 @@ impl Content {
     }
 
     /// The next `len` bytes.
-    pub fn next(&mut self, len: usize) -> &[u8] {
+    pub(super) fn next(&mut self, len: usize) -> &[u8] {
         self.buffer.clear();
         while self.buffer.len() < len {
             let pick = self.random();
@@ -110,7 +110,12 @@ impl Content {
                     self.buffer.extend_from_slice(&word.to_le_bytes());
                 }
             } else {
-                let word: &[u8] = [&b"the tide that leaves the shore "[..], b"returns before the morning bell ", b"a gate is made to be opened twice ", b"one harbour keeps another's charts "][(pick >> 8) as usize % 4];
+                let word: &[u8] = [
+                    &b"the tide that leaves the shore "[..],
+                    b"returns before the morning bell ",
+                    b"a gate is made to be opened twice ",
+                    b"one harbour keeps another's charts ",
+                ][(pick >> 8) as usize % 4];
                 self.buffer.extend_from_slice(word);
                 self.buffer.extend_from_slice(word);
             }

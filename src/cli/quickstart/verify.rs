@@ -20,7 +20,7 @@ const STEP: u64 = 1 << 20;
 
 /// A point brought back.
 #[derive(Serialize)]
-pub struct Recovered {
+pub(super) struct Recovered {
     /// Its id.
     pub point: String,
     /// `export` or `mount`.
@@ -34,13 +34,18 @@ pub struct Recovered {
 }
 
 /// Brings the points back: the first as VHDX, the second as raw, the last as a block device that is read.
-pub async fn recover(roles: &Roles, marked: &[Marked], state: &Path) -> anyhow::Result<Vec<Recovered>> {
+pub(super) async fn recover(roles: &Roles, marked: &[Marked], state: &Path) -> anyhow::Result<Vec<Recovered>> {
     let mut recovered = Vec::new();
     for (index, marked) in marked.iter().enumerate() {
         let (kind, format) = [("export", Format::Vhdx), ("export", Format::Raw), ("mount", Format::Raw)][index % 3];
         let path = state.join("recovered").join(format!("point-{}-{kind}.{}", index + 1, format.as_str()));
         if kind == "export" {
-            let request = Request::Export { point: marked.point.clone(), disk: None, format: format.as_str().to_owned(), output: path.display().to_string() };
+            let request = Request::Export {
+                point: marked.point.clone(),
+                disk: None,
+                format: format.as_str().to_owned(),
+                output: path.display().to_string(),
+            };
             roles.recover(request).await?;
         } else {
             read_mounted(roles, &marked.point, state, &path).await?;

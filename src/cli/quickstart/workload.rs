@@ -22,7 +22,7 @@ const WRITERS: usize = 4;
 const SAMPLE_EVERY: Duration = Duration::from_millis(50);
 
 /// A point that was marked while the model was known.
-pub struct Marked {
+pub(super) struct Marked {
     /// Its id.
     pub point: String,
     /// What the disk held.
@@ -30,7 +30,7 @@ pub struct Marked {
 }
 
 /// What was done.
-pub struct Done {
+pub(super) struct Done {
     /// Writes answered.
     pub writes: u64,
     /// Their bytes.
@@ -44,7 +44,7 @@ pub struct Done {
 }
 
 /// The workload and its model.
-pub struct Workload {
+pub(super) struct Workload {
     model: PathBuf,
     area: Extent,
     round: u64,
@@ -58,7 +58,7 @@ struct Sum {
 
 impl Workload {
     /// Takes a copy of the disk as the model's beginning. Nothing may write to the disk meanwhile.
-    pub fn new(state: &Path, disk: &Path, area: Extent, size: u64) -> anyhow::Result<Self> {
+    pub(super) fn new(state: &Path, disk: &Path, area: Extent, size: u64) -> anyhow::Result<Self> {
         let model = state.join("model.raw");
         copy_sparse(disk, &model)?;
         debug_assert_eq!(std::fs::metadata(&model)?.len(), size, "the model is as long as the disk");
@@ -66,7 +66,7 @@ impl Workload {
     }
 
     /// Writes for `time` in three parts, marking a point after each.
-    pub async fn run(&mut self, roles: &Roles, time: Duration, state: &Path) -> anyhow::Result<Done> {
+    pub(super) async fn run(&mut self, roles: &Roles, time: Duration, state: &Path) -> anyhow::Result<Done> {
         let mut done = Done { writes: 0, bytes: 0, seconds: 0.0, rpo: Vec::new(), marked: Vec::new() };
         for part in 1..=3 {
             let started = clock::now();
@@ -111,7 +111,14 @@ impl Workload {
     }
 }
 
-async fn write(nbd: crate::model::Address, model: File, area: Extent, seed: u64, started: clock::Mono, time: Duration) -> anyhow::Result<Sum> {
+async fn write(
+    nbd: crate::model::Address,
+    model: File,
+    area: Extent,
+    seed: u64,
+    started: clock::Mono,
+    time: Duration,
+) -> anyhow::Result<Sum> {
     let mut client = Client::connect(&nbd, "").await?;
     let mut content = Content::new(seed);
     let mut sum = Sum::default();
@@ -138,7 +145,7 @@ async fn write(nbd: crate::model::Address, model: File, area: Extent, seed: u64,
 }
 
 /// Copies a file without filling its holes.
-pub fn copy_sparse(from: &Path, to: &Path) -> anyhow::Result<()> {
+pub(super) fn copy_sparse(from: &Path, to: &Path) -> anyhow::Result<()> {
     let source = File::open(from).with_context(|| from.display().to_string())?;
     let target = File::create(to).with_context(|| to.display().to_string())?;
     let len = source.metadata()?.len();

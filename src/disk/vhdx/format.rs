@@ -274,7 +274,14 @@ mod tests {
 
     #[test]
     fn structures_round_trip() {
-        let header = Header { sequence: 7, file_write: Uuid::from_u128(1), data_write: Uuid::from_u128(2), log: Uuid::nil(), log_len: 1 << 20, log_at: MIB };
+        let header = Header {
+            sequence: 7,
+            file_write: Uuid::from_u128(1),
+            data_write: Uuid::from_u128(2),
+            log: Uuid::nil(),
+            log_len: 1 << 20,
+            log_at: MIB,
+        };
         assert_eq!(Header::decode(&header.encode()), Some(header));
         let regions = Regions { bat_at: 2 * MIB, bat_len: MIB, metadata_at: 3 * MIB, metadata_len: MIB };
         assert_eq!(Regions::decode(&regions.encode(), 8 * MIB), Ok(regions));

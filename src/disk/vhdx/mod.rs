@@ -62,7 +62,14 @@ impl<F: File> Vhdx<F> {
         let bat_len = (entries * 8).next_multiple_of(MIB);
         let regions = Regions { bat_at: BAT_AT, bat_len, metadata_at: BAT_AT + bat_len, metadata_len: MIB };
         let data_at = regions.metadata_at + MIB;
-        let header = Header { sequence: 1, file_write: Uuid::new_v4(), data_write: Uuid::new_v4(), log: Uuid::nil(), log_len: LOG_LEN as u32, log_at: LOG_AT };
+        let header = Header {
+            sequence: 1,
+            file_write: Uuid::new_v4(),
+            data_write: Uuid::new_v4(),
+            log: Uuid::nil(),
+            log_len: LOG_LEN as u32,
+            log_at: LOG_AT,
+        };
         let second = Header { sequence: 2, ..header };
         let written = async {
             file.allocate(0, data_at).await?;

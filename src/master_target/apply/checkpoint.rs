@@ -177,7 +177,12 @@ async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arr
     let mut condition = disk.condition();
     condition.checkpointed = end;
     condition.retained_bytes = replica.retention.bytes();
-    let rungs = [(Rung::Received, condition.received), (Rung::Journaled, condition.journaled), (Rung::Applied, condition.applied), (Rung::Checkpointed, condition.checkpointed)];
+    let rungs = [
+        (Rung::Received, condition.received),
+        (Rung::Journaled, condition.journaled),
+        (Rung::Applied, condition.applied),
+        (Rung::Checkpointed, condition.checkpointed),
+    ];
     drop(condition);
     assert_ladder(&rungs);
     Ok(())

@@ -182,7 +182,8 @@ impl Apply {
             Command::OpenView { point, disk, done } => drop(done.send(self.open_view(point, disk).await)),
             Command::Read { view, extent, done } => drop(done.send(self.read(view, extent).await)),
             Command::NextData { view, offset, done } => {
-                let found = self.with_view(view).and_then(|(view, replica)| view.next_data(&replica.image, offset).map_err(|e| e.to_string()));
+                let found =
+                    self.with_view(view).and_then(|(view, replica)| view.next_data(&replica.image, offset).map_err(|e| e.to_string()));
                 let _ = done.send(found);
             }
             Command::CloseView { view } => {

@@ -66,13 +66,33 @@ mod tests {
         }
         let table_end = body.len();
         if marked {
-            let marker = Marker { point: PointId(Uuid::from_u128(last.into())), machine: MachineId(Uuid::nil()), kind: PointKind::Crash, disks: vec![DiskId(Uuid::nil())], label: None, wall_ms: 0, hold_us: 0 };
+            let marker = Marker {
+                point: PointId(Uuid::from_u128(last.into())),
+                machine: MachineId(Uuid::nil()),
+                kind: PointKind::Crash,
+                disks: vec![DiskId(Uuid::nil())],
+                label: None,
+                wall_ms: 0,
+                hold_us: 0,
+            };
             body.extend(postcard::to_stdvec(&marker).unwrap());
         }
         let header = BatchHeader {
-            compressed: false, disk: DiskId(Uuid::nil()), generation: 1, epoch: 1, first: last, last, data_len: data_len as u32,
-            extents: extents.len() as u32, marker_len: (body.len() - table_end) as u32, stored_len: 16, body_crc: 0, age_us: 0,
-            accepted_wall_ms: 0, salt: [0; 32], nonce: 0,
+            compressed: false,
+            disk: DiskId(Uuid::nil()),
+            generation: 1,
+            epoch: 1,
+            first: last,
+            last,
+            data_len: data_len as u32,
+            extents: extents.len() as u32,
+            marker_len: (body.len() - table_end) as u32,
+            stored_len: 16,
+            body_crc: 0,
+            age_us: 0,
+            accepted_wall_ms: 0,
+            salt: [0; 32],
+            nonce: 0,
         };
         (header, body)
     }
@@ -83,10 +103,13 @@ mod tests {
         let cuts = plan(batches.iter().map(|(h, b)| (h, b.as_slice()))).unwrap();
         assert_eq!(cuts.len(), 2);
         let first: Vec<_> = writes(&cuts[0]).collect();
-        assert_eq!(first, [
-            (Extent::new(0, 512), Content { batch: 0, data_at: Some(0) }),
-            (Extent::new(512, 1024), Content { batch: 1, data_at: Some(0) }),
-        ]);
+        assert_eq!(
+            first,
+            [
+                (Extent::new(0, 512), Content { batch: 0, data_at: Some(0) }),
+                (Extent::new(512, 1024), Content { batch: 1, data_at: Some(0) }),
+            ]
+        );
         assert_eq!(cuts[0].marker.as_ref().unwrap().0, Position::new(1, 2));
         let second: Vec<_> = writes(&cuts[1]).collect();
         assert_eq!(second, [(Extent::new(0, 512), Content { batch: 2, data_at: None })]);

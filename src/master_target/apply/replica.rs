@@ -48,12 +48,21 @@ impl Apply {
             return self.forget(disk).map_err(stop);
         }
         if disk.format != record.format {
-            tracing::warn!(disk = disk.label, "the configured format counts for new replicas only; this one stays {}", record.format.as_str());
+            tracing::warn!(
+                disk = disk.label,
+                "the configured format counts for new replicas only; this one stays {}",
+                record.format.as_str()
+            );
         }
         let key = self.kek.unwrap(&record.wrapped_key, disk.id, record.generation).map_err(|e| stop(e.to_string()))?;
         let image = Image::open(&self.storage, &path, record.format).await.map_err(|e| stop(e.to_string()))?;
         if image.size() < record.size {
-            return Err(stop(format!("replica {} is smaller ({}) than the disk ({}): it was replaced by another file", path.display(), image.size(), record.size)));
+            return Err(stop(format!(
+                "replica {} is smaller ({}) than the disk ({}): it was replaced by another file",
+                path.display(),
+                image.size(),
+                record.size
+            )));
         }
         let (queue, unneeded) = journal::replay(record.checkpoint, found.remove(&(disk.id, record.generation)).unwrap_or_default());
         self.journal.release(unneeded).await;
@@ -73,7 +82,13 @@ impl Apply {
         Ok(())
     }
 
-    async fn assemble(&self, disk: &Arc<DiskShared>, image: Image<UringFile>, key: DataKey, record: &ReplicaRecord) -> Result<Replica, String> {
+    async fn assemble(
+        &self,
+        disk: &Arc<DiskShared>,
+        image: Image<UringFile>,
+        key: DataKey,
+        record: &ReplicaRecord,
+    ) -> Result<Replica, String> {
         let subject = Subject { disk: disk.id, generation: record.generation, key: key.clone(), size: record.size };
         let dir = self.settings.state.join("retain").join(disk.id.to_string()).join(format!("{:016x}", record.generation));
         let retention = Retention::open(self.storage.clone(), &dir, subject, record.last_marker).await.map_err(|e| e.to_string())?;
@@ -99,7 +114,10 @@ impl Apply {
         }
         if !self.replicas.borrow().contains_key(&id) {
             if size == 0 {
-                return Err(Refusal { retry: true, message: "the size of the disk is not known yet: its agent has not connected".to_owned() });
+                return Err(Refusal {
+                    retry: true,
+                    message: "the size of the disk is not known yet: its agent has not connected".to_owned(),
+                });
             }
             let size = self.size_of_new(&disk, size)?;
             let replica = self.create(&disk, size).await.map_err(|message| Refusal { retry: true, message })?;

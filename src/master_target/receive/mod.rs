@@ -62,7 +62,13 @@ pub struct IncomingDisk {
 
 impl Receiver {
     /// The receiver at start.
-    pub fn new(settings: MasterTargetSettings, shared: Arc<TargetShared>, records: Records, journal: JournalHandle, apply: mpsc::Sender<Command>) -> Self {
+    pub fn new(
+        settings: MasterTargetSettings,
+        shared: Arc<TargetShared>,
+        records: Records,
+        journal: JournalHandle,
+        apply: mpsc::Sender<Command>,
+    ) -> Self {
         let disk = || {
             Rc::new(IncomingDisk {
                 order: RefCell::default(),
@@ -73,7 +79,16 @@ impl Receiver {
             })
         };
         let disks = shared.disks.iter().map(|d| (d.id, disk())).collect();
-        Self { settings, shared, records, journal, apply, disks, pipeline: Arc::new(Semaphore::new(BATCHES_IN_PIPELINE_MAX)), next_owner: Cell::new(0) }
+        Self {
+            settings,
+            shared,
+            records,
+            journal,
+            apply,
+            disks,
+            pipeline: Arc::new(Semaphore::new(BATCHES_IN_PIPELINE_MAX)),
+            next_owner: Cell::new(0),
+        }
     }
 
     fn new_owner(&self) -> u64 {

@@ -66,7 +66,12 @@ impl StreamError {
 }
 
 /// Serves a stream until it ends.
-pub async fn serve(receiver: &Receiver, connection: &quinn::Connection, mut send: quinn::SendStream, mut receive: quinn::RecvStream) {
+pub(super) async fn serve(
+    receiver: &Receiver,
+    connection: &quinn::Connection,
+    mut send: quinn::SendStream,
+    mut receive: quinn::RecvStream,
+) {
     let result = run(receiver, connection, &mut send, &mut receive).await;
     let Err(error) = result else { return };
     if matches!(error, StreamError::Quic(_) | StreamError::Superseded) {
@@ -82,8 +87,14 @@ pub async fn serve(receiver: &Receiver, connection: &quinn::Connection, mut send
     }
 }
 
-async fn run(receiver: &Receiver, connection: &quinn::Connection, send: &mut quinn::SendStream, receive: &mut quinn::RecvStream) -> Result<(), StreamError> {
-    let open = tokio::time::timeout(Duration::from_secs(HANDSHAKE_SECONDS), read_open(receive)).await.map_err(|_| StreamError::Silent)??;
+async fn run(
+    receiver: &Receiver,
+    connection: &quinn::Connection,
+    send: &mut quinn::SendStream,
+    receive: &mut quinn::RecvStream,
+) -> Result<(), StreamError> {
+    let open =
+        tokio::time::timeout(Duration::from_secs(HANDSHAKE_SECONDS), read_open(receive)).await.map_err(|_| StreamError::Silent)??;
     if open.protocol != PROTOCOL {
         return Err(WireError::Version { what: "forward protocol", found: open.protocol }.into());
     }
@@ -91,7 +102,9 @@ async fn run(receiver: &Receiver, connection: &quinn::Connection, send: &mut qui
     let gone = || StreamError::Refused { retry: true, message: "the master target is stopping".to_owned() };
     receiver.apply.send(Command::Prepare { disk: open.disk, size: open.size, done }).await.map_err(|_| gone())?;
     let prepared = answer.await.map_err(|_| gone())?.map_err(|r| StreamError::Refused { retry: r.retry, message: r.message })?;
-    let (Some(disk), Some(shared)) = (receiver.disks.get(&open.disk).cloned(), receiver.shared.disk(open.disk).cloned()) else { return Err(gone()) };
+    let (Some(disk), Some(shared)) = (receiver.disks.get(&open.disk).cloned(), receiver.shared.disk(open.disk).cloned()) else {
+        return Err(gone());
+    };
     let owner = receiver.new_owner();
     disk.owner.set(owner);
     disk.epoch.set(disk.epoch.get().max(prepared.epoch));
@@ -163,7 +176,9 @@ impl DiskStream<'_> {
             let mut record = AlignedBuf::with_capacity(RECORD_HEADER_LEN + len);
             record.set_len(RECORD_HEADER_LEN + len);
             let body = read_exact(receive, &mut record[RECORD_HEADER_LEN..]);
-            tokio::time::timeout(Duration::from_secs(SILENCE_SECONDS), body).await.map_err(|_| StreamError::Quic("an item was not completed in time".to_owned()))??;
+            tokio::time::timeout(Duration::from_secs(SILENCE_SECONDS), body)
+                .await
+                .map_err(|_| StreamError::Quic("an item was not completed in time".to_owned()))??;
             if self.disk.owner.get() != self.owner {
                 return Err(StreamError::Superseded);
             }
@@ -231,7 +246,13 @@ impl DiskStream<'_> {
         let (first, end) = (header.first, header.end());
         let mut order = self.disk.order.borrow_mut();
         let order = order.as_mut().expect("made when the stream was opened");
-        let number = order.received(end, || Item { first, end, location: Location::nowhere(), body: keep.then_some((header, body)), travel: Some(travel) });
+        let number = order.received(end, || Item {
+            first,
+            end,
+            location: Location::nowhere(),
+            body: keep.then_some((header, body)),
+            travel: Some(travel),
+        });
         self.shared.condition().received = order.positions().0;
         number
     }

@@ -18,7 +18,7 @@ const DEPTH: usize = 8;
 ///
 /// # Errors
 /// A sentence; the partial file is removed.
-pub async fn write(point: &OpenPoint, format: Format, path: &Path, progress: impl Fn(u64)) -> Result<(), String> {
+pub(super) async fn write(point: &OpenPoint, format: Format, path: &Path, progress: impl Fn(u64)) -> Result<(), String> {
     let mut name = path.file_name().ok_or("--output must name a file")?.to_owned();
     name.push(".partial");
     let partial = path.with_file_name(name);

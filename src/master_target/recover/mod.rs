@@ -100,9 +100,9 @@ struct OpenPoint {
 impl OpenPoint {
     async fn open(apply: &mpsc::Sender<ApplyCommand>, point: PointId, disk: DiskId) -> Result<Self, String> {
         let (done, answer) = oneshot::channel();
-        let gone = |_| "the master target is stopping".to_owned();
-        apply.send(ApplyCommand::OpenView { point, disk, done }).await.map_err(|e| gone(drop(e)))?;
-        let (view, size) = answer.await.map_err(|e| gone(drop(e)))??;
+        let gone = || "the master target is stopping".to_owned();
+        apply.send(ApplyCommand::OpenView { point, disk, done }).await.map_err(|_| gone())?;
+        let (view, size) = answer.await.map_err(|_| gone())??;
         Ok(Self { apply: apply.clone(), view, size })
     }
 
@@ -195,7 +195,9 @@ impl Job {
         };
         let begun = match &self.target {
             Target::Nbd(address) => crate::nbd::Listener::bind(address).await.map(Some).map_err(|e| e.to_string()),
-            Target::File(_, path) if path.exists() => Err(format!("{} exists already: remove it or choose another --output", path.display())),
+            Target::File(_, path) if path.exists() => {
+                Err(format!("{} exists already: remove it or choose another --output", path.display()))
+            }
             Target::File(..) => Ok(None),
         };
         let listener = match begun.and_then(|l| self.recoveries.add(view.clone()).map(|()| l)) {

@@ -23,7 +23,7 @@ struct Mounted {
 }
 
 /// Serves clients until the task is dropped, which ends them too.
-pub async fn serve(listener: Listener, point: Rc<OpenPoint>, label: &str) {
+pub(super) async fn serve(listener: Listener, point: Rc<OpenPoint>, label: &str) {
     let name = label.rsplit('/').next().unwrap_or_default().to_owned();
     let export = Rc::new(Mounted { point, name });
     let mut clients = JoinSet::new();
@@ -88,7 +88,11 @@ impl Export for Mounted {
         let mut runs = Vec::new();
         let mut at = extent.offset;
         while at < extent.end() && runs.len() < 256 {
-            let next = self.point.ask(|done| ApplyCommand::NextData { view: self.point.view, offset: at, done }).await.map_err(|_| NbdError::Io)?;
+            let next = self
+                .point
+                .ask(|done| ApplyCommand::NextData { view: self.point.view, offset: at, done })
+                .await
+                .map_err(|_| NbdError::Io)?;
             let data = next.filter(|d| d.offset < extent.end()).unwrap_or(Extent::new(extent.end(), 0));
             if data.offset > at {
                 runs.push(Allocation { len: data.offset - at, hole: true });

@@ -24,19 +24,19 @@ const FIRST_RECORD: u64 = 4096;
 const RESERVE_BYTES: u64 = 8 << 20;
 
 /// Name of the file of the interval that begins at `start`.
-pub fn file_name(start: Position) -> String {
+pub(super) fn file_name(start: Position) -> String {
     format!("undo-{:016x}-{:016x}.tgu", start.epoch, start.sequence)
 }
 
 /// The begin that a file name says.
-pub fn parse_name(name: &str) -> Option<Position> {
+pub(super) fn parse_name(name: &str) -> Option<Position> {
     let (epoch, sequence) = name.strip_prefix("undo-")?.strip_suffix(".tgu")?.split_once('-')?;
     let hex = |text: &str| (text.len() == 16).then(|| u64::from_str_radix(text, 16).ok()).flatten();
     Some(Position::new(hex(epoch)?, hex(sequence)?))
 }
 
 /// An interval's file.
-pub struct Interval<F> {
+pub(super) struct Interval<F> {
     start: Position,
     path: PathBuf,
     file: F,
@@ -51,7 +51,7 @@ pub struct Interval<F> {
 
 impl<F: File> Interval<F> {
     /// Makes the file, durably.
-    pub async fn create<S: Storage<File = F>>(storage: &S, dir: &Path, start: Position) -> Result<Self, RetainError> {
+    pub(super) async fn create<S: Storage<File = F>>(storage: &S, dir: &Path, start: Position) -> Result<Self, RetainError> {
         let path = dir.join(file_name(start));
         let made = async {
             let file = storage.open(&path, OpenMode::Create).await?;
@@ -71,7 +71,12 @@ impl<F: File> Interval<F> {
     }
 
     /// Opens a file to go on with it after a restart: its records are read, an index is cut off.
-    pub async fn reopen<S: Storage<File = F>>(storage: &S, dir: &Path, start: Position, opener: &RefCell<Opener>) -> Result<Self, RetainError> {
+    pub(super) async fn reopen<S: Storage<File = F>>(
+        storage: &S,
+        dir: &Path,
+        start: Position,
+        opener: &RefCell<Opener>,
+    ) -> Result<Self, RetainError> {
         let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Write).await?;
         interval.scan(opener).await?;
         if index_at != 0 {
@@ -86,7 +91,12 @@ impl<F: File> Interval<F> {
     }
 
     /// Opens a file to read it: by its index, or by its records if it has none.
-    pub async fn load<S: Storage<File = F>>(storage: &S, dir: &Path, start: Position, opener: &RefCell<Opener>) -> Result<Self, RetainError> {
+    pub(super) async fn load<S: Storage<File = F>>(
+        storage: &S,
+        dir: &Path,
+        start: Position,
+        opener: &RefCell<Opener>,
+    ) -> Result<Self, RetainError> {
         let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Read).await?;
         if index_at == 0 || !interval.read_index(index_at).await {
             interval.scan(opener).await?;
@@ -96,7 +106,7 @@ impl<F: File> Interval<F> {
     }
 
     /// Length of a file, for accounting.
-    pub async fn file_len<S: Storage<File = F>>(storage: &S, path: &Path) -> Result<u64, RetainError> {
+    pub(super) async fn file_len<S: Storage<File = F>>(storage: &S, path: &Path) -> Result<u64, RetainError> {
         let io = |source| RetainError::Io { path: path.to_owned(), source };
         storage.open(path, OpenMode::Read).await.map_err(io)?.len().map_err(io)
     }
@@ -121,7 +131,11 @@ impl<F: File> Interval<F> {
         let io = |source| RetainError::Io { path: path.clone(), source };
         let file = storage.open(&path, mode).await.map_err(io)?;
         let len = file.len().map_err(io)?;
-        let page = if len >= FIRST_RECORD { file.read_at(0, FIRST_RECORD as usize).await.map_err(io)? } else { AlignedBuf::zeroed(FIRST_RECORD as usize) };
+        let page = if len >= FIRST_RECORD {
+            file.read_at(0, FIRST_RECORD as usize).await.map_err(io)?
+        } else {
+            AlignedBuf::zeroed(FIRST_RECORD as usize)
+        };
         let u64_at = |at: usize| u64::from_le_bytes(*page[at..].first_chunk().expect("the page is longer than the header"));
         let whole = page[..8] == MAGIC && crc32c::crc32c(&page[..40]).to_le_bytes() == page[40..44];
         if !whole {
@@ -148,7 +162,11 @@ impl<F: File> Interval<F> {
             }
             let opened = opener.borrow_mut().open(&record);
             let (header, body) = opened.map_err(|source| RetainError::Damaged { path: self.path.clone(), offset: at, source })?;
-            let entries = parse_entries(&header, &body).map_err(|e| RetainError::Damaged { path: self.path.clone(), offset: at, source: e.into() })?;
+            let entries = parse_entries(&header, &body).map_err(|e| RetainError::Damaged {
+                path: self.path.clone(),
+                offset: at,
+                source: e.into(),
+            })?;
             for entry in entries {
                 let source = Source { record_at: at, body_len: record.len() as u32, data_at: entry.data_at };
                 self.pending.borrow_mut().push((entry.extent, source));
@@ -192,7 +210,13 @@ impl<F: File> Interval<F> {
     }
 
     /// Appends old content: `body` is the data of the parts that are no holes, in order. Durable after [`Interval::sync`].
-    pub async fn append(&self, subject: &Subject, session: &Arc<SealingSession>, mut body: Vec<u8>, parts: &[(Extent, bool)]) -> Result<(), RetainError> {
+    pub(super) async fn append(
+        &self,
+        subject: &Subject,
+        session: &Arc<SealingSession>,
+        mut body: Vec<u8>,
+        parts: &[(Extent, bool)],
+    ) -> Result<(), RetainError> {
         let data_len = body.len();
         for (extent, hole) in parts {
             push_entry(&mut body, *extent, *hole);
@@ -228,12 +252,12 @@ impl<F: File> Interval<F> {
     }
 
     /// Makes what was appended durable.
-    pub async fn sync(&self) -> Result<(), RetainError> {
+    pub(super) async fn sync(&self) -> Result<(), RetainError> {
         self.file.sync_data().await.map_err(|e| self.io(e))
     }
 
     /// Shows what was appended to readers.
-    pub fn publish(&self) {
+    pub(super) fn publish(&self) {
         let (mut index, mut published) = (self.index.borrow_mut(), self.published.borrow_mut());
         for (extent, source) in self.pending.borrow_mut().drain(..) {
             // The first attempt's content counts.
@@ -243,12 +267,12 @@ impl<F: File> Interval<F> {
     }
 
     /// What was shown since the last call.
-    pub fn take_published(&self) -> Vec<Extent> {
+    pub(super) fn take_published(&self) -> Vec<Extent> {
         std::mem::take(&mut *self.published.borrow_mut())
     }
 
     /// Writes the index and gives back reserved space. The interval can still be read.
-    pub async fn close(&self) -> Result<(), RetainError> {
+    pub(super) async fn close(&self) -> Result<(), RetainError> {
         let entries: Vec<(Extent, Source)> = self.index.borrow().iter().map(|p| (p.extent, skip(p))).collect();
         let data_end = self.end.get();
         let closed = async {
@@ -284,42 +308,42 @@ impl<F: File> Interval<F> {
     }
 
     /// Begin of the interval.
-    pub fn start(&self) -> Position {
+    pub(super) fn start(&self) -> Position {
         self.start
     }
 
     /// Bytes of the file.
-    pub fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         self.end.get().max(self.reserved.get())
     }
 
     /// Every extent it has.
-    pub fn extents(&self) -> Vec<Extent> {
+    pub(super) fn extents(&self) -> Vec<Extent> {
         self.index.borrow().iter().map(|p| p.extent).collect()
     }
 
     /// Every extent it has, with its source.
-    pub fn entries(&self) -> Vec<(Extent, Source)> {
+    pub(super) fn entries(&self) -> Vec<(Extent, Source)> {
         self.index.borrow().iter().map(|p| (p.extent, skip(p))).collect()
     }
 
     /// What it has of `extent`.
-    pub fn lookup(&self, extent: Extent) -> Vec<(Extent, Source)> {
+    pub(super) fn lookup(&self, extent: Extent) -> Vec<(Extent, Source)> {
         self.index.borrow().overlapping(extent).into_iter().map(|p| (p.extent, skip(p))).collect()
     }
 
     /// The first extent it has at or after `offset`.
-    pub fn next_from(&self, offset: u64) -> Option<Extent> {
+    pub(super) fn next_from(&self, offset: u64) -> Option<Extent> {
         self.index.borrow().next_from(offset)
     }
 
     /// A record does not hold what the index says.
-    pub fn damaged(&self, source: Source) -> RetainError {
+    pub(super) fn damaged(&self, source: Source) -> RetainError {
         RetainError::Damaged { path: self.path.clone(), offset: source.record_at, source: OpenError::Body }
     }
 
     /// The opened body of a record.
-    pub async fn read(&self, source: Source, opener: &RefCell<Opener>) -> Result<Rc<AlignedBuf>, RetainError> {
+    pub(super) async fn read(&self, source: Source, opener: &RefCell<Opener>) -> Result<Rc<AlignedBuf>, RetainError> {
         let damaged = |e| RetainError::Damaged { path: self.path.clone(), offset: source.record_at, source: e };
         let len = self.file.len().map_err(|e| self.io(e))?;
         let record = self.read_record(source.record_at, len).await?.ok_or_else(|| damaged(OpenError::Body))?;

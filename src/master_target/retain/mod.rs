@@ -215,7 +215,8 @@ impl<S: Storage> Retention<S> {
     pub fn forget_before(&self, oldest_needed: Option<Position>) -> Result<(), RetainError> {
         let keep_from = oldest_needed.or(self.current_start.get());
         let Some(keep_from) = keep_from else { return Ok(()) };
-        let gone: Vec<Position> = self.files.borrow().range(..keep_from).map(|(p, _)| *p).filter(|p| Some(*p) != self.current_start.get()).collect();
+        let gone: Vec<Position> =
+            self.files.borrow().range(..keep_from).map(|(p, _)| *p).filter(|p| Some(*p) != self.current_start.get()).collect();
         for start in &gone {
             let path = self.dir.join(file_name(*start));
             self.storage.remove(&path).map_err(|source| RetainError::Io { path, source })?;
@@ -317,7 +318,14 @@ fn group(parts: Vec<(Extent, bool)>) -> Vec<Vec<(Extent, bool)>> {
 }
 
 /// Seals a record away from the I/O thread.
-async fn seal(subject: &Subject, session: &Arc<SealingSession>, body: Vec<u8>, data_len: usize, extents: usize, number: u64) -> crate::storage::AlignedBuf {
+async fn seal(
+    subject: &Subject,
+    session: &Arc<SealingSession>,
+    body: Vec<u8>,
+    data_len: usize,
+    extents: usize,
+    number: u64,
+) -> crate::storage::AlignedBuf {
     let mut header = crate::wire::batch::BatchHeader {
         compressed: false,
         disk: subject.disk,

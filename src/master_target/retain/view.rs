@@ -23,8 +23,11 @@ pub struct View<S: Storage> {
     /// The interval that was current then, and those that came after, in order.
     live: RefCell<Vec<Rc<Interval<S::File>>>>,
     opener: RefCell<Opener>,
-    kept: RefCell<VecDeque<((usize, u64), Rc<AlignedBuf>)>>,
+    kept: RefCell<VecDeque<KeptRecord>>,
 }
+
+/// An opened record, by interval and place.
+type KeptRecord = ((usize, u64), Rc<AlignedBuf>);
 
 #[derive(Clone, Copy)]
 enum Where {
@@ -41,8 +44,15 @@ impl<S: Storage> Retention<S> {
     pub async fn view(&self, position: Position) -> Result<Rc<View<S>>, RetainError> {
         let current = self.current_start.get();
         let starts: Vec<Position> = self.files.borrow().range(position..).map(|(p, _)| *p).filter(|p| Some(*p) != current).collect();
-        let opener = Opener::new(self.subject.key.clone(), crate::crypto::seal::Purpose::Retention, self.subject.disk, self.subject.generation);
-        let mut view = View { past: OverlayMap::default(), closed: Vec::new(), live: RefCell::default(), opener: RefCell::new(opener), kept: RefCell::default() };
+        let opener =
+            Opener::new(self.subject.key.clone(), crate::crypto::seal::Purpose::Retention, self.subject.disk, self.subject.generation);
+        let mut view = View {
+            past: OverlayMap::default(),
+            closed: Vec::new(),
+            live: RefCell::default(),
+            opener: RefCell::new(opener),
+            kept: RefCell::default(),
+        };
         for start in starts {
             let interval = Interval::load(&self.storage, &self.dir, start, &view.opener).await?;
             for (extent, source) in interval.entries() {

@@ -58,7 +58,8 @@ async fn connect(server: &Server) -> Result<(quinn::Endpoint, quinn::Connection)
     let target = &settings.master_target;
     let mut found = tokio::net::lookup_host(target).await.map_err(|e| format!("cannot resolve the master target {target}: {e}"))?;
     let address: SocketAddr = found.next().ok_or_else(|| format!("the master target {target} has no address"))?;
-    let endpoint = quic::client(&server.credentials, settings.mtu, settings.window, address.is_ipv6()).map_err(|e| format!("cannot open a UDP socket: {e}"))?;
+    let endpoint = quic::client(&server.credentials, settings.mtu, settings.window, address.is_ipv6())
+        .map_err(|e| format!("cannot open a UDP socket: {e}"))?;
     let attempt = endpoint.connect(address, &Role::MasterTarget.server_name()).map_err(|e| e.to_string())?;
     let connection = match tokio::time::timeout(Duration::from_secs(HANDSHAKE_SECONDS), attempt).await {
         Ok(Ok(connection)) => connection,

@@ -41,7 +41,7 @@ enum StreamError {
 }
 
 /// Runs until the connection ends.
-pub async fn run(server: Rc<Server>, disk: Rc<Disk>, connection: quinn::Connection) {
+pub(super) async fn run(server: Rc<Server>, disk: Rc<Disk>, connection: quinn::Connection) {
     let mut told = String::new();
     loop {
         // A disk that nobody ever opened has nothing to send and no size to tell.
@@ -78,7 +78,9 @@ async fn session(server: &Server, disk: &Disk, connection: &quinn::Connection) -
     let open = encode_control(&Open { protocol: PROTOCOL, disk: disk.id, size })?;
     send.write_all(&open).await.map_err(|e| quic(&e))?;
     match read_reply(&mut receive).await? {
-        Reply::Opened { generation, journaled, data_key } => adopt(server, disk, generation, journaled, DataKey::from_bytes(data_key)).await?,
+        Reply::Opened { generation, journaled, data_key } => {
+            adopt(server, disk, generation, journaled, DataKey::from_bytes(data_key)).await?
+        }
         Reply::Refused { retry, message } => return Err(StreamError::Refused { retry, message }),
         Reply::Journaled(_) => return Err(WireError::Illegal("first reply of the master target").into()),
     }
@@ -98,7 +100,8 @@ async fn adopt(server: &Server, disk: &Disk, generation: u64, journaled: Positio
             tracing::warn!(disk = %disk.label, ours = record.epoch, theirs = journaled.epoch, "the master target knows a newer epoch");
         }
     } else {
-        let record = DiskRecord { generation, wrapped_key: server.kek.wrap(&key, disk.id, generation), epoch: journaled.epoch, released: journaled };
+        let record =
+            DiskRecord { generation, wrapped_key: server.kek.wrap(&key, disk.id, generation), epoch: journaled.epoch, released: journaled };
         let (records, update) = (server.records.clone(), [(disk.id, record.clone())]);
         let stored = tokio::task::spawn_blocking(move || records.put(&update)).await;
         stored.map_err(|e| StreamError::Quic(e.to_string()))??;

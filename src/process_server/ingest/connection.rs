@@ -65,7 +65,7 @@ struct Connection {
 }
 
 /// Serves an agent until it leaves.
-pub async fn serve(server: Rc<Server>, tls: TlsStream<TcpStream>, machine: &Name, peer: SocketAddr) {
+pub(super) async fn serve(server: Rc<Server>, tls: TlsStream<TcpStream>, machine: &Name, peer: SocketAddr) {
     let connection = Rc::new(Connection { server, slots: RefCell::default(), replies: RefCell::default(), bell: Rc::new(Notify::new()) });
     let (read, mut write) = tokio::io::split(tls);
     let mut read = BufReader::with_capacity(READ_BUFFER, read);
@@ -140,13 +140,21 @@ impl Connection {
             _ if !*greeted => return Err(WireError::Illegal("first message of the agent").into()),
             AgentMessage::Open { slot, disk, size, epoch } => {
                 if slot >= DISKS_PER_CONNECTION_MAX {
-                    return Err(WireError::TooLarge { what: "slot", found: u64::from(slot), limit: u64::from(DISKS_PER_CONNECTION_MAX) }.into());
+                    return Err(
+                        WireError::TooLarge { what: "slot", found: u64::from(slot), limit: u64::from(DISKS_PER_CONNECTION_MAX) }.into()
+                    );
                 }
                 // The machine's own disks only: the id alone opens nothing.
-                let owned = self.server.disks.get(&disk).filter(|d| self.server.settings.machine.iter().any(|m| m.name == *machine && m.id() == d.machine));
+                let owned = self
+                    .server
+                    .disks
+                    .get(&disk)
+                    .filter(|d| self.server.settings.machine.iter().any(|m| m.name == *machine && m.id() == d.machine));
                 let Some(disk) = owned.cloned() else {
                     metrics::count_reason(metrics::REFUSED, "unknown-disk");
-                    let message = format!("disk {disk} is not registered to machine {machine}: add it to the machine's `disks` in the process server's configuration");
+                    let message = format!(
+                        "disk {disk} is not registered to machine {machine}: add it to the machine's `disks` in the process server's configuration"
+                    );
                     self.reply(ServerMessage::Refused { slot, reason: Refusal::NotAllowed, message });
                     return Ok(());
                 };

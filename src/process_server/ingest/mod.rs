@@ -24,7 +24,10 @@ use crate::observe::metrics;
 /// Names the address and the key to change.
 pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::bind(address).await.map_err(|e| {
-        io::Error::new(e.kind(), format!("cannot listen on {address} for agents: {e}; stop the program that uses the port or change [ingest] listen"))
+        io::Error::new(
+            e.kind(),
+            format!("cannot listen on {address} for agents: {e}; stop the program that uses the port or change [ingest] listen"),
+        )
     })
 }
 

@@ -104,7 +104,15 @@ mod tests {
         assert!(batcher.add(Mono(0), 1, 3, 1, Mono(0), write(512)).is_none());
         assert!(batcher.close_older(Mono(999), Duration::from_millis(1)).is_none());
         assert!(batcher.close_older(Mono(1000), Duration::from_millis(1)).is_some());
-        let marker = Marker { point: PointId(uuid::Uuid::nil()), machine: MachineId(uuid::Uuid::nil()), kind: PointKind::Crash, disks: vec![], label: None, wall_ms: 0, hold_us: 0 };
+        let marker = Marker {
+            point: PointId(uuid::Uuid::nil()),
+            machine: MachineId(uuid::Uuid::nil()),
+            kind: PointKind::Crash,
+            disks: vec![],
+            label: None,
+            wall_ms: 0,
+            hold_us: 0,
+        };
         let marked = batcher.add(Mono(0), 1, 4, 1, Mono(0), Input::Mark(marker)).expect("a marker ends a batch");
         assert!(marked.marker.is_some() && !batcher.is_open());
     }

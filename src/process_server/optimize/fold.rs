@@ -93,7 +93,9 @@ fn next_zero_run(bytes: &[u8], from: usize) -> (usize, usize) {
 fn is_zero(bytes: &[u8]) -> bool {
     // The first word decides for nearly all data.
     let (words, tail) = bytes.as_chunks::<8>();
-    words.first().is_none_or(|w| *w == [0; 8]) && words.iter().fold(0, |any, w| any | u64::from_le_bytes(*w)) == 0 && tail.iter().all(|&b| b == 0)
+    words.first().is_none_or(|w| *w == [0; 8])
+        && words.iter().fold(0, |any, w| any | u64::from_le_bytes(*w)) == 0
+        && tail.iter().all(|&b| b == 0)
 }
 
 /// Adds an extent, joining it to the one before if it continues it.

@@ -82,7 +82,9 @@ pub struct Recovered {
 #[derive(Debug, Error)]
 pub enum LogError {
     /// The folder holds another server's log.
-    #[error("{path} belongs to another server (log {found}, expected {expected}): it was copied or the state folder was replaced; move it away to start with an empty log")]
+    #[error(
+        "{path} belongs to another server (log {found}, expected {expected}): it was copied or the state folder was replaced; move it away to start with an empty log"
+    )]
     Foreign {
         /// The file.
         path: PathBuf,
@@ -309,7 +311,9 @@ impl<S: Storage> Log<S> {
             .read_at(location.offset, record_len(body_len))
             .await
             .map_err(|source| LogError::Io { path: segment.path.clone(), source })?;
-        if peek_record(&record, segment.incarnation.get(), self.options.body_bytes_max) != Some(body_len) || !record_is_whole(&record, body_len) {
+        if peek_record(&record, segment.incarnation.get(), self.options.body_bytes_max) != Some(body_len)
+            || !record_is_whole(&record, body_len)
+        {
             return Err(damaged(&segment.path));
         }
         let mut bytes = record.freeze();
@@ -395,7 +399,12 @@ impl<S: Storage> Log<S> {
     async fn take_free(&self, taken: &[u64]) -> Result<u64, LogError> {
         loop {
             let current = self.current.get();
-            let free = self.segments.borrow().iter().find(|(n, s)| s.live.get() == 0 && current != Some(**n) && !taken.contains(n)).map(|(n, _)| *n);
+            let free = self
+                .segments
+                .borrow()
+                .iter()
+                .find(|(n, s)| s.live.get() == 0 && current != Some(**n) && !taken.contains(n))
+                .map(|(n, _)| *n);
             if let Some(number) = free {
                 return Ok(number);
             }

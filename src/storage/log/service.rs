@@ -119,11 +119,14 @@ pub struct Setup<T> {
     pub observe_commit: fn(Duration),
 }
 
+/// A running log, what it found, and its thread, which ends when every handle is dropped.
+pub type Spawned<T> = (LogHandle<T>, Vec<Recovered>, thread::JoinHandle<()>);
+
 /// Opens a log on a thread of its own and returns what it found.
 ///
 /// # Errors
 /// Those of opening, see [`Log::open`].
-pub fn spawn<T: Send + 'static>(setup: Setup<T>) -> Result<(LogHandle<T>, Vec<Recovered>, thread::JoinHandle<()>), LogError> {
+pub fn spawn<T: Send + 'static>(setup: Setup<T>) -> Result<Spawned<T>, LogError> {
     let (append_tx, append_rx) = mpsc::channel(APPENDS_QUEUED_MAX);
     let (command_tx, command_rx) = mpsc::channel(COMMANDS_QUEUED_MAX);
     let (opened_tx, opened_rx) = std::sync::mpsc::sync_channel(1);

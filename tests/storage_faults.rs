@@ -1,0 +1,413 @@
+//! Power loss, failing operations, full disks and bit rot against every structure that must survive them: the log (cache
+//! and journal), the retention journal with its replica, the dirty map. Seeded; a failure names its seed.
+
+mod support;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use support::Rng;
+use support::faulty_storage::{Fault, Faulty};
+use tidegate::agent::dirty_map::DirtyMap;
+use tidegate::crypto::keyring::DataKey;
+use tidegate::disk::{Format, Image};
+use tidegate::master_target::retain::{Retention, Subject};
+use tidegate::model::{DiskId, Extent, Position};
+use tidegate::storage::log::format::RECORD_HEADER_LEN;
+use tidegate::storage::log::{Location, Log, LogError, Options};
+use tidegate::storage::{AlignedBuf, Storage};
+use uuid::Uuid;
+
+fn run<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(work)
+}
+
+const DIR: &str = "/log";
+const OPTIONS: Options = Options { segment_bytes: 64 << 10, segments_max: 4, body_bytes_max: 20_000 };
+
+fn record(number: u64, len: usize) -> AlignedBuf {
+    let mut record = AlignedBuf::zeroed(RECORD_HEADER_LEN);
+    record.extend(&number.to_le_bytes());
+    record.extend(&vec![number as u8; len]);
+    record
+}
+
+fn number_of(head: &[u8]) -> u64 {
+    u64::from_le_bytes(head[..8].try_into().unwrap())
+}
+
+/// The log against a model: what was reported durable is found after any crash, whole, until it was released.
+async fn log_round(seed: u64, lying: bool) -> Result<(), String> {
+    let mut rng = Rng::new(seed);
+    let storage = Faulty::default();
+    storage.lying.set(lying);
+    let id = Uuid::from_u128(1);
+    let mut durable: BTreeMap<u64, Location> = BTreeMap::new();
+    let mut next = 1;
+    for _life in 0..4 {
+        let (log, found) = Log::open(storage.clone(), Path::new(DIR), id, OPTIONS).await.map_err(|e| e.to_string())?;
+        let found: HashMap<u64, Location> = found.into_iter().map(|r| (number_of(&r.head), r.location)).collect();
+        for number in durable.keys() {
+            let location = found.get(number).ok_or_else(|| format!("seed {seed}: record {number} was durable and is gone"))?;
+            let bytes = log.read(*location).await.map_err(|e| format!("seed {seed}: record {number}: {e}"))?;
+            if number_of(&bytes[RECORD_HEADER_LEN..]) != *number {
+                return Err(format!("seed {seed}: record {number} holds something else"));
+            }
+        }
+        // What was never reported may be found too; it is given up as the servers do with what follows a gap.
+        for (number, location) in &found {
+            if !durable.contains_key(number) {
+                log.release(*location);
+            }
+        }
+        durable = durable.keys().map(|n| (*n, found[n])).collect();
+        if rng.below(3) == 0 {
+            storage.fail_at(rng.below(60), [Fault::Dead, Fault::Full][rng.below(2) as usize]);
+        }
+        for _ in 0..rng.below(40) {
+            let count = 1 + rng.below(4);
+            let mut group: Vec<AlignedBuf> = (0..count).map(|i| record(next + i, rng.below(12_000) as usize)).collect();
+            match log.append(&mut group).await {
+                Ok(places) => durable.extend(places.iter().enumerate().map(|(i, (at, _))| (next + i as u64, *at))),
+                Err(LogError::Full) => {
+                    let oldest: Vec<u64> = durable.keys().copied().take(5).collect();
+                    for number in oldest {
+                        log.release(durable.remove(&number).unwrap());
+                    }
+                }
+                Err(_) => break,
+            }
+            next += count;
+        }
+        storage.crash(&mut rng);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_log_keeps_what_it_reported_durable_over_any_crash() {
+    for seed in 0..400 {
+        run(log_round(seed, false)).unwrap_or_else(|e| panic!("{e}"));
+    }
+}
+
+#[test]
+fn a_disk_that_ignores_syncs_is_noticed_by_this_test() {
+    let noticed = (0..60).filter(|&seed| run(log_round(seed, true)).is_err()).count();
+    assert!(noticed > 20, "the crash test must be able to fail: {noticed} of 60");
+}
+
+#[test]
+fn every_single_failing_operation_leaves_the_log_recoverable() {
+    let scenario = |storage: Faulty| async move {
+        let (log, _) = Log::open(storage.clone(), Path::new(DIR), Uuid::from_u128(1), OPTIONS).await?;
+        let mut durable = Vec::new();
+        for number in 1..=12 {
+            durable.extend(log.append(&mut vec![record(number, 9000)]).await?.into_iter().map(|(at, _)| (number, at)));
+            if number == 8 {
+                for (_, at) in durable.drain(..4) {
+                    log.release(at);
+                }
+            }
+        }
+        Ok::<_, LogError>(())
+    };
+    let clean = Faulty::default();
+    run(scenario(clean.clone())).unwrap();
+    for fault in [Fault::Once, Fault::Dead] {
+        for n in 1..=clean.operations() {
+            let storage = Faulty::default();
+            storage.fail_at(n, fault);
+            let _ = run(scenario(storage.clone()));
+            storage.crash(&mut Rng::new(n));
+            run(scenario(storage)).unwrap_or_else(|e| panic!("after failing operation {n} ({fault:?}) the log does not start: {e}"));
+        }
+    }
+}
+
+#[test]
+fn a_failed_sync_closes_the_log_and_is_never_retried() {
+    run(async {
+        let storage = Faulty::default();
+        let (log, _) = Log::open(storage.clone(), Path::new(DIR), Uuid::from_u128(1), OPTIONS).await.unwrap();
+        log.append(&mut vec![record(1, 100)]).await.unwrap();
+        // The next append writes, then syncs.
+        storage.fail_at(2, Fault::Once);
+        assert!(matches!(log.append(&mut vec![record(2, 100)]).await, Err(LogError::Closed(_))));
+        assert!(matches!(log.append(&mut vec![record(3, 100)]).await, Err(LogError::Closed(_))), "it works again, but must not be used");
+    });
+}
+
+#[test]
+fn bit_rot_in_a_record_is_noticed_when_it_is_read() {
+    run(async {
+        let storage = Faulty::default();
+        let (log, _) = Log::open(storage.clone(), Path::new(DIR), Uuid::from_u128(1), OPTIONS).await.unwrap();
+        let (at, _) = log.append(&mut vec![record(1, 5000)]).await.unwrap().remove(0);
+        storage.rot(&PathBuf::from(DIR).join("segment-0000000001.tgl"), 4096 + 3000, 3);
+        assert!(matches!(log.read(at).await, Err(LogError::Damaged { .. })));
+    });
+}
+
+#[test]
+fn a_log_of_another_server_is_refused_by_name() {
+    run(async {
+        let storage = Faulty::default();
+        let (log, _) = Log::open(storage.clone(), Path::new(DIR), Uuid::from_u128(1), OPTIONS).await.unwrap();
+        log.append(&mut vec![record(1, 100)]).await.unwrap();
+        let other = Log::open(storage, Path::new(DIR), Uuid::from_u128(2), OPTIONS).await.map(|_| ());
+        assert!(matches!(other, Err(LogError::Foreign { .. })));
+    });
+}
+
+// ---- replica and retention journal together, as the apply thread uses them
+
+const SIZE: u64 = 8 << 20;
+
+struct Site {
+    storage: Faulty,
+    format: Format,
+    /// What the catalogue would hold: durable with each checkpoint.
+    last_marker: Option<Position>,
+    checkpoint: usize,
+    /// Points of the durable checkpoint, and the content each must have.
+    points: Vec<(Position, Vec<u8>)>,
+}
+
+enum Step {
+    Write(u64, Vec<u8>),
+    Zero(Extent),
+    Mark,
+}
+
+fn subject() -> Subject {
+    Subject { disk: DiskId(Uuid::from_u128(5)), generation: 1, key: DataKey::from_bytes([3; 32]), size: SIZE }
+}
+
+impl Site {
+    async fn open(&self) -> Result<(Image<support::faulty_storage::FaultyFile>, Retention<Faulty>), String> {
+        let image = Image::open(&self.storage, Path::new("/r/image"), self.format).await.map_err(|e| e.to_string())?;
+        let retention = Retention::open(self.storage.clone(), Path::new("/u"), subject(), self.last_marker).await.map_err(|e| e.to_string())?;
+        Ok((image, retention))
+    }
+
+    /// Applies the steps from the durable checkpoint on, with a checkpoint now and then, as after every restart.
+    async fn apply(&mut self, steps: &[Step], rng: &mut Rng) -> Result<(), String> {
+        let text = |e: &dyn std::fmt::Display| e.to_string();
+        let (image, retention) = self.open().await?;
+        // What the disk must hold at the checkpoint is known from the steps alone.
+        let mut model = content_after(steps, self.checkpoint);
+        let mut pending = Vec::new();
+        for (index, step) in steps.iter().enumerate().skip(self.checkpoint) {
+            match step {
+                Step::Write(offset, data) => {
+                    let extent = Extent::new(*offset, data.len() as u64);
+                    retention.preserve(&image, [extent].into_iter()).await.map_err(|e| text(&e))?;
+                    image.write(*offset, AlignedBuf::copy_of(data).freeze()).await.map_err(|e| text(&e))?;
+                    model[*offset as usize..*offset as usize + data.len()].copy_from_slice(data);
+                }
+                Step::Zero(extent) => {
+                    retention.preserve(&image, [*extent].into_iter()).await.map_err(|e| text(&e))?;
+                    image.zero(*extent).await.map_err(|e| text(&e))?;
+                    model[extent.offset as usize..extent.end() as usize].fill(0);
+                }
+                Step::Mark => {
+                    let at = Position::new(1, index as u64 + 1);
+                    retention.begin(at).await.map_err(|e| text(&e))?;
+                    pending.push((at, model.clone()));
+                }
+            }
+            if rng.below(4) == 0 {
+                image.barrier().await.map_err(|e| text(&e))?;
+                self.checkpoint = index + 1;
+                self.last_marker = pending.last().map(|(at, _)| *at).or(self.last_marker);
+                self.points.append(&mut pending);
+                // Like the policy: the oldest goes now and then, unlisted before its data is removed.
+                if self.points.len() > 4 {
+                    self.points.remove(0);
+                    retention.forget_before(self.points.first().map(|(at, _)| *at)).map_err(|e| text(&e))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every point of the durable checkpoint must be exact, whatever the replica went through since.
+    async fn verify(&self, seed: u64) -> Result<(), String> {
+        let (image, retention) = self.open().await.map_err(|e| format!("seed {seed}: {e}"))?;
+        for (at, expected) in &self.points {
+            let view = retention.view(*at).await.map_err(|e| format!("seed {seed}: point {at}: {e}"))?;
+            let found = view.read(&image, Extent::new(0, SIZE)).await.map_err(|e| format!("seed {seed}: point {at}: {e}"))?;
+            if found[..] != expected[..] {
+                let first = found.iter().zip(expected).position(|(a, b)| a != b).unwrap_or(0);
+                return Err(format!("seed {seed}: point {at} differs at byte {first}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn content_after(steps: &[Step], count: usize) -> Vec<u8> {
+    let mut model = vec![0; SIZE as usize];
+    for step in &steps[..count] {
+        match step {
+            Step::Write(offset, data) => model[*offset as usize..*offset as usize + data.len()].copy_from_slice(data),
+            Step::Zero(extent) => model[extent.offset as usize..extent.end() as usize].fill(0),
+            Step::Mark => {}
+        }
+    }
+    model
+}
+
+fn make_steps(rng: &mut Rng) -> Vec<Step> {
+    (0..60)
+        .map(|n| {
+            // A small hot area, so that blocks are overwritten again and again.
+            let sectors = (SIZE / 512).min(2048);
+            let offset = rng.below(sectors) * 512 + rng.below(3) * (2 << 20);
+            let len = (1 + rng.below(100)) * 512;
+            match rng.below(10) {
+                0..=1 => Step::Mark,
+                2 => Step::Zero(Extent::new(offset / 4096 * 4096, (len * 40).min(SIZE - offset))),
+                _ => Step::Write(offset, vec![n as u8 + 1; len as usize]),
+            }
+        })
+        .collect()
+}
+
+async fn retention_round(seed: u64, format: Format, lying: bool) -> Result<(), String> {
+    let mut rng = Rng::new(seed);
+    let steps = make_steps(&mut rng);
+    let storage = Faulty::default();
+    Image::create(&storage, Path::new("/r/image"), format, SIZE).await.map_err(|e| e.to_string())?;
+    storage.lying.set(lying);
+    let mut site = Site { storage: storage.clone(), format, last_marker: None, checkpoint: 0, points: Vec::new() };
+    for _life in 0..5 {
+        let fault = rng.below(3);
+        if fault < 2 {
+            storage.fail_at(rng.below(400), [Fault::Dead, Fault::Full][fault as usize]);
+        }
+        let _ = site.apply(&steps, &mut rng).await;
+        storage.crash(&mut rng);
+        site.verify(seed).await?;
+        // A second crash right after recovery must change nothing.
+        storage.crash(&mut rng);
+    }
+    site.apply(&steps, &mut rng).await.map_err(|e| format!("seed {seed}: the last life has no faults: {e}"))?;
+    site.verify(seed).await
+}
+
+#[test]
+fn every_listed_point_stays_exact_over_any_crash() {
+    for format in [Format::Vhdx, Format::Raw] {
+        for seed in 0..60 {
+            run(retention_round(seed, format, false)).unwrap_or_else(|e| panic!("{format:?}: {e}"));
+        }
+    }
+}
+
+#[test]
+fn lost_old_content_is_noticed_by_this_test() {
+    let noticed = (0..20).filter(|&seed| run(retention_round(seed, Format::Raw, true)).is_err()).count();
+    assert!(noticed > 5, "the crash test must be able to fail: {noticed} of 20");
+}
+
+#[test]
+fn rot_in_old_content_is_an_error_and_never_other_content() {
+    run(async {
+        let storage = Faulty::default();
+        let image = Image::create(&storage, Path::new("/r/image"), Format::Raw, SIZE).await.unwrap();
+        image.write(0, Bytes::from(vec![7; 65536])).await.unwrap();
+        let retention = Retention::open(storage.clone(), Path::new("/u"), subject(), None).await.unwrap();
+        retention.begin(Position::new(1, 1)).await.unwrap();
+        retention.preserve(&image, [Extent::new(0, 65536)].into_iter()).await.unwrap();
+        image.write(0, Bytes::from(vec![8; 65536])).await.unwrap();
+        let view = retention.view(Position::new(1, 1)).await.unwrap();
+        assert_eq!(view.read(&image, Extent::new(0, 4096)).await.unwrap()[..], [7; 4096]);
+        let name = storage.list(Path::new("/u")).unwrap().remove(0);
+        storage.rot(&Path::new("/u").join(name), 4096 + 300, 1);
+        let view = retention.view(Position::new(1, 1)).await.unwrap();
+        assert!(view.read(&image, Extent::new(0, 4096)).await.is_err());
+    });
+}
+
+#[test]
+fn a_vhdx_opens_after_a_crash_at_any_instant() {
+    for seed in 0..150 {
+        run(async {
+            let mut rng = Rng::new(seed);
+            let storage = Faulty::default();
+            let path = Path::new("/r/image");
+            let image = Image::create(&storage, path, Format::Vhdx, 64 << 20).await.unwrap();
+            let mut durable = vec![0u8; 64 << 20];
+            let mut live = durable.clone();
+            for n in 0..rng.below(60) {
+                let offset = rng.below((64 << 20) / 4096 - 64) * 4096;
+                match rng.below(6) {
+                    0 => {
+                        image.barrier().await.unwrap();
+                        durable = live.clone();
+                    }
+                    1 => {
+                        let extent = Extent::new(offset / (2 << 20) * (2 << 20), 2 << 20);
+                        image.zero(extent).await.unwrap();
+                        live[extent.offset as usize..extent.end() as usize].fill(0);
+                    }
+                    _ => {
+                        let data = vec![n as u8 + 1; 4096 * (1 + rng.below(60) as usize)];
+                        image.write(offset, Bytes::from(data.clone())).await.unwrap();
+                        live[offset as usize..offset as usize + data.len()].copy_from_slice(&data);
+                    }
+                }
+            }
+            storage.crash(&mut rng);
+            let image = Image::open(&storage, path, Format::Vhdx).await.unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+            // Each block holds what the barrier made durable or something written after it, never anything else.
+            let found = image.read(Extent::new(0, 64 << 20)).await.unwrap();
+            for (index, block) in found.chunks(512).enumerate() {
+                let at = index * 512;
+                let legal = block == &durable[at..at + 512] || block == &live[at..at + 512] || block.iter().all(|&b| b == block[0] && b <= 61);
+                assert!(legal, "seed {seed}: byte {at} holds foreign content");
+            }
+        });
+    }
+}
+
+// ---- dirty map
+
+#[test]
+fn a_region_is_marked_after_a_crash_if_its_mark_was_awaited() {
+    for seed in 0..300 {
+        run(async {
+            let mut rng = Rng::new(seed);
+            let storage = Faulty::default();
+            let (disk, path, regions) = (DiskId(Uuid::from_u128(1)), Path::new("/a/map"), 9000);
+            let map = DirtyMap::open(&storage, path, disk, regions << 20, 1 << 20).await.unwrap();
+            map.clear(&(0..regions).collect::<Vec<_>>()).await.unwrap();
+            let mut marked = std::collections::BTreeSet::new();
+            let mut epoch = map.header().epoch;
+            let mut map = map;
+            for _life in 0..3 {
+                for _ in 0..rng.below(30) {
+                    let region = rng.below(regions - 2);
+                    if rng.below(4) == 0 {
+                        let some: Vec<u64> = marked.iter().copied().take(3).collect();
+                        map.clear(&some).await.unwrap();
+                        some.iter().for_each(|r| drop(marked.remove(r)));
+                    } else {
+                        map.mark(region..=region + 1).await.unwrap();
+                        marked.extend([region, region + 1]);
+                    }
+                }
+                storage.crash(&mut rng);
+                map = DirtyMap::open(&storage, path, disk, regions << 20, 1 << 20).await.unwrap();
+                let found = map.marked();
+                assert!(marked.iter().all(|r| found.contains(*r)), "seed {seed}: a mark was lost");
+                assert!(map.header().epoch > epoch, "seed {seed}: the epoch must grow with every start");
+                epoch = map.header().epoch;
+                marked = found.iter().collect();
+            }
+        });
+    }
+}

@@ -1,0 +1,270 @@
+//! A file system in memory that can lose power: what was not synced is lost, kept or torn at 512 bytes, write by write;
+//! files that were created are found only if their folder was synced. It can also fail its n-th operation.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use bytes::Bytes;
+use tidegate::storage::{AlignedBuf, File, OpenMode, Storage, closed_for_writing};
+
+use super::Rng;
+
+/// Unit that a device writes as a whole.
+const SECTOR: usize = 512;
+
+#[derive(Default)]
+struct Inode {
+    durable: Vec<u8>,
+    live: Vec<u8>,
+    pending: Vec<(u64, Vec<u8>)>,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Disk {
+    live: BTreeMap<PathBuf, Rc<RefCell<Inode>>>,
+    durable: BTreeMap<PathBuf, Rc<RefCell<Inode>>>,
+}
+
+/// What goes wrong, and when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Every operation from this one on fails with EIO.
+    Dead,
+    /// This operation fails with EIO, later ones work.
+    Once,
+    /// This operation and later allocating ones fail with ENOSPC.
+    Full,
+}
+
+/// The storage; clones share everything.
+#[derive(Clone, Default)]
+pub struct Faulty {
+    disk: Rc<RefCell<Disk>>,
+    operations: Rc<Cell<u64>>,
+    fault: Rc<Cell<Option<(u64, Fault)>>>,
+    /// Syncs report success and keep nothing: the negative control of every crash test.
+    pub lying: Rc<Cell<bool>>,
+}
+
+impl Faulty {
+    /// Operations so far.
+    pub fn operations(&self) -> u64 {
+        self.operations.get()
+    }
+
+    /// The n-th operation from now on fails.
+    pub fn fail_at(&self, n: u64, fault: Fault) {
+        self.fault.set(Some((self.operations.get() + n, fault)));
+    }
+
+    /// Power goes: each pending write is lost, kept or torn; files whose creation was not synced may be gone.
+    pub fn crash(&self, rng: &mut Rng) {
+        self.fault.set(None);
+        let mut disk = self.disk.borrow_mut();
+        let mut survivors = disk.durable.clone();
+        for (path, inode) in &disk.live {
+            if !survivors.contains_key(path) && rng.below(2) == 0 {
+                survivors.insert(path.clone(), inode.clone());
+            }
+        }
+        for inode in survivors.values() {
+            let mut inode = inode.borrow_mut();
+            let pending = std::mem::take(&mut inode.pending);
+            let mut content = std::mem::take(&mut inode.durable);
+            for (offset, data) in pending {
+                match rng.below(3) {
+                    0 => {}
+                    1 => put(&mut content, offset, &data),
+                    _ => {
+                        for (index, sector) in data.chunks(SECTOR).enumerate() {
+                            if rng.below(2) == 0 {
+                                put(&mut content, offset + (index * SECTOR) as u64, sector);
+                            }
+                        }
+                    }
+                }
+            }
+            inode.live = content.clone();
+            inode.durable = content;
+            inode.closed = false;
+        }
+        disk.live = survivors.clone();
+        disk.durable = survivors;
+    }
+
+    /// Flips one bit of a file, as bit rot does.
+    pub fn rot(&self, path: &Path, at: usize, bit: u8) {
+        let disk = self.disk.borrow();
+        let mut inode = disk.live[path].borrow_mut();
+        inode.live[at] ^= 1 << bit;
+        inode.durable = inode.live.clone();
+    }
+
+    /// Length of a file and whether it exists.
+    pub fn file_len(&self, path: &Path) -> Option<usize> {
+        self.disk.borrow().live.get(path).map(|i| i.borrow().live.len())
+    }
+
+    /// A file's bytes as a program sees them now.
+    pub fn content(&self, path: &Path) -> Vec<u8> {
+        self.disk.borrow().live[path].borrow().live.clone()
+    }
+
+    fn step(&self, allocates: bool) -> io::Result<()> {
+        let now = self.operations.get() + 1;
+        self.operations.set(now);
+        match self.fault.get() {
+            Some((at, Fault::Dead)) if now >= at => Err(io::Error::from_raw_os_error(5)),
+            Some((at, Fault::Once)) if now == at => Err(io::Error::from_raw_os_error(5)),
+            Some((at, Fault::Full)) if now >= at && allocates => Err(io::Error::from_raw_os_error(28)),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn put(content: &mut Vec<u8>, offset: u64, data: &[u8]) {
+    let end = offset as usize + data.len();
+    if content.len() < end {
+        content.resize(end, 0);
+    }
+    content[offset as usize..end].copy_from_slice(data);
+}
+
+/// An open file.
+pub struct FaultyFile {
+    storage: Faulty,
+    inode: Rc<RefCell<Inode>>,
+}
+
+impl File for FaultyFile {
+    async fn read_at(&self, offset: u64, len: usize) -> io::Result<AlignedBuf> {
+        self.storage.step(false)?;
+        let inode = self.inode.borrow();
+        let end = offset as usize + len;
+        if end > inode.live.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(AlignedBuf::copy_of(&inode.live[offset as usize..end]))
+    }
+
+    async fn write_at(&self, offset: u64, data: Bytes) -> io::Result<()> {
+        self.storage.step(false)?;
+        let mut inode = self.inode.borrow_mut();
+        if inode.closed {
+            return Err(closed_for_writing());
+        }
+        put(&mut inode.live, offset, &data);
+        inode.pending.push((offset, data.to_vec()));
+        Ok(())
+    }
+
+    async fn sync_data(&self) -> io::Result<()> {
+        if self.inode.borrow().closed {
+            return Err(closed_for_writing());
+        }
+        if let Err(e) = self.storage.step(false) {
+            self.inode.borrow_mut().closed = true;
+            return Err(e);
+        }
+        let mut inode = self.inode.borrow_mut();
+        if !self.storage.lying.get() {
+            inode.durable = inode.live.clone();
+            inode.pending.clear();
+        }
+        Ok(())
+    }
+
+    async fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.storage.step(true)?;
+        let mut inode = self.inode.borrow_mut();
+        let end = (offset + len) as usize;
+        if inode.live.len() < end {
+            inode.live.resize(end, 0);
+            let at = end as u64;
+            inode.pending.push((at, Vec::new()));
+        }
+        Ok(())
+    }
+
+    async fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.storage.step(false)?;
+        let mut inode = self.inode.borrow_mut();
+        let end = (offset + len).min(inode.live.len() as u64);
+        if end > offset {
+            let zeroes = vec![0; (end - offset) as usize];
+            put(&mut inode.live, offset, &zeroes);
+            inode.pending.push((offset, zeroes));
+        }
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.inode.borrow().live.len() as u64)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.storage.step(false)?;
+        let mut inode = self.inode.borrow_mut();
+        inode.live.resize(len as usize, 0);
+        if (len as usize) < inode.durable.len() {
+            // Kept simple: a cut is durable at once, and so is what was written before it.
+            inode.durable = inode.live.clone();
+            inode.pending.clear();
+        }
+        Ok(())
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        let len = self.inode.borrow().live.len() as u64;
+        Ok((offset < len).then_some((offset, len)))
+    }
+}
+
+impl Storage for Faulty {
+    type File = FaultyFile;
+
+    async fn open(&self, path: &Path, mode: OpenMode) -> io::Result<FaultyFile> {
+        self.step(false)?;
+        let mut disk = self.disk.borrow_mut();
+        let inode = match (disk.live.get(path), mode) {
+            (Some(_), OpenMode::Create) => return Err(io::ErrorKind::AlreadyExists.into()),
+            (Some(inode), _) => inode.clone(),
+            (None, OpenMode::Create) => {
+                let inode = Rc::new(RefCell::new(Inode::default()));
+                disk.live.insert(path.to_owned(), inode.clone());
+                inode
+            }
+            (None, _) => return Err(io::ErrorKind::NotFound.into()),
+        };
+        Ok(FaultyFile { storage: self.clone(), inode })
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        self.step(false)?;
+        let disk = self.disk.borrow();
+        let within = disk.live.keys().filter(|p| p.parent() == Some(dir));
+        Ok(within.filter_map(|p| p.file_name().and_then(|n| n.to_str()).map(str::to_owned)).collect())
+    }
+
+    fn create_dir(&self, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.step(false)?;
+        self.disk.borrow_mut().live.remove(path).map(|_| ()).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        self.step(false)?;
+        let mut disk = self.disk.borrow_mut();
+        let live: Vec<_> = disk.live.iter().filter(|(p, _)| p.parent() == Some(dir)).map(|(p, i)| (p.clone(), i.clone())).collect();
+        disk.durable.retain(|p, _| p.parent() != Some(dir));
+        disk.durable.extend(live);
+        Ok(())
+    }
+}

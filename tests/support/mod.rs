@@ -1,0 +1,374 @@
+//! Runs real processes of every role over loopback, with certificates, configuration and a disk of their own.
+#![allow(dead_code, reason = "each suite uses its part")]
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+pub mod faulty_storage;
+
+/// Roles in the order data flows.
+pub const ROLES: [&str; 3] = ["agent", "process-server", "master-target"];
+
+/// What a test may change.
+pub struct Options {
+    /// Bytes of each disk.
+    pub disk_bytes: u64,
+    /// Number of disks.
+    pub disks: usize,
+    /// Format of the replicas.
+    pub format: &'static str,
+    /// Added to the agent's configuration, before its tables.
+    pub agent: String,
+    /// Added at the end of the process server's configuration.
+    pub process_server: String,
+    /// Added at the end of the master target's configuration.
+    pub master_target: String,
+    /// Time between points.
+    pub interval: &'static str,
+    /// Where the master target keeps its state, if not in the test's folder.
+    pub target_state: Option<PathBuf>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            disk_bytes: 64 << 20,
+            disks: 1,
+            format: "vhdx",
+            agent: String::new(),
+            process_server: String::new(),
+            master_target: String::new(),
+            interval: "1s",
+            target_state: None,
+        }
+    }
+}
+
+/// A machine `m1`, a process server and a master target.
+pub struct Cluster {
+    /// The test's folder.
+    pub dir: TempDir,
+    children: [Option<Child>; 3],
+    options: Options,
+    ports: [u16; 5],
+}
+
+impl Cluster {
+    /// Makes certificates, configuration and disks; starts nothing.
+    pub fn prepare(options: Options) -> Self {
+        let dir = tempfile::tempdir().expect("a folder for the test");
+        let cluster = Self { dir, children: [None, None, None], options, ports: free_ports() };
+        let ca = cluster.path("ca");
+        cluster.tidegate(&["pki", "init", s(&ca)]);
+        for (role, name) in [("agent", "m1"), ("process-server", "gw1"), ("master-target", "mt1")] {
+            cluster.tidegate(&["pki", "issue", "--ca", s(&ca), "--role", role, "--name", name, "--out", s(&cluster.path(&format!("tls-{role}")))]);
+        }
+        for index in 0..cluster.options.disks {
+            let file = File::create(cluster.disk(index)).expect("a disk");
+            file.set_len(cluster.options.disk_bytes).expect("space for a sparse disk");
+        }
+        cluster.write_configs();
+        cluster
+    }
+
+    /// Prepares and starts all roles.
+    pub fn start(options: Options) -> Self {
+        let mut cluster = Self::prepare(options);
+        for role in ["master-target", "process-server", "agent"] {
+            cluster.start_role(role);
+        }
+        cluster
+    }
+
+    fn write_configs(&self) {
+        let [ingest, forward, metrics @ ..] = self.ports;
+        let tls = |role: &str| {
+            let d = self.path(&format!("tls-{role}"));
+            format!("[tls]\nca = {:?}\ncert = {:?}\nkey = {:?}\n", d.join("ca.pem"), d.join("cert.pem"), d.join("key.pem"))
+        };
+        let common = |role: &str, index: usize| {
+            let metrics = metrics[index];
+            format!("{}[control]\nlisten = \"unix:{}\"\n[metrics]\nlisten = \"127.0.0.1:{metrics}\"\n", tls(role), self.control_path(role).display())
+        };
+        let mut agent = format!("machine = \"m1\"\nstate = {:?}\n{}{}", self.path("agent"), self.options.agent, common("agent", 0));
+        agent += &format!("[process_server]\naddress = \"127.0.0.1:{ingest}\"\n[points]\ninterval = \"{}\"\n", self.options.interval);
+        for index in 0..self.options.disks {
+            agent += &format!("[[disk]]\nname = \"d{index}\"\npath = {:?}\nnbd = \"unix:{}\"\n", self.disk(index), self.nbd(index).display());
+        }
+        let names: Vec<String> = (0..self.options.disks).map(|i| format!("\"d{i}\"")).collect();
+        let gateway = format!(
+            "state = {:?}\n{}[ingest]\nlisten = \"127.0.0.1:{ingest}\"\n[forward]\nmaster_target = \"127.0.0.1:{forward}\"\nmtu = 8952\n[[machine]]\nname = \"m1\"\ndisks = [{}]\n{}",
+            self.path("process-server"),
+            common("process-server", 1),
+            names.join(", "),
+            self.options.process_server
+        );
+        let state = self.options.target_state.clone().unwrap_or_else(|| self.path("master-target"));
+        let mut target = format!(
+            "state = {state:?}\n{}[receive]\nlisten = \"127.0.0.1:{forward}\"\nmtu = 8952\n{}[[machine]]\nname = \"m1\"\n",
+            common("master-target", 2),
+            self.options.master_target
+        );
+        for index in 0..self.options.disks {
+            target += &format!("[[machine.disk]]\nname = \"d{index}\"\nformat = \"{}\"\n", self.options.format);
+        }
+        for (role, text) in ROLES.iter().zip([agent, gateway, target]) {
+            fs::write(self.config(role), text).expect("a configuration");
+        }
+    }
+
+    /// A path in the test's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Configuration of a role.
+    pub fn config(&self, role: &str) -> PathBuf {
+        self.path(&format!("{role}.toml"))
+    }
+
+    /// Source disk.
+    pub fn disk(&self, index: usize) -> PathBuf {
+        self.path(&format!("d{index}.raw"))
+    }
+
+    /// Socket of a disk's export.
+    pub fn nbd(&self, index: usize) -> PathBuf {
+        self.path(&format!("d{index}.sock"))
+    }
+
+    /// URI of a disk's export.
+    pub fn nbd_uri(&self, index: usize) -> String {
+        format!("nbd+unix:///?socket={}", self.nbd(index).display())
+    }
+
+    /// The replica of a disk.
+    pub fn replica(&self, index: usize) -> PathBuf {
+        let state = self.options.target_state.clone().unwrap_or_else(|| self.path("master-target"));
+        state.join(format!("replicas/m1/d{index}.{}", self.options.format))
+    }
+
+    fn control_path(&self, role: &str) -> PathBuf {
+        self.path(&format!("{role}.sock"))
+    }
+
+    /// Port of the agents' listener.
+    pub fn ingest_port(&self) -> u16 {
+        self.ports[0]
+    }
+
+    /// Port of the process servers' listener.
+    pub fn forward_port(&self) -> u16 {
+        self.ports[1]
+    }
+
+    /// Port of a role's metrics.
+    pub fn metrics_port(&self, role: &str) -> u16 {
+        self.ports[2 + index_of(role)]
+    }
+
+    /// Starts a role and waits until its control interface answers.
+    pub fn start_role(&mut self, role: &str) {
+        let log = File::options().create(true).append(true).open(self.path(&format!("{role}.log"))).expect("a log");
+        let child = Command::new(env!("CARGO_BIN_EXE_tidegate"))
+            .args([role, "--config", s(&self.config(role))])
+            .env("RUST_BACKTRACE", "1")
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .expect("the program starts");
+        self.children[index_of(role)] = Some(child);
+        let status = ["status", "--json", "--control", &self.control(role)].map(str::to_owned);
+        let answered = || Command::new(env!("CARGO_BIN_EXE_tidegate")).args(&status).output().is_ok_and(|o| o.status.code() != Some(3));
+        self.wait(&format!("{role} answers"), Duration::from_secs(30), answered);
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self, role: &str) {
+        if let Some(mut child) = self.children[index_of(role)].take() {
+            child.kill().expect("we may kill our own child");
+            child.wait().expect("it ends");
+        }
+    }
+
+    /// SIGTERM, and the exit code.
+    pub fn terminate(&mut self, role: &str) -> Option<i32> {
+        let mut child = self.children[index_of(role)].take()?;
+        Command::new("kill").arg(child.id().to_string()).status().expect("kill");
+        child.wait().expect("it ends").code()
+    }
+
+    /// Whether a role's process still runs.
+    pub fn runs(&mut self, role: &str) -> bool {
+        self.children[index_of(role)].as_mut().is_some_and(|c| c.try_wait().is_ok_and(|s| s.is_none()))
+    }
+
+    /// What `--control` takes for a role.
+    pub fn control(&self, role: &str) -> String {
+        format!("unix:{}", self.control_path(role).display())
+    }
+
+    /// A role's log so far.
+    pub fn log(&self, role: &str) -> String {
+        fs::read_to_string(self.path(&format!("{role}.log"))).unwrap_or_default()
+    }
+
+    /// Runs the program; its output must be a success.
+    pub fn tidegate(&self, args: &[&str]) -> String {
+        let output = self.try_tidegate(args);
+        assert!(output.status.success(), "tidegate {args:?} failed: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Runs the program.
+    pub fn try_tidegate(&self, args: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_tidegate")).args(args).output().expect("the program runs")
+    }
+
+    /// Asks a role with `--json`. Status answers by exit code too, so the code is not looked at.
+    pub fn json(&self, role: &str, args: &[&str]) -> Value {
+        let control = self.control(role);
+        let output = self.try_tidegate(&[args, &["--json", "--control", &control]].concat());
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{args:?}: {e}: {}", String::from_utf8_lossy(&output.stderr)))
+    }
+
+    /// The agent's view of a disk.
+    pub fn agent_disk(&self, index: usize) -> Value {
+        self.json("agent", &["status"])[0]["machines"][0]["disks"][index].clone()
+    }
+
+    /// Waits until every disk is in delta replication and everything is journaled.
+    pub fn wait_for_delta(&mut self) {
+        let disks = self.options.disks;
+        self.wait("delta replication", Duration::from_secs(90), || {
+            (0..disks).all(|i| {
+                let disk = self.agent_disk(i);
+                let at = |rung: usize| disk["positions"][rung][1].as_str().map(str::to_owned);
+                disk["state"] == "delta" && at(0) == at(3) && at(0).is_some_and(|p| !p.ends_with(":0"))
+            })
+        });
+    }
+
+    /// Listed points.
+    pub fn points(&self) -> Vec<Value> {
+        self.json("master-target", &["point", "list"]).as_array().cloned().unwrap_or_default()
+    }
+
+    /// Makes a point and waits until it is listed.
+    pub fn mark(&self, label: &str) -> String {
+        let marked = self.json("agent", &["point", "mark", "--machine", "m1", "--label", label]);
+        let id = marked["point"].as_str().unwrap_or_else(|| panic!("no point: {marked}")).to_owned();
+        self.wait(&format!("point {label} is listed"), Duration::from_secs(60), || self.points().iter().any(|p| p["id"] == id.as_str()));
+        id
+    }
+
+    /// Exports a point.
+    pub fn export(&self, point: &str, disk: usize, format: &str, output: &Path) {
+        let control = self.control("master-target");
+        let name = format!("d{disk}");
+        self.tidegate(&["recover", "export", point, "--disk", &name, "--format", format, "--output", s(output), "--control", &control]);
+    }
+
+    /// Waits for something, or fails with what and the logs' ends.
+    pub fn wait(&self, what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
+        let started = Instant::now();
+        while !done() {
+            if started.elapsed() > limit {
+                let ends: Vec<String> = ROLES.iter().map(|r| format!("--- {r}\n{}", tail(&self.log(r), 15))).collect();
+                panic!("waited {limit:?} for: {what}\n{}", ends.join("\n"));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        for role in ROLES {
+            self.kill(role);
+        }
+        if std::thread::panicking() {
+            for role in ROLES {
+                eprintln!("--- {role}\n{}", tail(&self.log(role), 40));
+            }
+        }
+    }
+}
+
+fn index_of(role: &str) -> usize {
+    ROLES.iter().position(|r| *r == role).expect("a role")
+}
+
+fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+fn free_ports() -> [u16; 5] {
+    let held: Vec<_> = (0..5).map(|_| std::net::TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
+    let ports: Vec<u16> = held.iter().map(|l| l.local_addr().expect("bound").port()).collect();
+    ports.try_into().expect("five")
+}
+
+/// A path as an argument.
+pub fn s(path: &Path) -> &str {
+    path.to_str().expect("test paths are UTF-8")
+}
+
+/// Runs a tool and demands success. Tools that are missing fail the test with the package to install: `tests/run` installs them.
+pub fn tool(name: &str, args: &[&str]) -> String {
+    let output = try_tool(name, args);
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{name} {args:?} failed ({:?}): {text}", output.status.code());
+    text
+}
+
+/// Runs a tool.
+pub fn try_tool(name: &str, args: &[&str]) -> Output {
+    Command::new(name).args(args).output().unwrap_or_else(|e| panic!("{name}: {e}: run tests through tests/run, which installs what they need"))
+}
+
+/// Whether two files hold the same bytes; the longer one's rest counts as a difference.
+pub fn same_bytes(a: &Path, b: &Path) -> bool {
+    let (a, b) = (File::open(a).expect("first"), File::open(b).expect("second"));
+    let len = a.metadata().expect("metadata").len();
+    if len != b.metadata().expect("metadata").len() {
+        return false;
+    }
+    let (mut x, mut y) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    let mut at = 0;
+    while at < len {
+        let step = x.len().min((len - at) as usize);
+        a.read_exact_at(&mut x[..step], at).expect("read");
+        b.read_exact_at(&mut y[..step], at).expect("read");
+        if x[..step] != y[..step] {
+            return false;
+        }
+        at += step as u64;
+    }
+    true
+}
+
+/// A small seeded generator (xorshift64*, Vigna 2016), so that failures repeat.
+pub struct Rng(u64);
+
+impl Rng {
+    /// From a seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// The next number below `bound`.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16) % bound
+    }
+}
