@@ -20,7 +20,7 @@ pub struct View<S: Storage> {
     /// Closed intervals, merged when the view was made: (interval, source).
     past: OverlayMap<(usize, Source)>,
     closed: Vec<Interval<S::File>>,
-    /// The interval that was current then, and those that came after, in order.
+    /// The interval that was current then, and those that came after. Only appended to; read in order of their begin.
     live: RefCell<Vec<Rc<Interval<S::File>>>>,
     opener: RefCell<Opener>,
     kept: RefCell<VecDeque<KeptRecord>>,
@@ -44,8 +44,12 @@ impl<S: Storage> Retention<S> {
     pub async fn view(&self, position: Position) -> Result<Rc<View<S>>, RetainError> {
         let current = self.current_start.get();
         let starts: Vec<Position> = self.files.borrow().range(position..).map(|(p, _)| *p).filter(|p| Some(*p) != current).collect();
-        let opener =
-            Opener::new(self.subject.key.clone(), crate::crypto::seal::Purpose::Retention, self.subject.disk, self.subject.generation);
+        let opener = Opener::new(
+            self.subject.key.clone(),
+            crate::crypto::seal::Purpose::Retention,
+            self.subject.disk,
+            self.subject.generation,
+        );
         let mut view = View {
             past: OverlayMap::default(),
             closed: Vec::new(),
@@ -55,19 +59,23 @@ impl<S: Storage> Retention<S> {
         };
         for start in starts {
             let interval = Interval::load(&self.storage, &self.dir, start, &view.opener).await?;
+            if current.is_some_and(|current| start > current) {
+                // Left by an attempt that a crash cut off behind the checkpoint: it comes after the current interval, and
+                // the replica may hold what that attempt wrote over it.
+                view.add_live(Rc::new(interval));
+                continue;
+            }
             for (extent, source) in interval.entries() {
                 view.past.insert_below(extent, (view.closed.len(), source));
             }
             view.closed.push(interval);
         }
-        // The current interval may have been closed while the files were read: then it was not loaded and is read now.
-        let mut missed: Vec<Position> = self.files.borrow().range(position..).map(|(p, _)| *p).collect();
-        missed.retain(|p| Some(*p) != self.current_start.get() && !view.closed.iter().any(|i| i.start() == *p));
-        if !missed.is_empty() {
+        if self.current_start.get() != current {
+            // A marker was passed while the files were read; what was current then is closed now.
             return Box::pin(self.view(position)).await;
         }
         if let Some(current) = &*self.current.borrow() {
-            view.live.borrow_mut().push(current.clone());
+            view.add_live(current.clone());
         }
         let view = Rc::new(view);
         self.views.borrow_mut().push(Rc::downgrade(&view));
@@ -138,8 +146,11 @@ impl<S: Storage> View<S> {
             let source = Source { data_at: source.data_at.map(|at| at + piece.skip as u32), ..source };
             map.insert_below(piece.extent, Where::Closed(interval, source));
         }
-        for (index, interval) in self.live.borrow().iter().enumerate() {
-            for (piece, source) in interval.lookup(extent) {
+        let live = self.live.borrow();
+        let mut order: Vec<usize> = (0..live.len()).collect();
+        order.sort_by_key(|&index| live[index].start());
+        for index in order {
+            for (piece, source) in live[index].lookup(extent) {
                 map.insert_below(piece, Where::Live(index, source));
             }
         }

@@ -374,7 +374,9 @@ impl<S: Storage> Log<S> {
             let (number, offset) = match at {
                 Some((number, filled)) if filled + bytes <= self.options.segment_bytes => (number, filled),
                 _ => {
-                    let number = self.take_free(&taken).await?;
+                    // Not one that this group already uses: reusing it would orphan what was placed there.
+                    let used: Vec<u64> = places.iter().map(|&(number, _)| number).collect();
+                    let number = self.take_free(&used).await?;
                     taken.push(number);
                     (number, SEGMENT_HEADER_LEN as u64)
                 }

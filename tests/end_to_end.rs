@@ -1,0 +1,197 @@
+//! The main job on real processes: a file system on the agent's export, replicated while files are written; every point
+//! comes back, checked by tools nobody here wrote.
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use support::{Cluster, Options, s, same_bytes, tool, try_tool};
+
+/// The agent's export as a mounted ext4, by nbdfuse and a loop device.
+struct Mounted {
+    fuse: Child,
+    file: std::path::PathBuf,
+    point: std::path::PathBuf,
+}
+
+impl Mounted {
+    fn new(cluster: &Cluster) -> Self {
+        let (file, point) = (cluster.path("fuse-file"), cluster.path("mnt"));
+        fs::write(&file, b"").unwrap();
+        fs::create_dir_all(&point).unwrap();
+        let fuse = Command::new("nbdfuse").arg(&file).arg(cluster.nbd_uri(0)).stdout(Stdio::null()).spawn().expect("nbdfuse: run tests through tests/run");
+        cluster.wait("nbdfuse", Duration::from_secs(10), || fs::metadata(&file).is_ok_and(|m| m.len() > 0));
+        Self { fuse, file, point }
+    }
+
+    fn mkfs(&self) {
+        tool("mkfs.ext4", &["-q", "-F", s(&self.file)]);
+    }
+
+    fn mount(&self) {
+        tool("mount", &["-o", "loop", s(&self.file), s(&self.point)]);
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = try_tool("umount", &[s(&self.point)]);
+        let _ = try_tool("umount", &[s(&self.file)]);
+        let _ = self.fuse.kill();
+        let _ = self.fuse.wait();
+    }
+}
+
+fn write_files(dir: &Path, round: usize, count: usize) {
+    use std::io::Write;
+    for n in 0..count {
+        let mut file = fs::File::create(dir.join(format!("file-{round}-{n}"))).unwrap();
+        file.write_all(format!("round {round} file {n} ").repeat(1 + n * 400).as_bytes()).unwrap();
+        file.sync_all().unwrap();
+    }
+}
+
+/// Journal replay as a mount would do it, on a copy; then the file system must be clean.
+fn check_file_system(raw: &Path) {
+    let replay = try_tool("e2fsck", &["-fy", "-E", "journal_only", s(raw)]);
+    assert!(replay.status.code().is_some_and(|c| c <= 1), "journal replay: {}", String::from_utf8_lossy(&replay.stdout));
+    tool("e2fsck", &["-fn", s(raw)]);
+}
+
+#[test]
+fn a_file_system_written_while_it_is_replicated_comes_back_at_every_point() {
+    let mut cluster = Cluster::start(Options { disk_bytes: 256 << 20, ..Options::default() });
+    let mounted = Mounted::new(&cluster);
+    mounted.mkfs();
+    mounted.mount();
+    write_files(&mounted.point, 0, 20);
+    cluster.wait_for_delta();
+    let mut exact = Vec::new();
+    for round in 1..=3 {
+        write_files(&mounted.point, round, 20);
+        // At rest: a frozen file system, so that the source file itself says what the point must hold.
+        tool("fsfreeze", &["-f", s(&mounted.point)]);
+        let point = cluster.mark(&format!("frozen-{round}"));
+        let model = cluster.path(&format!("model-{round}.raw"));
+        fs::copy(cluster.disk(0), &model).unwrap();
+        tool("fsfreeze", &["-u", s(&mounted.point)]);
+        exact.push((point, model));
+        // Under load: writes go on while the marker is taken.
+        let dir = mounted.point.clone();
+        let writer = std::thread::spawn(move || write_files(&dir, 100 + round, 40));
+        cluster.mark(&format!("loaded-{round}"));
+        writer.join().unwrap();
+    }
+    for (index, (point, model)) in exact.iter().enumerate() {
+        let (vhdx, raw) = (cluster.path(&format!("exact-{index}.vhdx")), cluster.path(&format!("exact-{index}.raw")));
+        cluster.export(point, 0, "vhdx", &vhdx);
+        tool("qemu-img", &["check", "-f", "vhdx", s(&vhdx)]);
+        tool("qemu-img", &["compare", "-f", "vhdx", "-F", "raw", s(&vhdx), s(model)]);
+        cluster.export(point, 0, "raw", &raw);
+        assert!(same_bytes(&raw, model), "point {index} differs from the source at its marker");
+        tool("e2fsck", &["-fn", s(&raw)]);
+    }
+    let points = cluster.points();
+    assert!(points.len() >= 9, "points were taken by the timer too: {}", points.len());
+    for (index, point) in points.iter().enumerate() {
+        let raw = cluster.path("any.raw");
+        cluster.export(point["id"].as_str().unwrap(), 0, "raw", &raw);
+        // Points from before the file system existed hold none.
+        let magic = fs::read(&raw).unwrap()[1080..1082] == [0x53, 0xef];
+        if magic && index > 2 {
+            check_file_system(&raw);
+        }
+        fs::remove_file(&raw).unwrap();
+    }
+    drop(mounted);
+    cluster.wait_for_delta();
+    cluster.mark("quiet");
+    tool("qemu-img", &["check", "-f", "vhdx", s(&cluster.replica(0))]);
+    tool("qemu-img", &["compare", "-f", "raw", "-F", "vhdx", s(&cluster.disk(0)), s(&cluster.replica(0))]);
+}
+
+#[test]
+fn a_mounted_point_stays_as_it_was_while_replication_goes_on() {
+    let mut cluster = Cluster::start(Options::default());
+    tool("qemu-io", &["-f", "raw", "-c", "write -P 0x11 0 32M", &cluster.nbd_uri(0)]);
+    cluster.wait_for_delta();
+    let point = cluster.mark("eleven");
+    let socket = cluster.path("point.sock");
+    let nbd = format!("unix:{}", socket.display());
+    let control = cluster.control("master-target");
+    cluster.tidegate(&["recover", "mount", &point, "--nbd", &nbd, "--detach", "--control", &control]);
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    for pattern in ["0x22", "0x33"] {
+        tool("qemu-io", &["-f", "raw", "-c", &format!("write -P {pattern} 1M 16M"), "-c", "write -z 20M 4M", &cluster.nbd_uri(0)]);
+        cluster.mark(pattern);
+        tool("qemu-io", &["-r", "-f", "raw", "-c", "read -P 0x11 0 32M", "-c", "read -P 0 32M 32M", &uri]);
+    }
+    assert!(tool("nbdinfo", &[&uri]).contains("can_multi_conn: true"));
+    assert!(tool("nbdinfo", &["--map", &uri]).contains("hole"));
+    let copy = cluster.path("copy.raw");
+    tool("nbdcopy", &["--connections=4", &uri, s(&copy)]);
+    let exported = cluster.path("exported.raw");
+    cluster.export(&point, 0, "raw", &exported);
+    assert!(same_bytes(&copy, &exported));
+    let list = cluster.json("master-target", &["recover", "list"]);
+    let mount = list.as_array().unwrap().iter().find(|v| v["kind"] == "mount").unwrap().clone();
+    cluster.tidegate(&["recover", "unmount", mount["name"].as_str().unwrap(), "--control", &control]);
+    assert!(!try_tool("nbdinfo", &[&uri]).status.success());
+}
+
+#[test]
+fn a_machine_of_three_disks_gets_points_over_all_of_them_and_raw_replicas_work() {
+    let mut cluster = Cluster::start(Options { disks: 3, format: "raw", ..Options::default() });
+    for index in 0..3 {
+        tool("qemu-io", &["-f", "raw", "-c", &format!("write -P {} 0 8M", index + 1), &cluster.nbd_uri(index)]);
+    }
+    cluster.wait_for_delta();
+    let point = cluster.mark("all");
+    let shown = cluster.json("master-target", &["point", "show", &point]);
+    assert_eq!(shown["disks"].as_array().unwrap().len(), 3);
+    for index in 0..3 {
+        let raw = cluster.path(&format!("out-{index}.raw"));
+        cluster.export(&point, index, "raw", &raw);
+        assert!(same_bytes(&raw, &cluster.disk(index)));
+        assert!(same_bytes(&cluster.replica(index), &cluster.disk(index)));
+    }
+}
+
+#[test]
+fn the_master_target_may_be_away_and_the_application_does_not_notice() {
+    let mut cluster = Cluster::start(Options::default());
+    cluster.wait_for_delta();
+    cluster.mark("before");
+    cluster.kill("master-target");
+    for n in 1..=20 {
+        tool("qemu-io", &["-f", "raw", "-c", &format!("write -P {n} {}M 2M", n), "-c", "flush", &cluster.nbd_uri(0)]);
+    }
+    cluster.start_role("master-target");
+    cluster.wait_for_delta();
+    let point = cluster.mark("after");
+    let raw = cluster.path("after.raw");
+    cluster.export(&point, 0, "raw", &raw);
+    assert!(same_bytes(&raw, &cluster.disk(0)));
+}
+
+#[test]
+fn a_backlog_beyond_its_bound_becomes_regions_and_heals_by_itself() {
+    let mut cluster = Cluster::start(Options { disk_bytes: 256 << 20, agent: "backlog = { memory_max = \"64MiB\" }\n".to_owned(), ..Options::default() });
+    cluster.wait_for_delta();
+    cluster.kill("process-server");
+    for n in 0..4 {
+        tool("qemu-io", &["-f", "raw", "-c", &format!("write -P {} {}M 48M", n + 1, n * 48), &cluster.nbd_uri(0)]);
+    }
+    cluster.wait("the agent says so", Duration::from_secs(10), || cluster.agent_disk(0)["state"] == "resynchronising");
+    let marked = cluster.try_tidegate(&["point", "mark", "--machine", "m1", "--control", &cluster.control("agent")]);
+    assert_eq!(marked.status.code(), Some(1), "no point of a mixture");
+    cluster.start_role("process-server");
+    cluster.wait_for_delta();
+    let point = cluster.mark("healed");
+    let raw = cluster.path("healed.raw");
+    cluster.export(&point, 0, "raw", &raw);
+    assert!(same_bytes(&raw, &cluster.disk(0)));
+}

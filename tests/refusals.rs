@@ -1,0 +1,155 @@
+//! What must be refused is refused with a clear error, and the server goes on serving the others.
+
+mod support;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpStream, UdpSocket};
+use std::time::Duration;
+
+use support::{Cluster, Options, ROLES, s, same_bytes, tool, try_tool};
+
+/// Everything still works.
+fn assert_works(cluster: &mut Cluster, label: &str) {
+    for role in ROLES {
+        assert!(cluster.runs(role), "{role} must go on\n{}", cluster.log(role));
+    }
+    cluster.wait_for_delta();
+    let point = cluster.mark(label);
+    let out = cluster.path("works.raw");
+    cluster.export(&point, 0, "raw", &out);
+    assert!(same_bytes(&out, &cluster.disk(0)));
+    fs::remove_file(out).unwrap();
+}
+
+#[test]
+fn garbage_on_9443_and_9444_disturbs_nobody() {
+    let mut cluster = Cluster::start(Options::default());
+    tool("qemu-io", &["-f", "raw", "-c", "write -P 5 0 4M", &cluster.nbd_uri(0)]);
+    for round in 0..30u8 {
+        let junk: Vec<u8> = (0..2000u32).map(|i| (i as u8).wrapping_mul(round).wrapping_add(round)).collect();
+        let mut tcp = TcpStream::connect(("127.0.0.1", cluster.ingest_port())).unwrap();
+        let _ = tcp.write_all(&junk);
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        udp.send_to(&junk[..1200], ("127.0.0.1", cluster.forward_port())).unwrap();
+    }
+    // Connections that say nothing.
+    let silent: Vec<_> = (0..20).map(|_| TcpStream::connect(("127.0.0.1", cluster.ingest_port())).unwrap()).collect();
+    assert_works(&mut cluster, "after garbage");
+    drop(silent);
+    // A NBD client that talks nonsense.
+    let mut nbd = std::os::unix::net::UnixStream::connect(cluster.nbd(0)).unwrap();
+    nbd.write_all(&[0xff; 5000]).unwrap();
+    let mut rest = Vec::new();
+    let _ = nbd.read_to_end(&mut rest);
+    assert_works(&mut cluster, "after nonsense");
+}
+
+#[test]
+fn certificates_of_another_ca_or_role_get_in_nowhere() {
+    let mut cluster = Cluster::start(Options::default());
+    cluster.wait_for_delta();
+    let other = cluster.path("other-ca");
+    cluster.tidegate(&["pki", "init", s(&other)]);
+    cluster.kill("agent");
+    let good = cluster.path("tls-good");
+    fs::rename(cluster.path("tls-agent"), &good).unwrap();
+    cluster.tidegate(&["pki", "issue", "--ca", s(&other), "--role", "agent", "--name", "m1", "--out", s(&cluster.path("tls-agent"))]);
+    cluster.start_role("agent");
+    cluster.wait("the agent says what is wrong", Duration::from_secs(10), || cluster.json("agent", &["status"])[0]["reason"].as_str().is_some_and(|r| r.contains("certificate")));
+    cluster.kill("agent");
+    fs::remove_dir_all(cluster.path("tls-agent")).unwrap();
+    // The right CA, the wrong machine.
+    cluster.tidegate(&["pki", "issue", "--ca", s(&cluster.path("ca")), "--role", "agent", "--name", "m2", "--out", s(&cluster.path("tls-agent"))]);
+    let wrong = cluster.try_tidegate(&["agent", "--config", s(&cluster.config("agent"))]);
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("m2"), "{}", String::from_utf8_lossy(&wrong.stderr));
+    // The right CA, the wrong role.
+    fs::remove_dir_all(cluster.path("tls-agent")).unwrap();
+    cluster.tidegate(&["pki", "issue", "--ca", s(&cluster.path("ca")), "--role", "admin", "--name", "m1", "--out", s(&cluster.path("tls-agent"))]);
+    let wrong = cluster.try_tidegate(&["agent", "--config", s(&cluster.config("agent"))]);
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("admin"));
+    // A key that others can read.
+    fs::remove_dir_all(cluster.path("tls-agent")).unwrap();
+    fs::rename(&good, cluster.path("tls-agent")).unwrap();
+    let key = cluster.path("tls-agent/key.pem");
+    tool("chmod", &["644", s(&key)]);
+    let exposed = cluster.try_tidegate(&["agent", "--config", s(&cluster.config("agent"))]);
+    assert!(String::from_utf8_lossy(&exposed.stderr).contains("chmod 600"));
+    tool("chmod", &["600", s(&key)]);
+    cluster.start_role("agent");
+    assert_works(&mut cluster, "with the right certificate");
+}
+
+#[test]
+fn unknown_disks_and_disks_larger_than_their_replica_are_named() {
+    let mut cluster = Cluster::start(Options::default());
+    cluster.wait_for_delta();
+    cluster.kill("agent");
+    let config = fs::read_to_string(cluster.config("agent")).unwrap();
+    fs::write(cluster.config("agent"), config.replace("name = \"d0\"", "name = \"d9\"")).unwrap();
+    cluster.start_role("agent");
+    let reason = |cluster: &Cluster| cluster.json("agent", &["status"])[0]["reason"].as_str().unwrap_or_default().to_owned();
+    cluster.wait("unknown disk is named", Duration::from_secs(10), || reason(&cluster).contains("not registered"));
+    cluster.kill("agent");
+    fs::write(cluster.config("agent"), &config).unwrap();
+    tool("truncate", &["-s", "96M", s(&cluster.disk(0))]);
+    cluster.start_role("agent");
+    cluster.wait("the size is named", Duration::from_secs(20), || reason(&cluster).contains("replica"));
+    cluster.kill("agent");
+    tool("truncate", &["-s", "64M", s(&cluster.disk(0))]);
+    cluster.start_role("agent");
+    assert_works(&mut cluster, "with the right size");
+}
+
+#[test]
+fn an_occupied_port_is_named_with_the_key_to_change() {
+    let mut cluster = Cluster::start(Options::default());
+    let text = fs::read_to_string(cluster.config("process-server")).unwrap();
+    let second = cluster.path("second.toml");
+    let control = cluster.control("process-server");
+    let text = text.replace(&control, &format!("unix:{}", cluster.path("second.sock").display())).replace(s(&cluster.path("process-server")), s(&cluster.path("second")));
+    let text: String = text.lines().filter(|l| !l.contains("[metrics]") && !l.starts_with("listen = \"127.0.0.1:") || l.contains(&cluster.ingest_port().to_string())).map(|l| format!("{l}\n")).collect();
+    fs::write(&second, text).unwrap();
+    let output = cluster.try_tidegate(&["process-server", "--config", s(&second)]);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains(&cluster.ingest_port().to_string()) && error.contains("[ingest] listen"), "{error}");
+    assert_works(&mut cluster, "the first one goes on");
+}
+
+#[test]
+fn a_full_file_system_at_the_master_target_damages_nothing_and_heals() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, mount) = (dir.path().join("small.img"), dir.path().join("small"));
+    fs::File::create(&image).unwrap().set_len(220 << 20).unwrap();
+    fs::create_dir(&mount).unwrap();
+    tool("mkfs.ext4", &["-q", "-F", s(&image)]);
+    tool("mount", &["-o", "loop", s(&image), s(&mount)]);
+    let options = Options {
+        disk_bytes: 256 << 20,
+        target_state: Some(mount.join("mt")),
+        master_target: "[journal]\nsize_max = \"32MiB\"\nsegment = \"8MiB\"\n".to_owned(),
+        ..Options::default()
+    };
+    let mut cluster = Cluster::start(options);
+    cluster.wait_for_delta();
+    cluster.mark("empty");
+    fs::write(mount.join("ballast"), vec![1u8; 90 << 20]).unwrap();
+    for n in 0..20 {
+        tool("qemu-io", &["-f", "raw", "-c", &format!("write -P {} {}M 8M", n + 1, n * 8), &cluster.nbd_uri(0)]);
+    }
+    let reason = |cluster: &Cluster| cluster.json("master-target", &["status"])[0]["reason"].as_str().unwrap_or_default().to_owned();
+    cluster.wait("the disk says so", Duration::from_secs(30), || reason(&cluster).contains("full"));
+    assert!(!cluster.points().is_empty(), "what was listed stays listed");
+    fs::remove_file(mount.join("ballast")).unwrap();
+    tool("truncate", &["-s", "600M", s(&image)]);
+    let device = tool("losetup", &["-n", "-O", "NAME", "-j", s(&image)]);
+    tool("losetup", &["-c", device.trim()]);
+    tool("resize2fs", &[device.trim()]);
+    cluster.wait_for_delta();
+    let point = cluster.mark("after");
+    let out = cluster.path("after.raw");
+    cluster.export(&point, 0, "raw", &out);
+    assert!(same_bytes(&out, &cluster.disk(0)));
+    drop(cluster);
+    let _ = try_tool("umount", &[s(&mount)]);
+}
