@@ -100,7 +100,20 @@ fn usage_and_configuration_mistakes_are_exit_code_2_and_say_what_to_write() {
     }
     assert!(cluster.tidegate(&["pki", "show", s(&cluster.path("tls-agent/cert.pem"))]).contains("spiffe://tidegate/agent/m1"));
     assert!(cluster.tidegate(&["completions", "bash"]).contains("tidegate"));
-    for command in ["quickstart", "agent", "process-server", "master-target", "status", "machine", "disk", "point", "recover", "pki", "check", "completions"] {
+    for command in [
+        "quickstart",
+        "agent",
+        "process-server",
+        "master-target",
+        "status",
+        "machine",
+        "disk",
+        "point",
+        "recover",
+        "pki",
+        "check",
+        "completions",
+    ] {
         assert!(cluster.tidegate(&[command, "--help"]).contains("Example"), "{command} --help has no example");
     }
 }

@@ -22,7 +22,12 @@ impl Mounted {
         let (file, point) = (cluster.path("fuse-file"), cluster.path("mnt"));
         fs::write(&file, b"").unwrap();
         fs::create_dir_all(&point).unwrap();
-        let fuse = Command::new("nbdfuse").arg(&file).arg(cluster.nbd_uri(0)).stdout(Stdio::null()).spawn().expect("nbdfuse: run tests through tests/run");
+        let fuse = Command::new("nbdfuse")
+            .arg(&file)
+            .arg(cluster.nbd_uri(0))
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("nbdfuse: run tests through tests/run");
         cluster.wait("nbdfuse", Duration::from_secs(10), || fs::metadata(&file).is_ok_and(|m| m.len() > 0));
         Self { fuse, file, point }
     }
@@ -179,7 +184,8 @@ fn the_master_target_may_be_away_and_the_application_does_not_notice() {
 
 #[test]
 fn a_backlog_beyond_its_bound_becomes_regions_and_heals_by_itself() {
-    let mut cluster = Cluster::start(Options { disk_bytes: 256 << 20, agent: "backlog = { memory_max = \"64MiB\" }\n".to_owned(), ..Options::default() });
+    let mut cluster =
+        Cluster::start(Options { disk_bytes: 256 << 20, agent: "backlog = { memory_max = \"64MiB\" }\n".to_owned(), ..Options::default() });
     cluster.wait_for_delta();
     cluster.kill("process-server");
     for n in 0..4 {

@@ -56,16 +56,40 @@ fn certificates_of_another_ca_or_role_get_in_nowhere() {
     fs::rename(cluster.path("tls-agent"), &good).unwrap();
     cluster.tidegate(&["pki", "issue", "--ca", s(&other), "--role", "agent", "--name", "m1", "--out", s(&cluster.path("tls-agent"))]);
     cluster.start_role("agent");
-    cluster.wait("the agent says what is wrong", Duration::from_secs(10), || cluster.json("agent", &["status"])[0]["reason"].as_str().is_some_and(|r| r.contains("certificate")));
+    cluster.wait("the agent says what is wrong", Duration::from_secs(10), || {
+        cluster.json("agent", &["status"])[0]["reason"].as_str().is_some_and(|r| r.contains("certificate"))
+    });
     cluster.kill("agent");
     fs::remove_dir_all(cluster.path("tls-agent")).unwrap();
     // The right CA, the wrong machine.
-    cluster.tidegate(&["pki", "issue", "--ca", s(&cluster.path("ca")), "--role", "agent", "--name", "m2", "--out", s(&cluster.path("tls-agent"))]);
+    cluster.tidegate(&[
+        "pki",
+        "issue",
+        "--ca",
+        s(&cluster.path("ca")),
+        "--role",
+        "agent",
+        "--name",
+        "m2",
+        "--out",
+        s(&cluster.path("tls-agent")),
+    ]);
     let wrong = cluster.try_tidegate(&["agent", "--config", s(&cluster.config("agent"))]);
     assert!(String::from_utf8_lossy(&wrong.stderr).contains("m2"), "{}", String::from_utf8_lossy(&wrong.stderr));
     // The right CA, the wrong role.
     fs::remove_dir_all(cluster.path("tls-agent")).unwrap();
-    cluster.tidegate(&["pki", "issue", "--ca", s(&cluster.path("ca")), "--role", "admin", "--name", "m1", "--out", s(&cluster.path("tls-agent"))]);
+    cluster.tidegate(&[
+        "pki",
+        "issue",
+        "--ca",
+        s(&cluster.path("ca")),
+        "--role",
+        "admin",
+        "--name",
+        "m1",
+        "--out",
+        s(&cluster.path("tls-agent")),
+    ]);
     let wrong = cluster.try_tidegate(&["agent", "--config", s(&cluster.config("agent"))]);
     assert!(String::from_utf8_lossy(&wrong.stderr).contains("admin"));
     // A key that others can read.
@@ -107,8 +131,14 @@ fn an_occupied_port_is_named_with_the_key_to_change() {
     let text = fs::read_to_string(cluster.config("process-server")).unwrap();
     let second = cluster.path("second.toml");
     let control = cluster.control("process-server");
-    let text = text.replace(&control, &format!("unix:{}", cluster.path("second.sock").display())).replace(s(&cluster.path("process-server")), s(&cluster.path("second")));
-    let text: String = text.lines().filter(|l| !l.contains("[metrics]") && !l.starts_with("listen = \"127.0.0.1:") || l.contains(&cluster.ingest_port().to_string())).map(|l| format!("{l}\n")).collect();
+    let text = text
+        .replace(&control, &format!("unix:{}", cluster.path("second.sock").display()))
+        .replace(s(&cluster.path("process-server")), s(&cluster.path("second")));
+    let text: String = text
+        .lines()
+        .filter(|l| !l.contains("[metrics]") && !l.starts_with("listen = \"127.0.0.1:") || l.contains(&cluster.ingest_port().to_string()))
+        .map(|l| format!("{l}\n"))
+        .collect();
     fs::write(&second, text).unwrap();
     let output = cluster.try_tidegate(&["process-server", "--config", s(&second)]);
     let error = String::from_utf8_lossy(&output.stderr).into_owned();

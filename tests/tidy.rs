@@ -29,7 +29,11 @@ fn code(path: &Path) -> String {
 
 #[test]
 fn every_file_states_its_duty_on_its_first_line() {
-    let bare: Vec<_> = sources(&root().join("src")).into_iter().chain(sources(&root().join("tests"))).filter(|p| !fs::read_to_string(p).unwrap().starts_with("//! ")).collect();
+    let bare: Vec<_> = sources(&root().join("src"))
+        .into_iter()
+        .chain(sources(&root().join("tests")))
+        .filter(|p| !fs::read_to_string(p).unwrap().starts_with("//! "))
+        .collect();
     assert!(bare.is_empty(), "files without a duty on line one: {bare:?}");
 }
 
@@ -72,7 +76,11 @@ fn imports_go_one_way() {
             } else {
                 may.iter().find(|(m, _)| *m == module).is_some_and(|(_, list)| list.contains(&used.as_str()))
             };
-            assert!(allowed, "{} uses crate::{used}: imports go cli -> servers -> (disk, nbd, crypto, control, observe) -> (wire, storage) -> model", relative.display());
+            assert!(
+                allowed,
+                "{} uses crate::{used}: imports go cli -> servers -> (disk, nbd, crypto, control, observe) -> (wire, storage) -> model",
+                relative.display()
+            );
         }
     }
 }

@@ -250,7 +250,7 @@ impl Link {
                 self.new_epoch(index, highest, "the process server knows a newer epoch").await?;
                 Duration::ZERO
             }
-            Refusal::NotReady => Duration::from_millis(500),
+            Refusal::NotReady => Duration::from_millis(100),
             Refusal::NotAllowed => Duration::from_secs(10),
         };
         if !wait.is_zero() {

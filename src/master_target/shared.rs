@@ -1,7 +1,7 @@
 //! What the network thread and the apply thread share of each disk: the queue of journaled batches, and figures.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -23,6 +23,8 @@ pub struct Item {
     pub end: Position,
     /// Where it is in the journal.
     pub location: Location,
+    /// It ends with a marker: a point waits for it.
+    pub marked: bool,
     /// Its opened body, unless it has to be read back.
     pub body: Option<(BatchHeader, AlignedBuf)>,
     /// How it travelled.
@@ -32,7 +34,7 @@ pub struct Item {
 impl Item {
     /// A batch found at start.
     pub fn recovered(header: &BatchHeader, location: Location) -> Self {
-        Self { first: header.first, end: header.end(), location, body: None, travel: None }
+        Self { first: header.first, end: header.end(), location, marked: header.marker_len > 0, body: None, travel: None }
     }
 }
 
@@ -105,6 +107,8 @@ pub struct DiskShared {
     /// Size by configuration.
     pub configured_size: Option<u64>,
     queue: Mutex<VecDeque<Item>>,
+    /// A batch with a marker waits.
+    pub marker_waiting: AtomicBool,
     /// Bytes in the journal of this disk.
     pub queue_bytes: AtomicU64,
     /// Rung when something was queued.
@@ -124,6 +128,7 @@ impl DiskShared {
             format: disk.format,
             configured_size: disk.size,
             queue: Mutex::default(),
+            marker_waiting: AtomicBool::new(false),
             queue_bytes: AtomicU64::new(0),
             queued: Notify::new(),
             condition: Mutex::default(),
@@ -138,6 +143,9 @@ impl DiskShared {
     /// Queues a journaled batch.
     pub fn push(&self, item: Item) {
         self.queue_bytes.fetch_add(item.location.stored_bytes(), Ordering::Relaxed);
+        if item.marked {
+            self.marker_waiting.store(true, Ordering::Relaxed);
+        }
         self.lock_queue().push_back(item);
         self.queued.notify_one();
     }
@@ -145,6 +153,7 @@ impl DiskShared {
     /// Takes batches in order until about `bytes` are taken.
     pub fn take(&self, bytes: u64) -> Vec<Item> {
         let mut queue = self.lock_queue();
+        self.marker_waiting.store(false, Ordering::Relaxed);
         let mut taken = Vec::new();
         let mut sum = 0;
         while sum < bytes

@@ -67,7 +67,18 @@ impl Cluster {
         let ca = cluster.path("ca");
         cluster.tidegate(&["pki", "init", s(&ca)]);
         for (role, name) in [("agent", "m1"), ("process-server", "gw1"), ("master-target", "mt1")] {
-            cluster.tidegate(&["pki", "issue", "--ca", s(&ca), "--role", role, "--name", name, "--out", s(&cluster.path(&format!("tls-{role}")))]);
+            cluster.tidegate(&[
+                "pki",
+                "issue",
+                "--ca",
+                s(&ca),
+                "--role",
+                role,
+                "--name",
+                name,
+                "--out",
+                s(&cluster.path(&format!("tls-{role}"))),
+            ]);
         }
         for index in 0..cluster.options.disks {
             let file = File::create(cluster.disk(index)).expect("a disk");
@@ -94,12 +105,17 @@ impl Cluster {
         };
         let common = |role: &str, index: usize| {
             let metrics = metrics[index];
-            format!("{}[control]\nlisten = \"unix:{}\"\n[metrics]\nlisten = \"127.0.0.1:{metrics}\"\n", tls(role), self.control_path(role).display())
+            format!(
+                "{}[control]\nlisten = \"unix:{}\"\n[metrics]\nlisten = \"127.0.0.1:{metrics}\"\n",
+                tls(role),
+                self.control_path(role).display()
+            )
         };
         let mut agent = format!("machine = \"m1\"\nstate = {:?}\n{}{}", self.path("agent"), self.options.agent, common("agent", 0));
         agent += &format!("[process_server]\naddress = \"127.0.0.1:{ingest}\"\n[points]\ninterval = \"{}\"\n", self.options.interval);
         for index in 0..self.options.disks {
-            agent += &format!("[[disk]]\nname = \"d{index}\"\npath = {:?}\nnbd = \"unix:{}\"\n", self.disk(index), self.nbd(index).display());
+            agent +=
+                &format!("[[disk]]\nname = \"d{index}\"\npath = {:?}\nnbd = \"unix:{}\"\n", self.disk(index), self.nbd(index).display());
         }
         let names: Vec<String> = (0..self.options.disks).map(|i| format!("\"d{i}\"")).collect();
         let gateway = format!(
@@ -331,7 +347,10 @@ pub fn tool(name: &str, args: &[&str]) -> String {
 
 /// Runs a tool.
 pub fn try_tool(name: &str, args: &[&str]) -> Output {
-    Command::new(name).args(args).output().unwrap_or_else(|e| panic!("{name}: {e}: run tests through tests/run, which installs what they need"))
+    Command::new(name)
+        .args(args)
+        .output()
+        .unwrap_or_else(|e| panic!("{name}: {e}: run tests through tests/run, which installs what they need"))
 }
 
 /// Whether two files hold the same bytes; the longer one's rest counts as a difference.

@@ -175,6 +175,7 @@ impl Capture {
 }
 
 impl Volume {
+    /// Publishes figures and the report that goes downstream.
     fn publish(&self) {
         let now = clock::now();
         let report = self.report(now);

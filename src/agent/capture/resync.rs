@@ -27,6 +27,7 @@ pub(super) async fn run(volume: Rc<Volume>) {
             if sending && volume.missing_bytes() == 0 {
                 sending = false;
                 volume.became_consistent().await;
+                volume.publish();
             }
             tokio::time::sleep(IDLE).await;
             continue;

@@ -17,6 +17,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -32,6 +33,9 @@ use crate::config::master_target::MasterTargetSettings;
 use crate::crypto::keyring::KeyEncryptionKey;
 use crate::model::{DiskId, Extent, PointId, Position};
 use crate::storage::uring::Uring;
+
+/// A checkpoint that brings a marker comes this soon after the one before.
+const MARKER_CHECKPOINT: Duration = Duration::from_millis(100);
 
 /// A request to the apply thread.
 pub enum Command {
@@ -259,9 +263,14 @@ impl Apply {
                 disk.queued.notified().await;
                 continue;
             }
-            while disk.waiting_bytes() < bytes && clock::now().since(last) < interval {
-                let left = interval.saturating_sub(clock::now().since(last));
-                tokio::time::sleep(left.min(Duration::from_millis(5))).await;
+            loop {
+                // A marker is not kept waiting: the age of the newest point is what people are judged by.
+                let due = if disk.marker_waiting.load(Ordering::Relaxed) { interval.min(MARKER_CHECKPOINT) } else { interval };
+                let since = clock::now().since(last);
+                if disk.waiting_bytes() >= bytes || since >= due {
+                    break;
+                }
+                tokio::time::sleep(due.saturating_sub(since).min(Duration::from_millis(5))).await;
             }
             last = clock::now();
             let items = disk.take(2 * bytes);

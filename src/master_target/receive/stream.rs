@@ -243,13 +243,14 @@ impl DiskStream<'_> {
         if keep {
             shared.body_bytes.fetch_add(body.len() as u64, Ordering::Relaxed);
         }
-        let (first, end) = (header.first, header.end());
+        let (first, end, marked) = (header.first, header.end(), header.marker_len > 0);
         let mut order = self.disk.order.borrow_mut();
         let order = order.as_mut().expect("made when the stream was opened");
         let number = order.received(end, || Item {
             first,
             end,
             location: Location::nowhere(),
+            marked,
             body: keep.then_some((header, body)),
             travel: Some(travel),
         });

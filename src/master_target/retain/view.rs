@@ -44,12 +44,8 @@ impl<S: Storage> Retention<S> {
     pub async fn view(&self, position: Position) -> Result<Rc<View<S>>, RetainError> {
         let current = self.current_start.get();
         let starts: Vec<Position> = self.files.borrow().range(position..).map(|(p, _)| *p).filter(|p| Some(*p) != current).collect();
-        let opener = Opener::new(
-            self.subject.key.clone(),
-            crate::crypto::seal::Purpose::Retention,
-            self.subject.disk,
-            self.subject.generation,
-        );
+        let opener =
+            Opener::new(self.subject.key.clone(), crate::crypto::seal::Purpose::Retention, self.subject.disk, self.subject.generation);
         let mut view = View {
             past: OverlayMap::default(),
             closed: Vec::new(),
