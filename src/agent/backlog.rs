@@ -61,7 +61,7 @@ impl Backlog {
     /// # Errors
     /// [`Full`]; markers always fit, they are few and small.
     pub fn push(&mut self, kind: ChangeKind, now: Mono) -> Result<u64, Full> {
-        let cost = change_cost(kind.data_len());
+        let cost = held_cost(&kind);
         if self.bytes + cost > self.bytes_max && !matches!(kind, ChangeKind::Mark(_)) {
             return Err(Full);
         }
@@ -88,6 +88,12 @@ impl Backlog {
         Some((held.change.clone(), held.captured))
     }
 
+    /// Cost of the next change to send.
+    pub fn next_cost(&self) -> Option<u64> {
+        let index = usize::try_from(self.sent.checked_sub(self.cached)?).ok()?;
+        self.held.get(index).map(|held| change_cost(held.change.kind.data_len()))
+    }
+
     /// A new connection wants to go on at `resume_at`.
     ///
     /// # Errors
@@ -96,8 +102,8 @@ impl Backlog {
         if resume_at <= self.cached || resume_at > self.next {
             return Err(CannotResume);
         }
-        self.drop_through(resume_at - 1);
-        self.sent = self.cached;
+        // What lies between was received, but is not durable there: it stays here until it is.
+        self.sent = resume_at - 1;
         self.assert_ladder();
         Ok(())
     }
@@ -127,14 +133,14 @@ impl Backlog {
         self.epoch
     }
 
+    /// Whether a marker may be added: they pass the bound that holds for changes, but not without end.
+    pub fn has_room_for_marker(&self) -> bool {
+        self.bytes <= self.bytes_max
+    }
+
     /// Cost of what is held.
     pub fn bytes(&self) -> u64 {
         self.bytes
-    }
-
-    /// Whether a change could be sent.
-    pub fn has_unsent(&self) -> bool {
-        self.sent + 1 < self.next
     }
 
     /// The last sequence that is journaled at the master target.
@@ -156,7 +162,7 @@ impl Backlog {
     fn drop_through(&mut self, sequence: u64) {
         while self.held.front().is_some_and(|h| h.change.sequence <= sequence) {
             if let Some(held) = self.held.pop_front() {
-                self.bytes -= change_cost(held.change.kind.data_len());
+                self.bytes -= held_cost(&held.change.kind);
             }
         }
         self.cached = sequence;
@@ -167,6 +173,17 @@ impl Backlog {
         assert_ladder(&self.rungs());
     }
 }
+
+/// What a held change counts against the bound of the backlog.
+fn held_cost(kind: &ChangeKind) -> u64 {
+    match kind {
+        ChangeKind::Mark(_) => MARKER_COST,
+        other => change_cost(other.data_len()),
+    }
+}
+
+/// A marker with its list of disks and label.
+const MARKER_COST: u64 = 4096;
 
 #[cfg(test)]
 mod tests {

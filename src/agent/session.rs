@@ -102,6 +102,8 @@ struct Link {
     slots: Vec<Slot>,
     work: Notify,
     reopen: RefCell<Vec<(usize, Duration)>>,
+    /// A disk was opened: the other side wants to know how it does.
+    report_now: Cell<bool>,
 }
 
 #[derive(Default)]
@@ -145,6 +147,7 @@ async fn connect_and_run(
         commands: commands.clone(),
         slots: shared.volumes.iter().map(|_| Slot::default()).collect(),
         work: Notify::new(),
+        report_now: Cell::new(false),
         reopen: RefCell::new((0..shared.volumes.len()).map(|i| (i, Duration::ZERO)).collect()),
     });
     tokio::select! {
@@ -229,6 +232,7 @@ impl Link {
                 self.slots[index].spent.set(0);
                 self.slots[index].open.set(true);
                 volume.open.store(true, Ordering::Relaxed);
+                self.report_now.set(true);
                 tracing::info!(disk = volume.label, resume_at, "the process server takes changes of this disk");
                 return Ok(());
             }
@@ -297,7 +301,7 @@ async fn send(link: Rc<Link>, mut write: WriteHalf<TlsStream<TcpStream>>) -> Res
         staging.clear();
         open_slots(&link, &mut staging)?;
         let now = clock::now();
-        if reported.is_none_or(|at| now.since(at) >= REPORT_EVERY) {
+        if link.report_now.replace(false) || reported.is_none_or(|at| now.since(at) >= REPORT_EVERY) {
             reported = Some(now);
             add_reports(&link, &mut staging)?;
         }
@@ -334,7 +338,7 @@ async fn send(link: Rc<Link>, mut write: WriteHalf<TlsStream<TcpStream>>) -> Res
 impl Link {
     fn has_work(&self) -> bool {
         let sendable = |(slot, volume): (&Slot, &Arc<VolumeShared>)| {
-            slot.open.get() && slot.credit.get() > slot.spent.get() && volume.backlog().has_unsent()
+            slot.open.get() && volume.backlog().next_cost().is_some_and(|cost| slot.spent.get() + cost <= slot.credit.get())
         };
         self.slots.iter().zip(&self.shared.volumes).any(sendable)
     }

@@ -12,6 +12,8 @@ use crate::model::{DiskId, MachineId, Marker, PointId, Position, RecoveryPoint};
 pub struct Pending {
     /// What the markers say.
     pub marker: Marker,
+    /// When the first disk had it, in seconds the master target has run.
+    pub since: u64,
     /// Disks that have it, durably in the replica.
     pub arrived: BTreeMap<DiskId, Position>,
 }
@@ -53,11 +55,16 @@ impl Book {
     /// `configured` are the machine's disks here.
     pub fn arrive(&self, disk: DiskId, position: Position, marker: &Marker, configured: &[DiskId], clock: u64) -> Changes {
         let mut changes = Changes::default();
-        if self.listed.contains_key(&marker.point) {
+        // A point that is there, or an id that another machine uses already, changes nothing.
+        let foreign = self.pending.get(&marker.point).is_some_and(|p| p.marker.machine != marker.machine);
+        if self.listed.contains_key(&marker.point) || foreign {
             return changes;
         }
-        let mut pending =
-            self.pending.get(&marker.point).cloned().unwrap_or_else(|| Pending { marker: marker.clone(), arrived: BTreeMap::new() });
+        let mut pending = self.pending.get(&marker.point).cloned().unwrap_or_else(|| Pending {
+            marker: marker.clone(),
+            since: clock,
+            arrived: BTreeMap::new(),
+        });
         pending.arrived.insert(disk, position);
         // Every disk of the machine, by the agent's list and by ours: a point without one of them is no point.
         let complete = marker.disks.iter().chain(configured).all(|d| pending.arrived.contains_key(d));
@@ -108,6 +115,16 @@ impl Book {
         let gone: Vec<_> =
             older.iter().enumerate().take_while(|(index, p)| (*index < keep_from || old(p)) && !self.in_use.contains_key(&p.id)).collect();
         gone.into_iter().map(|(_, p)| p.id).collect()
+    }
+
+    /// Points of a machine that wait for a disk beyond the policy, the oldest first: a disk that never sends its markers
+    /// must not make the others keep their history without end.
+    pub fn hopeless(&self, machine: MachineId, points_max: usize, span: Duration, clock: u64) -> Vec<PointId> {
+        let mut waiting: Vec<_> = self.pending.iter().filter(|(_, p)| p.marker.machine == machine).collect();
+        waiting.sort_by_key(|(_, p)| (p.since, p.arrived.values().min().copied()));
+        let beyond = waiting.len().saturating_sub(points_max);
+        let gone = waiting.iter().enumerate().filter(|(index, (_, p))| *index < beyond || clock.saturating_sub(p.since) > span.as_secs());
+        gone.map(|(_, (id, _))| **id).collect()
     }
 
     /// Takes points off the list; their data may be removed once this is durable.
@@ -177,7 +194,7 @@ impl Book {
     /// Forgets points that are pending.
     pub fn forget_pending(&mut self, points: &[PointId]) {
         for id in points {
-            self.pending.remove(id);
+            self.incomplete += u64::from(self.pending.remove(id).is_some());
         }
     }
 }
@@ -239,6 +256,20 @@ mod tests {
         assert!(arrive(&mut book, disks[1], 9, &marker(11, &disks), 0));
         assert_eq!(book.incomplete(), 1);
         assert_eq!(book.oldest_needed(disks[0]), Some(Position::new(1, 9)));
+    }
+
+    #[test]
+    fn points_that_wait_for_a_disk_that_never_comes_are_given_up_by_policy() {
+        let mut book = Book::default();
+        let disks = [disk(1), disk(2)];
+        for n in 1..=10 {
+            arrive(&mut book, disks[0], n, &marker(u128::from(n), &disks), n);
+        }
+        let gone = book.hopeless(MachineId(Uuid::from_u128(1)), 4, Duration::from_secs(86400), 10);
+        assert_eq!(gone.len(), 6);
+        book.forget_pending(&gone);
+        assert_eq!(book.oldest_needed(disks[0]), Some(Position::new(1, 7)));
+        assert_eq!(book.hopeless(MachineId(Uuid::from_u128(1)), 100, Duration::from_secs(5), 100).len(), 4);
     }
 
     #[test]

@@ -278,8 +278,7 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
             let answer =
                 Answer { export: self.export.clone(), replies: replies.clone(), structured: self.structured, context: self.context };
             tokio::task::spawn_local(async move {
-                answer.handle(request, data).await;
-                drop(permits);
+                answer.handle(request, data, permits).await;
             });
         };
         // Requests under way finish first: their writes must not be cut off by a client that hangs up.
@@ -322,15 +321,19 @@ impl Drop for Permits {
 /// Replies waiting for the socket; written together.
 #[derive(Default)]
 struct Replies {
-    queue: RefCell<Vec<Bytes>>,
+    queue: RefCell<Vec<(Vec<Bytes>, Permits)>>,
     ready: Notify,
     closed: Cell<bool>,
     failed: Cell<bool>,
 }
 
 impl Replies {
-    fn push(&self, parts: impl IntoIterator<Item = Bytes>) {
-        self.queue.borrow_mut().extend(parts);
+    /// The permits return when the reply was written: a client that does not read is not served without end.
+    fn push(&self, parts: Vec<Bytes>, permits: Permits) {
+        if self.failed.get() {
+            return;
+        }
+        self.queue.borrow_mut().push((parts, permits));
         self.ready.notify_one();
     }
 
@@ -343,8 +346,8 @@ impl Replies {
 async fn write_replies<W: AsyncWrite + Unpin>(mut write: W, replies: Rc<Replies>) {
     let mut small = BytesMut::new();
     loop {
-        let parts = std::mem::take(&mut *replies.queue.borrow_mut());
-        if parts.is_empty() {
+        let waiting = std::mem::take(&mut *replies.queue.borrow_mut());
+        if waiting.is_empty() {
             if replies.closed.get() {
                 return;
             }
@@ -352,14 +355,14 @@ async fn write_replies<W: AsyncWrite + Unpin>(mut write: W, replies: Rc<Replies>
             continue;
         }
         let written = async {
-            for part in parts {
+            for part in waiting.iter().flat_map(|(parts, _)| parts) {
                 if part.len() <= 16 << 10 {
-                    small.extend_from_slice(&part);
+                    small.extend_from_slice(part);
                     continue;
                 }
                 write.write_all(&small).await?;
                 small.clear();
-                write.write_all(&part).await?;
+                write.write_all(part).await?;
             }
             write.write_all(&small).await?;
             small.clear();
@@ -367,6 +370,8 @@ async fn write_replies<W: AsyncWrite + Unpin>(mut write: W, replies: Rc<Replies>
         };
         if written.await.is_err() {
             replies.failed.set(true);
+            // Whoever waits for permits must see that nobody reads any more.
+            replies.queue.borrow_mut().clear();
             return;
         }
     }
@@ -380,16 +385,16 @@ struct Answer<E> {
 }
 
 impl<E: Export> Answer<E> {
-    async fn handle(&self, request: Request, data: Option<AlignedBuf>) {
+    async fn handle(&self, request: Request, data: Option<AlignedBuf>, permits: Permits) {
         match self.perform(request, data).await {
-            Ok(parts) => self.replies.push(parts),
+            Ok(parts) => self.replies.push(parts, permits),
             Err(e) if self.structured && matches!(request.kind, command::READ | command::BLOCK_STATUS) => {
                 let mut body = e.code().to_be_bytes().to_vec();
                 body.extend_from_slice(&0u16.to_be_bytes());
                 let head = chunk_header(request.cookie, chunk::FLAG_DONE, chunk::ERROR, body.len() as u32);
-                self.replies.push([Bytes::copy_from_slice(&head), body.into()]);
+                self.replies.push(vec![Bytes::copy_from_slice(&head), body.into()], permits);
             }
-            Err(e) => self.replies.push([Bytes::copy_from_slice(&simple_reply(request.cookie, e.code()))]),
+            Err(e) => self.replies.push(vec![Bytes::copy_from_slice(&simple_reply(request.cookie, e.code()))], permits),
         }
     }
 

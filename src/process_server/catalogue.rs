@@ -59,6 +59,25 @@ impl Records {
         self.catalogue.get(DISKS, disk.0.as_bytes())
     }
 
+    /// Raises epochs and released positions, durably, together. Records of another generation are left alone: what is
+    /// merged into them belongs to a history that is over.
+    ///
+    /// # Errors
+    /// Those of the catalogue; nothing was changed then.
+    pub fn merge(&self, records: &[(DiskId, DiskRecord)]) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            for (disk, record) in records {
+                let known: Option<DiskRecord> = batch.get(DISKS, disk.0.as_bytes())?;
+                if let Some(mut known) = known.filter(|k| k.generation == record.generation) {
+                    known.epoch = known.epoch.max(record.epoch);
+                    known.released = known.released.max(record.released);
+                    batch.put(DISKS, disk.0.as_bytes(), &known)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// Replaces records, durably, together.
     ///
     /// # Errors

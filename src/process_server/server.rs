@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crossbeam::channel::Sender;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::cache::{self, CacheHandle, Completions, Tag};
 use super::catalogue::Records;
@@ -169,6 +169,15 @@ fn recover_disks(
             disks.insert(id, Rc::new(disk));
         }
     }
+    // Disks that are not in the configuration: what the master target has, or can never take, is given up.
+    for (id, batches) in &mut found {
+        let record = records.disk(*id)?;
+        let needed = |generation: u64, end| record.as_ref().is_some_and(|r| r.generation == generation && end > r.released);
+        let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(batches).into_iter().partition(|(g, q)| needed(*g, q.end));
+        unneeded.extend(gone.into_iter().map(|(_, q)| q.location));
+        *batches = kept;
+    }
+    found.retain(|_, batches| !batches.is_empty());
     if !found.is_empty() {
         // Not released: they may belong to a machine that was taken out of the configuration by mistake.
         tracing::warn!(
@@ -197,14 +206,19 @@ impl Server {
         disk.stream.borrow().queue_bytes() > self.settings.cache.size_max / 100 * self.settings.cache.disk_share_percent
     }
 
-    /// Sends a closed batch into the pipeline, waiting for room.
-    pub async fn dispatch(&self, disk: &Disk, number: u64, batch: RawBatch) {
-        let Ok(permit) = self.pipeline.clone().acquire_owned().await else { return };
+    /// A place in the pipeline; waits for room. Taken before a batch is closed, so that none is lost while waiting.
+    pub async fn pipeline_place(&self) -> Option<OwnedSemaphorePermit> {
+        self.pipeline.clone().acquire_owned().await.ok()
+    }
+
+    /// Sends a closed batch into the pipeline, sealed for the history the disk has at this moment.
+    pub fn dispatch(&self, disk: &Disk, batch: RawBatch, place: OwnedSemaphorePermit) {
         let (session, generation) = (disk.session.borrow().clone(), disk.record.borrow().as_ref().map_or(0, |r| r.generation));
         let Some(session) = session else { return };
-        let tag = Tag { disk: disk.id, number, captured: batch.captured, permit };
+        let number = disk.enter_pipeline(&batch);
+        let tag = Tag { disk: disk.id, number, captured: batch.captured, permit: place };
         let job = Job { batch, disk: disk.id, label: disk.label.clone(), generation, session, tag };
-        // There is room for every batch with a permit; the workers end only with the process.
+        // There is room for every batch with a place; the workers end only with the process.
         let _ = self.jobs.try_send(job);
     }
 }
@@ -219,7 +233,11 @@ async fn take_completions(server: Rc<Server>, mut completions: Completions) {
                     let Ok(header) = BatchHeader::decode(&sealed) else { continue };
                     let len = sealed.len() as u64;
                     let mut stream = disk.stream.borrow_mut();
-                    let joined = stream.cached(appended.tag.number, header.first, location, sealed, appended.tag.captured);
+                    let Some(joined) = stream.cached(appended.tag.number, header.first, location, sealed, appended.tag.captured) else {
+                        // Of a history that was given up while it was on its way.
+                        disk.to_release.borrow_mut().push(location);
+                        continue;
+                    };
                     server.queue_memory.set(server.queue_memory.get() + len);
                     if server.queue_memory.get() > server.settings.cache.memory_max {
                         let forgotten = stream.forget_newest(joined);
@@ -245,11 +263,11 @@ async fn close_aged(server: Rc<Server>) {
         server.batch_opened.notified().await;
         while server.disks.values().any(|d| d.batcher.borrow().is_open()) {
             tokio::time::sleep(age / 2).await;
-            for disk in server.disks.values() {
+            for disk in server.disks.values().filter(|d| d.batcher.borrow().is_open()) {
+                let Some(place) = server.pipeline_place().await else { return };
                 let closed = disk.batcher.borrow_mut().close_older(clock::now(), age);
                 if let Some(batch) = closed {
-                    let number = disk.enter_pipeline(&batch);
-                    server.dispatch(disk, number, batch).await;
+                    server.dispatch(disk, batch, place);
                 }
             }
         }
@@ -275,7 +293,7 @@ async fn release(server: Rc<Server>) {
             continue;
         }
         let (store, batch) = (server.records.clone(), records.clone());
-        match tokio::task::spawn_blocking(move || store.put(&batch)).await {
+        match tokio::task::spawn_blocking(move || store.merge(&batch)).await {
             Ok(Ok(())) => {
                 for (id, record) in records {
                     if let Some(disk) =

@@ -140,11 +140,10 @@ impl Stream {
     }
 
     /// A batch is durable in the cache. Batches may complete out of order; only a run without gaps counts. Returns how
-    /// many joined the queue.
-    pub fn cached(&mut self, number: u64, first: u64, location: Location, sealed: Bytes, captured: Mono) -> usize {
-        if let Some(batch) = self.pipeline.iter_mut().find(|b| b.number == number) {
-            batch.cached = Some(Queued { first, end: batch.end, location, sealed: Some(sealed), captured });
-        }
+    /// many joined the queue; `None` for a batch that entered before a [`Stream::reset`].
+    pub fn cached(&mut self, number: u64, first: u64, location: Location, sealed: Bytes, captured: Mono) -> Option<usize> {
+        let batch = self.pipeline.iter_mut().find(|b| b.number == number)?;
+        batch.cached = Some(Queued { first, end: batch.end, location, sealed: Some(sealed), captured });
         let mut joined = 0;
         while let Some(done) = self.pipeline.front_mut().and_then(|b| b.cached.take().map(|q| (q, b.cost))) {
             let (queued, cost) = done;
@@ -156,7 +155,7 @@ impl Stream {
             joined += 1;
         }
         self.check();
-        joined
+        Some(joined)
     }
 
     /// The bytes of the batches that joined last are not kept in memory.
@@ -209,6 +208,23 @@ impl Stream {
     pub fn released_through(&mut self, position: Position) {
         self.released = self.released.max(position);
         self.check();
+    }
+
+    /// Gives up batches of epochs before `epoch`: the master target obeys a newer one and would refuse them. What they
+    /// held is sent again by the newer epoch, whose agent marked everything that was not safe.
+    pub fn drop_epochs_before(&mut self, epoch: u64) -> Vec<Queued> {
+        let mut gone = Vec::new();
+        while self.queue.front().is_some_and(|q| q.end.epoch < epoch) {
+            gone.extend(self.queue.pop_front());
+            self.sent = self.sent.saturating_sub(1);
+        }
+        self.queue_bytes -= gone.iter().map(|q| q.location.stored_bytes()).sum::<u64>();
+        gone
+    }
+
+    /// What was accepted.
+    pub fn accepted(&self) -> Position {
+        self.accepted
     }
 
     /// Forgets everything, because the replica has another history. Returns the cached batches to give up.

@@ -93,6 +93,8 @@ pub enum Reply {
     Opened {
         /// The replica's history.
         generation: u64,
+        /// The highest epoch obeyed; batches of lower ones are refused.
+        epoch: u64,
         /// Everything up to here is durable.
         journaled: Position,
         /// The disk's data key. Travels inside TLS 1.3, to a certificate of role process-server only.
@@ -139,7 +141,7 @@ mod tests {
 
     #[test]
     fn the_data_key_is_not_printed() {
-        let reply = Reply::Opened { generation: 1, journaled: Position::default(), data_key: [0xa5; 32] };
+        let reply = Reply::Opened { generation: 1, epoch: 1, journaled: Position::default(), data_key: [0xa5; 32] };
         assert!(!format!("{reply:?}").contains("165"));
     }
 }

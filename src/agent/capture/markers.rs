@@ -27,6 +27,9 @@ pub enum Skip {
     /// The agent stops.
     #[error("the agent is stopping")]
     Stopping,
+    /// The stream has been cut off for so long that the backlog is full.
+    #[error("the backlog is full of changes that wait for the process server")]
+    BacklogFull,
     /// A label that receivers would refuse.
     #[error("a label has at most 256 bytes and no control characters")]
     Label,
@@ -39,6 +42,7 @@ impl Skip {
             Skip::HoldTooLong => "hold-too-long",
             Skip::NoAppPoints => "app-unavailable",
             Skip::Stopping => "stopping",
+            Skip::BacklogFull => "backlog-full",
             Skip::Label => "label",
         }
     }
@@ -117,6 +121,9 @@ impl Capture {
         // A write that was under way may have met a full backlog.
         if !self.is_consistent() {
             return Err(Skip::NotConsistent);
+        }
+        if !self.volumes.iter().all(|v| v.shared.backlog().has_room_for_marker()) {
+            return Err(Skip::BacklogFull);
         }
         let marker = Marker {
             point: PointId(Uuid::new_v4()),

@@ -19,7 +19,7 @@ use crate::agent::shared::{AgentShared, VolumeShared};
 use crate::clock::{self, Mono, micros};
 use crate::config::agent::{AgentSettings, CacheMode, Disk};
 use crate::model::change::{CHANGE_BYTES_MAX, ZERO_BYTES_MAX};
-use crate::model::{BLOCK, ChangeKind, DiskReport, Extent, ReplicationState, SECTOR};
+use crate::model::{BLOCK, ChangeKind, DiskReport, Extent, RegionSet, ReplicationState, SECTOR};
 use crate::nbd::protocol::NbdError;
 use crate::nbd::server::{Allocation, Export, ExportInfo};
 use crate::observe::metrics;
@@ -70,6 +70,8 @@ pub(super) struct Volume {
     locks: Rc<RangeLocks>,
     gate: Rc<Gate>,
     captured_bytes: Cell<u64>,
+    /// The stream is being started anew: nothing may be marked clean meanwhile.
+    restarting: Cell<bool>,
     broken: RefCell<Option<String>>,
 }
 
@@ -96,6 +98,7 @@ impl Volume {
             locks: Rc::new(RangeLocks::default()),
             gate,
             captured_bytes: Cell::new(0),
+            restarting: Cell::new(false),
             broken: RefCell::default(),
         }
     }
@@ -111,6 +114,13 @@ impl Volume {
     /// # Errors
     /// Those of the map's file; the old stream then stays as it is.
     pub(super) async fn restart_stream(&self, above: u64, generation: Option<u64>, reason: &'static str) -> io::Result<u64> {
+        self.restarting.set(true);
+        let result = self.restart_marked(above, generation, reason).await;
+        self.restarting.set(false);
+        result
+    }
+
+    async fn restart_marked(&self, above: u64, generation: Option<u64>, reason: &'static str) -> io::Result<u64> {
         if generation.is_some() {
             self.map.mark_all().await?;
         }
@@ -126,7 +136,10 @@ impl Volume {
         let epoch = self.map.header().epoch;
         // No await from here on: a write captured between these steps would be in neither.
         self.shared.backlog().restart(epoch);
-        if self.regions.borrow_mut().restart(&self.map.marked()) {
+        // A new replica holds nothing, whatever the map says.
+        let marked = self.map.marked();
+        let missing = if generation.is_some() { RegionSet::full(marked.regions()) } else { marked };
+        if self.regions.borrow_mut().restart(&missing) {
             metrics::disk_count(metrics::RESYNCS, &self.shared.label, 1);
         }
         tracing::info!(disk = self.shared.label, epoch, reason, missing_bytes = self.missing_bytes(), "a new epoch of the stream begins");
@@ -152,9 +165,20 @@ impl Volume {
     /// # Errors
     /// Those of the map's file.
     pub(super) async fn clean(&self, idle: Duration) -> io::Result<()> {
-        let safe = self.shared.backlog().safe();
-        let clean = self.regions.borrow().cleanable(&self.map.marked(), safe, clock::now(), idle);
-        if clean.is_empty() {
+        let candidates = || {
+            let safe = self.shared.backlog().safe();
+            self.regions.borrow().cleanable(&self.map.marked(), safe, clock::now(), idle)
+        };
+        let before = candidates();
+        if before.is_empty() || self.restarting.get() {
+            return Ok(());
+        }
+        // What was answered without a flush may still be lost here by a power cut, while the replica has it: only what
+        // is durable on the local disk too may be forgotten.
+        self.file.sync_data().await?;
+        let mut clean = candidates();
+        clean.retain(|region| before.binary_search(region).is_ok());
+        if clean.is_empty() || self.restarting.get() {
             return Ok(());
         }
         for &region in &clean {

@@ -27,6 +27,9 @@ pub(super) struct Args {
     /// Protect this raw disk file or block device until interrupted, instead of a sample disk.
     #[arg(long, value_name = "PATH")]
     disk: Option<PathBuf>,
+    /// Page cache use with --disk: direct or writeback, see config/agent.toml.
+    #[arg(long, value_name = "MODE", default_value = "direct", value_parser = ["direct", "writeback"])]
+    cache: String,
     /// Folder for everything that is made.
     #[arg(long, value_name = "DIR", default_value = "tidegate-quickstart")]
     state: PathBuf,
@@ -88,7 +91,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let state = std::path::absolute(&args.state)?;
     runtime.block_on(tokio::task::LocalSet::new().run_until(async {
         match &args.disk {
-            Some(disk) => protect(&std::path::absolute(disk)?, &state).await,
+            Some(disk) => protect(&std::path::absolute(disk)?, &state, &args.cache).await,
             None => demonstrate(&args, &state).await,
         }
     }))
@@ -113,7 +116,7 @@ async fn demonstrate(args: &Args, state: &Path) -> anyhow::Result<()> {
     let sample = sample::make(state, &disk, size)?;
     let mut workload = Workload::new(state, &disk, sample.workload_area, size)?;
     let started = clock::now();
-    let roles = Roles::start(state, &disk, Duration::from_secs(1)).await?;
+    let roles = Roles::start(state, &disk, Duration::from_secs(1), "direct").await?;
     let seconds = wait_for_replica(&roles, started, args.json).await?;
     let initial = Replicated { bytes: sample.bytes, seconds, bytes_per_second: sample.bytes as f64 / seconds };
     say(&format!("initial replication: {} in {seconds:.1} s, {}/s", show_size(sample.bytes), show_size(initial.bytes_per_second as u64)));
@@ -170,9 +173,9 @@ async fn wait_for_replica(roles: &Roles, started: clock::Mono, quiet: bool) -> a
     Ok(clock::now().since(started).as_secs_f64())
 }
 
-async fn protect(disk: &Path, state: &Path) -> anyhow::Result<()> {
+async fn protect(disk: &Path, state: &Path, cache: &str) -> anyhow::Result<()> {
     std::fs::create_dir_all(state)?;
-    let roles = Roles::start(state, disk, Duration::from_secs(5)).await?;
+    let roles = Roles::start(state, disk, Duration::from_secs(5), cache).await?;
     println!("protecting {}", disk.display());
     println!("  give this to the hypervisor:  {}", roles.nbd_uri());
     println!("  is it working:                tidegate status --control {}", roles.control());

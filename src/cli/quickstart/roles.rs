@@ -32,7 +32,7 @@ pub(super) struct Roles {
 
 impl Roles {
     /// Makes what is missing in `state` and starts all roles on loopback ports that are free.
-    pub(super) async fn start(state: &Path, disk: &Path, interval: Duration) -> anyhow::Result<Self> {
+    pub(super) async fn start(state: &Path, disk: &Path, interval: Duration, cache: &str) -> anyhow::Result<Self> {
         let pki_dir = state.join("pki");
         if !pki_dir.join("ca.pem").exists() {
             pki::init(&pki_dir)?;
@@ -55,7 +55,7 @@ impl Roles {
         ))?)
         .context("the process server does not start")?;
         let agent = Agent::start(settings(&format!(
-            "machine = \"{MACHINE}\"\nstate = {:?}\n{}\n[process_server]\naddress = \"{}\"\n[points]\ninterval = \"{}ms\"\n[[disk]]\nname = \"{DISK}\"\npath = {disk:?}\nnbd = \"unix:{}\"\n",
+            "machine = \"{MACHINE}\"\nstate = {:?}\n{}\n[process_server]\naddress = \"{}\"\n[points]\ninterval = \"{}ms\"\n[[disk]]\nname = \"{DISK}\"\npath = {disk:?}\nnbd = \"unix:{}\"\ncache = \"{cache}\"\n",
             state.join("agent"),
             tls(&pki_dir, Role::Agent),
             process_server.listen,

@@ -110,23 +110,25 @@ impl Bat {
         (entry & STATE_MASK == PRESENT).then_some((entry >> 20) * MIB)
     }
 
-    /// Chooses a place for a block that has none. Reused places come first and must be cleared by the caller.
-    pub fn place(&mut self, number: u64) -> Placed {
-        debug_assert!(self.place_of(number).is_none(), "a block is placed once");
-        let (at, reused) = match self.free.pop_front() {
-            Some(at) => (at, true),
+    /// Reserves a place. Reused ones come first and must be cleared before they are given to a block.
+    pub fn reserve(&mut self) -> Placed {
+        match self.free.pop_front() {
+            Some(at) => Placed { at, reused: true },
             None => {
                 self.end += self.block;
-                (self.end - self.block, false)
+                Placed { at: self.end - self.block, reused: false }
             }
-        };
-        self.set(number, (at / MIB) << 20 | PRESENT);
-        Placed { at, reused }
+        }
     }
 
-    /// Takes back a place that could not be made ready.
-    pub fn unplace(&mut self, number: u64, at: u64) {
-        self.set(number, ZERO);
+    /// Gives a reserved place, which reads as zeroes, to a block that has none.
+    pub fn assign(&mut self, number: u64, at: u64) {
+        debug_assert!(self.place_of(number).is_none(), "a block is placed once");
+        self.set(number, (at / MIB) << 20 | PRESENT);
+    }
+
+    /// Takes back a reserved place that could not be made ready.
+    pub fn give_back(&mut self, at: u64) {
         self.free.push_front(at);
     }
 
@@ -210,7 +212,8 @@ mod tests {
             for (number, op) in ops {
                 match op {
                     0 | 1 if bat.place_of(number).is_none() => {
-                        let placed = bat.place(number);
+                        let placed = bat.reserve();
+                        bat.assign(number, placed.at);
                         // A place whose owner in the durable table still refers to it must never be handed out.
                         prop_assert!(!durable_places.values().any(|&at| at == placed.at));
                     }
@@ -235,8 +238,10 @@ mod tests {
     #[test]
     fn the_bitmap_entry_after_each_chunk_is_skipped() {
         let mut bat = Bat::new(10_000 * MIB, MIB, 512, 4 * MIB);
-        bat.place(4095);
-        bat.place(4096);
+        for number in [4095, 4096] {
+            let placed = bat.reserve();
+            bat.assign(number, placed.at);
+        }
         assert_eq!(bat.index(4095), 4095);
         assert_eq!(bat.index(4096), 4097);
         assert_eq!(bat.entries[4096], 0);

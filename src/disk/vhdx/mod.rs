@@ -271,17 +271,19 @@ impl<F: File> Vhdx<F> {
         if self.bat.borrow().end() + block > self.grown_to.get() {
             self.grow(end + block).await?;
         }
-        let placed = self.bat.borrow_mut().place(number);
+        let placed = self.bat.borrow_mut().reserve();
         if placed.reused {
             let cleared = async {
                 self.file.punch(placed.at, block).await?;
                 self.file.allocate(placed.at, block).await
             };
             if let Err(e) = cleared.await {
-                self.bat.borrow_mut().unplace(number, placed.at);
+                self.bat.borrow_mut().give_back(placed.at);
                 return Err(e);
             }
         }
+        // Only now: a write beside this one must not be cleared with it, a read must not see what stood here before.
+        self.bat.borrow_mut().assign(number, placed.at);
         Ok(placed.at)
     }
 

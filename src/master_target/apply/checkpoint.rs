@@ -149,12 +149,14 @@ async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arr
     // Points change only here and in `expire`, under this lock, on this thread.
     let _alone = apply.shared.noting.lock().await;
     let clock_now = apply.shared.clock();
-    let mut trial = apply.shared.book().clone();
     let mut changes: Vec<Changes> = Vec::new();
-    for (position, marker, _) in &arrivals {
-        let change = trial.arrive(disk.id, *position, marker, &configured, clock_now);
-        trial.commit(change.clone());
-        changes.push(change);
+    if !arrivals.is_empty() {
+        let mut trial = apply.shared.book().clone();
+        for (position, marker, _) in &arrivals {
+            let change = trial.arrive(disk.id, *position, marker, &configured, clock_now);
+            trial.commit(change.clone());
+            changes.push(change);
+        }
     }
     let (records, id, last_marker, batch) = (apply.records.clone(), disk.id, replica.last_marker.get(), changes.clone());
     let noted = tokio::task::spawn_blocking(move || records.checkpoint(id, end, last_marker, &batch, clock_now)).await;
@@ -206,12 +208,18 @@ impl Apply {
 async fn expire(apply: &Apply, replica: &Replica) -> Result<(), ApplyError> {
     let _alone = apply.shared.noting.lock().await;
     let retain = &apply.settings.retain;
-    let gone = apply.shared.book().expired(replica.shared.machine, retain.points_max, retain.span, apply.shared.clock());
-    if !gone.is_empty() {
-        let (records, points) = (apply.records.clone(), gone.clone());
+    let (gone, hopeless) = {
+        let (book, machine, clock) = (apply.shared.book(), replica.shared.machine, apply.shared.clock());
+        let gone = book.expired(machine, retain.points_max, retain.span, clock);
+        (gone, book.hopeless(machine, retain.points_max, retain.span, clock))
+    };
+    if !gone.is_empty() || !hopeless.is_empty() {
+        let (records, points) = (apply.records.clone(), [&gone[..], &hopeless].concat());
         let unlisted = tokio::task::spawn_blocking(move || records.unlist(&points)).await;
         unlisted.map_err(|e| io::Error::other(e.to_string()))??;
-        apply.shared.book().unlist(&gone);
+        let mut book = apply.shared.book();
+        book.unlist(&gone);
+        book.forget_pending(&hopeless);
     }
     let needed = apply.shared.book().oldest_needed(replica.shared.id);
     replica.retention.forget_before(needed)?;

@@ -169,9 +169,7 @@ pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: st
             disk.condition().error = Some(refusal.message);
         }
     }
-    if !found.is_empty() {
-        tracing::warn!(disks = found.len(), "the journal holds batches of disks or replicas that are not here; they are kept");
-    }
+    apply.give_up_unneeded(found).await;
     let _ = opened.send(());
     while let Some(command) = commands.recv().await {
         let apply = apply.clone();
@@ -276,6 +274,22 @@ impl Apply {
             let items = disk.take(2 * bytes);
             checkpoint::run(self, replica, items).await?;
             crate::observe::metrics::observe(crate::observe::metrics::CHECKPOINT, clock::now().since(last));
+        }
+    }
+
+    /// What the journal holds of replicas that are gone, or have it already, is given up; the rest waits for its disk to
+    /// be configured again.
+    async fn give_up_unneeded(&self, found: Found) {
+        let mut kept = 0;
+        for ((id, generation), items) in found {
+            let record = self.records.replica(id).ok().flatten().filter(|r| r.generation == generation);
+            let unneeded = items.iter().filter(|item| record.as_ref().is_none_or(|r| item.end <= r.checkpoint));
+            let locations: Vec<_> = unneeded.map(|item| item.location).collect();
+            kept += items.len() - locations.len();
+            self.journal.release(locations).await;
+        }
+        if kept > 0 {
+            tracing::warn!(batches = kept, "the journal holds batches of disks that cannot be used now; they are kept");
         }
     }
 

@@ -46,6 +46,8 @@ enum StreamError {
     Gap(#[from] Gap),
     #[error("a change of {len} bytes at {offset} lies outside the replica of {size} bytes")]
     Outside { offset: u64, len: u64, size: u64 },
+    #[error("a batch of epoch {found}, but epoch {obeyed} is obeyed: the stream was taken over")]
+    StaleEpoch { found: u64, obeyed: u64 },
     #[error("a marker of another machine")]
     ForeignMarker,
     #[error(transparent)]
@@ -59,7 +61,7 @@ impl StreamError {
         match self {
             StreamError::Refused { retry, .. } => *retry,
             // A batch is missing: opening again starts where the journal stands.
-            StreamError::Gap(_) => true,
+            StreamError::Gap(_) | StreamError::StaleEpoch { .. } => true,
             _ => false,
         }
     }
@@ -109,7 +111,7 @@ async fn run(
     disk.owner.set(owner);
     disk.epoch.set(disk.epoch.get().max(prepared.epoch));
     let journaled = disk.order.borrow_mut().get_or_insert_with(|| Order::new(prepared.journaled)).positions().1;
-    let reply = Reply::Opened { generation: prepared.generation, journaled, data_key: *prepared.key.bytes() };
+    let reply = Reply::Opened { generation: prepared.generation, epoch: disk.epoch.get(), journaled, data_key: *prepared.key.bytes() };
     write_reply(send, &reply).await?;
     tracing::info!(disk = shared.label, %journaled, "process server forwards this disk");
     let mut stream = DiskStream { receiver, disk: disk.clone(), shared, prepared, owner, opener: None };
@@ -187,20 +189,16 @@ impl DiskStream<'_> {
                     let report: DiskReport = decode_control(&record[RECORD_HEADER_LEN..])?;
                     self.shared.condition().report = Some((report, clock::now()));
                 }
-                ItemType::Batch => self.take_batch(prefix, record, connection.rtt() / 2).await?,
+                ItemType::Batch => self.take_batch(prefix, record, connection).await?,
             }
         }
     }
 
-    async fn take_batch(&mut self, prefix: Prefix, record: AlignedBuf, link: Duration) -> Result<(), StreamError> {
+    async fn take_batch(&mut self, prefix: Prefix, record: AlignedBuf, connection: &quinn::Connection) -> Result<(), StreamError> {
         let sealed = &record[RECORD_HEADER_LEN..];
         let header = BatchHeader::decode(sealed)?;
-        if header.epoch > self.disk.epoch.get() {
-            // Stored before it is obeyed: after a crash the older epoch is refused as well.
-            let (records, disk, epoch) = (self.receiver.records.clone(), self.shared.id, header.epoch);
-            let stored = tokio::task::spawn_blocking(move || records.raise_epoch(disk, epoch)).await;
-            stored.map_err(|e| StreamError::Quic(e.to_string()))??;
-            self.disk.epoch.set(header.epoch);
+        if header.epoch < self.disk.epoch.get() {
+            return Err(StreamError::StaleEpoch { found: header.epoch, obeyed: self.disk.epoch.get() });
         }
         let judge = |disk: &IncomingDisk| disk.order.borrow().as_ref().map(|o| o.judge(header.epoch, header.first, header.last));
         if matches!(judge(&self.disk).transpose()?, Some(Verdict::Known) | None) {
@@ -216,12 +214,25 @@ impl DiskStream<'_> {
         if parse_marker(&header, &body)?.is_some_and(|m| m.machine != self.shared.machine) {
             return Err(StreamError::ForeignMarker);
         }
+        // Only what is authentic may raise the epoch.
+        if header.epoch > self.disk.epoch.get() {
+            // Stored before it is obeyed: after a crash the older epoch is refused as well.
+            let (records, disk, epoch) = (self.receiver.records.clone(), self.shared.id, header.epoch);
+            let stored = tokio::task::spawn_blocking(move || records.raise_epoch(disk, epoch)).await;
+            stored.map_err(|e| StreamError::Quic(e.to_string()))??;
+            self.disk.epoch.set(header.epoch);
+        }
         let share = self.receiver.settings.journal.size_max / 2;
         while self.shared.waiting_bytes() > share {
             // One replica that cannot go on must not fill the journal for all.
+            if self.disk.owner.get() != self.owner || connection.close_reason().is_some() {
+                return Err(StreamError::Superseded);
+            }
             tokio::time::sleep(FULL_WAIT).await;
         }
         let Ok(permit) = self.receiver.pipeline.clone().acquire_owned().await else { return Ok(()) };
+        // The journal's slot too is had before the batch counts as received: nothing waits from there on.
+        let slot = self.receiver.journal.reserve().await.map_err(|e| StreamError::Quic(e.to_string()))?;
         // Another stream of this disk may have brought it meanwhile.
         if self.disk.owner.get() != self.owner || !matches!(judge(&self.disk).transpose()?, Some(Verdict::Next)) {
             return Ok(());
@@ -230,11 +241,12 @@ impl DiskStream<'_> {
             received: clock::now(),
             source: Duration::from_micros(header.age_us),
             gateway: Duration::from_micros(prefix.age_us.saturating_sub(header.age_us)),
-            link,
+            link: connection.rtt() / 2,
         };
         let number = self.queue(header, body, travel);
         let tag = Tag { disk: self.shared.id, number, permit };
-        self.receiver.journal.append(Append { record, tag }).await.map_err(|e| StreamError::Quic(e.to_string()))
+        slot.send(Append { record, tag });
+        Ok(())
     }
 
     fn queue(&self, header: BatchHeader, body: AlignedBuf, travel: Travel) -> u64 {

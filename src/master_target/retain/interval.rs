@@ -96,13 +96,36 @@ impl<F: File> Interval<F> {
         dir: &Path,
         start: Position,
         opener: &RefCell<Opener>,
+        durable: bool,
     ) -> Result<Self, RetainError> {
         let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Read).await?;
         if index_at == 0 || !interval.read_index(index_at).await {
+            interval.pending.borrow_mut().clear();
             interval.scan(opener).await?;
+            if durable {
+                interval.check_tail().await?;
+            }
         }
         interval.publish();
         Ok(interval)
+    }
+
+    /// After the last whole record of a closed file no other record of it may follow: one in between was damaged.
+    async fn check_tail(&self) -> Result<(), RetainError> {
+        let len = self.file.len().map_err(|e| self.io(e))?;
+        let mut at = self.end.get();
+        while at + FIRST_RECORD <= len {
+            let step = (len - at).min(1 << 20) / FIRST_RECORD * FIRST_RECORD;
+            let pages = self.file.read_at(at, step as usize).await.map_err(|e| self.io(e))?;
+            for page in pages.chunks(FIRST_RECORD as usize) {
+                let index = page[RECORD_HEADER_LEN..].starts_with(&index::MAGIC);
+                if !index && peek_record(page, self.incarnation, BATCH_BYTES_MAX).is_some() {
+                    return Err(RetainError::Damaged { path: self.path.clone(), offset: self.end.get(), source: OpenError::Body });
+                }
+            }
+            at += step;
+        }
+        Ok(())
     }
 
     /// Length of a file, for accounting.
@@ -138,6 +161,9 @@ impl<F: File> Interval<F> {
         };
         let u64_at = |at: usize| u64::from_le_bytes(*page[at..].first_chunk().expect("the page is longer than the header"));
         let whole = page[..8] == MAGIC && crc32c::crc32c(&page[..40]).to_le_bytes() == page[40..44];
+        if !whole && page.iter().any(|&b| b != 0) && len > FIRST_RECORD && mode == OpenMode::Read {
+            return Err(RetainError::Damaged { path, offset: 0, source: OpenError::Body });
+        }
         if !whole {
             // Power went before the file was durable, so nothing in it was needed: an empty interval.
             let interval = Self::new(start, path, file, random_u64(), FIRST_RECORD);
@@ -285,8 +311,11 @@ impl<F: File> Interval<F> {
             }
             self.file.set_len(self.end.get())?;
             self.file.sync_data().await?;
-            // Not synced: without it the index is made again from the records.
-            if entries.is_empty() { Ok(()) } else { self.write_header(data_end).await }
+            if entries.is_empty() {
+                return Ok(());
+            }
+            self.write_header(data_end).await?;
+            self.file.sync_data().await
         };
         let result = closed.await.map_err(|e| self.io(e));
         let bytes = self.end.get();

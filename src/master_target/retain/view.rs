@@ -54,7 +54,8 @@ impl<S: Storage> Retention<S> {
             kept: RefCell::default(),
         };
         for start in starts {
-            let interval = Interval::load(&self.storage, &self.dir, start, &view.opener).await?;
+            let interval =
+                Interval::load(&self.storage, &self.dir, start, &view.opener, current.is_none_or(|current| start < current)).await?;
             if current.is_some_and(|current| start > current) {
                 // Left by an attempt that a crash cut off behind the checkpoint: it comes after the current interval, and
                 // the replica may hold what that attempt wrote over it.

@@ -78,8 +78,8 @@ async fn session(server: &Server, disk: &Disk, connection: &quinn::Connection) -
     let open = encode_control(&Open { protocol: PROTOCOL, disk: disk.id, size })?;
     send.write_all(&open).await.map_err(|e| quic(&e))?;
     match read_reply(&mut receive).await? {
-        Reply::Opened { generation, journaled, data_key } => {
-            adopt(server, disk, generation, journaled, DataKey::from_bytes(data_key)).await?
+        Reply::Opened { generation, epoch, journaled, data_key } => {
+            adopt(server, disk, &Told { generation, epoch, journaled, key: DataKey::from_bytes(data_key) }).await?;
         }
         Reply::Refused { retry, message } => return Err(StreamError::Refused { retry, message }),
         Reply::Journaled(_) => return Err(WireError::Illegal("first reply of the master target").into()),
@@ -90,29 +90,45 @@ async fn session(server: &Server, disk: &Disk, connection: &quinn::Connection) -
     }
 }
 
+/// What the master target says of a replica.
+struct Told {
+    generation: u64,
+    epoch: u64,
+    journaled: Position,
+    key: DataKey,
+}
+
 /// Takes over what the master target says about the disk's history and position.
-async fn adopt(server: &Server, disk: &Disk, generation: u64, journaled: Position, key: DataKey) -> Result<(), StreamError> {
-    let known = disk.record.borrow().clone();
-    if let Some(record) = known.filter(|r| r.generation == generation) {
-        let gone = disk.stream.borrow_mut().link_opened(journaled);
+async fn adopt(server: &Server, disk: &Disk, told: &Told) -> Result<(), StreamError> {
+    let known = disk.record.borrow().clone().filter(|r| r.generation == told.generation);
+    // The master target is ahead of what went through here: the disk was sent by another process server, or this one
+    // lost what it had. The stream here cannot be continued, even under an epoch that happens to be equal.
+    let accepted = disk.stream.borrow().accepted();
+    let ours = known.as_ref().is_some_and(|r| r.epoch >= told.epoch && told.journaled <= accepted);
+    if ours {
+        let mut gone = disk.stream.borrow_mut().link_opened(told.journaled);
+        gone.extend(disk.stream.borrow_mut().drop_epochs_before(told.epoch));
         disk.give_up(gone);
-        if disk.session.borrow().is_none() || record.epoch < journaled.epoch {
-            tracing::warn!(disk = %disk.label, ours = record.epoch, theirs = journaled.epoch, "the master target knows a newer epoch");
-        }
     } else {
-        let record =
-            DiskRecord { generation, wrapped_key: server.kek.wrap(&key, disk.id, generation), epoch: journaled.epoch, released: journaled };
+        // An epoch that no stream has: the agent must start one above it.
+        let epoch = known.as_ref().map_or(told.epoch, |r| r.epoch.max(told.epoch) + 1);
+        let wrapped_key = server.kek.wrap(&told.key, disk.id, told.generation);
+        let record = DiskRecord { generation: told.generation, wrapped_key, epoch, released: told.journaled };
         let (records, update) = (server.records.clone(), [(disk.id, record.clone())]);
         let stored = tokio::task::spawn_blocking(move || records.put(&update)).await;
         stored.map_err(|e| StreamError::Quic(e.to_string()))??;
         if disk.record.replace(Some(record)).is_some() {
-            tracing::warn!(disk = %disk.label, generation, "the replica has another history: what was cached for the old one is dropped, the agent sends the disk anew");
+            tracing::warn!(
+                disk = %disk.label, generation = told.generation, epoch, journaled = %told.journaled,
+                "the replica has a history that did not pass here: what was cached is dropped, the agent begins a new epoch"
+            );
         }
-        *disk.session.borrow_mut() = Some(Arc::new(SealingSession::start(&key, Purpose::Stream, disk.id, generation)));
+        let session = SealingSession::start(&told.key, Purpose::Stream, disk.id, told.generation);
+        *disk.session.borrow_mut() = Some(Arc::new(session));
         disk.batcher.borrow_mut().close();
-        // Whoever sends now must open the disk again and learn the generation.
+        // Whoever sends now must open the disk again and learn generation and epoch.
         disk.owner.set(server.new_owner());
-        let gone = disk.stream.borrow_mut().reset(journaled);
+        let gone = disk.stream.borrow_mut().reset(told.journaled);
         disk.give_up(gone);
     }
     *disk.not_ready.borrow_mut() = None;

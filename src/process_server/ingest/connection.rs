@@ -37,6 +37,8 @@ enum ConnectionError {
     Wire(#[from] WireError),
     #[error("the agent said nothing for {SILENCE_SECONDS} s")]
     Silent,
+    #[error("the agent does not read its answers")]
+    Deaf,
     #[error("machine {0} is not registered here: add a [[machine]] table for it to the process server's configuration")]
     UnknownMachine(Name),
     #[error("the certificate names machine {0}, the agent says it is another one")]
@@ -57,7 +59,11 @@ struct Slot {
     told: Cell<(u64, u64, u64)>,
 }
 
+/// Answers that may wait for an agent that does not read.
+const REPLIES_MAX: usize = 4 * DISKS_PER_CONNECTION_MAX as usize;
+
 struct Connection {
+    deaf: Cell<bool>,
     server: Rc<Server>,
     slots: RefCell<Vec<Option<Slot>>>,
     replies: RefCell<Vec<ServerMessage>>,
@@ -66,7 +72,13 @@ struct Connection {
 
 /// Serves an agent until it leaves.
 pub(super) async fn serve(server: Rc<Server>, tls: TlsStream<TcpStream>, machine: &Name, peer: SocketAddr) {
-    let connection = Rc::new(Connection { server, slots: RefCell::default(), replies: RefCell::default(), bell: Rc::new(Notify::new()) });
+    let connection = Rc::new(Connection {
+        deaf: Cell::new(false),
+        server,
+        slots: RefCell::default(),
+        replies: RefCell::default(),
+        bell: Rc::new(Notify::new()),
+    });
     let (read, mut write) = tokio::io::split(tls);
     let mut read = BufReader::with_capacity(READ_BUFFER, read);
     let result = tokio::select! {
@@ -100,6 +112,9 @@ impl Connection {
                 Err(ConnectionError::Io(e)) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(()),
                 other => other?,
             };
+            if self.deaf.get() {
+                return Err(ConnectionError::Deaf);
+            }
             let frame = Frame::decode(&header)?;
             let mut payload = AlignedBuf::with_capacity(frame.payload_len as usize);
             payload.set_len(frame.payload_len as usize);
@@ -193,8 +208,8 @@ impl Connection {
         if epoch > record.epoch {
             // Stored before it is obeyed: an agent of the older epoch is refused even after a crash.
             record.epoch = epoch;
-            let (records, update) = (self.server.records.clone(), [(disk.id, record)]);
-            let stored = tokio::task::spawn_blocking(move || records.put(&update)).await;
+            let (records, id) = (self.server.records.clone(), disk.id);
+            let stored = tokio::task::spawn_blocking(move || records.merge(&[(id, record)])).await;
             stored.map_err(|e| std::io::Error::other(e.to_string()))??;
             if let Some(current) = disk.record.borrow_mut().as_mut() {
                 current.epoch = current.epoch.max(epoch);
@@ -203,10 +218,10 @@ impl Connection {
         let owner = self.server.new_owner();
         disk.owner.set(owner);
         // Changes of the older epoch that are still together leave before the new ones come.
+        let Some(place) = self.server.pipeline_place().await else { return Ok(()) };
         let closed = disk.batcher.borrow_mut().close();
         if let Some(batch) = closed {
-            let number = disk.enter_pipeline(&batch);
-            self.server.dispatch(&disk, number, batch).await;
+            self.server.dispatch(&disk, batch, place);
         }
         *disk.acknowledge.borrow_mut() = Some(self.bell.clone());
         let frozen = self.server.over_share(&disk);
@@ -236,6 +251,11 @@ impl Connection {
         if frame.extent.len > 0 && !frame.extent.fits(disk.size.get()) {
             return Err(ConnectionError::Outside(disk.label.to_string(), frame.extent.len, frame.extent.offset));
         }
+        // Before anything is accepted: this wait may be cut off with the connection, what follows may not.
+        let Some(place) = self.server.pipeline_place().await else { return Ok(()) };
+        if disk.owner.get() != owner {
+            return Ok(());
+        }
         let now = clock::now();
         // Markers are not counted by the agent: they always may travel.
         let payload = if frame.kind == FrameType::Mark { 0 } else { frame.payload_len as usize };
@@ -257,10 +277,7 @@ impl Connection {
         let was_open = disk.batcher.borrow().is_open();
         let closed = disk.batcher.borrow_mut().add(now, epoch, frame.sequence, cost, captured, input);
         match closed {
-            Some(batch) => {
-                let number = disk.enter_pipeline(&batch);
-                self.server.dispatch(&disk, number, batch).await;
-            }
+            Some(batch) => self.server.dispatch(&disk, batch, place),
             None if !was_open => self.server.batch_opened.notify_one(),
             None => {}
         }
@@ -268,7 +285,14 @@ impl Connection {
     }
 
     fn reply(&self, message: ServerMessage) {
-        self.replies.borrow_mut().push(message);
+        let mut replies = self.replies.borrow_mut();
+        if replies.len() >= REPLIES_MAX {
+            // The agent asks and does not listen; `receive` ends the connection.
+            self.deaf.set(true);
+            return;
+        }
+        replies.push(message);
+        drop(replies);
         self.bell.notify_one();
     }
 
@@ -284,8 +308,8 @@ impl Connection {
                 }
                 continue;
             }
-            write.write_all(&out).await?;
-            write.flush().await?;
+            timed(write.write_all(&out)).await?;
+            timed(write.flush()).await?;
         }
     }
 

@@ -73,12 +73,12 @@ impl<T> Clone for LogHandle<T> {
 }
 
 impl<T> LogHandle<T> {
-    /// Queues a record, waiting for room.
-    pub async fn append(&self, append: Append<T>) -> Result<(), Stopped> {
-        self.appends.send(append).await.map_err(|_| Stopped)
+    /// Room for one record; sending it does not wait.
+    pub async fn reserve(&self) -> Result<Slot<T>, Stopped> {
+        self.appends.clone().reserve_owned().await.map(Slot).map_err(|_| Stopped)
     }
 
-    /// As [`LogHandle::append`], from a thread without a runtime.
+    /// Queues a record, waiting for room; from a thread without a runtime.
     pub fn append_blocking(&self, append: Append<T>) -> Result<(), Stopped> {
         self.appends.blocking_send(append).map_err(|_| Stopped)
     }
@@ -95,6 +95,16 @@ impl<T> LogHandle<T> {
     pub async fn release(&self, locations: Vec<Location>) {
         // A stopped log recovers these records at its next start and they are released again then.
         let _ = self.commands.send(Command::Release(locations)).await;
+    }
+}
+
+/// Room for one record, see [`LogHandle::reserve`].
+pub struct Slot<T>(mpsc::OwnedPermit<Append<T>>);
+
+impl<T> Slot<T> {
+    /// Queues the record.
+    pub fn send(self, append: Append<T>) {
+        self.0.send(append);
     }
 }
 
