@@ -8,8 +8,17 @@ use support::{Cluster, Options, s, tool};
 fn what_fio_wrote_verifies_on_the_disk_and_on_the_recovered_image() {
     let mut cluster = Cluster::start(Options { disk_bytes: 128 << 20, ..Options::default() });
     let uri = format!("--uri={}", cluster.nbd_uri(0));
-    let job =
-        ["--name=v", "--rw=randwrite", "--bsrange=4k-64k", "--size=128m", "--iodepth=16", "--verify=crc32c", "--randseed=7", "--fsync=64"];
+    let job = [
+        "--name=v",
+        "--rw=randwrite",
+        "--bsrange=4k-64k",
+        "--size=128m",
+        "--iodepth=16",
+        "--verify=crc32c",
+        "--randseed=7",
+        "--fsync=64",
+        "--verify_state_save=0",
+    ];
     // While initial replication is still going on.
     tool("fio", &[&["--ioengine=nbd", &uri][..], &job, &["--do_verify=1", "--verify_fatal=1"]].concat());
     cluster.wait_for_delta();
