@@ -1,4 +1,5 @@
 //! Commands, exit codes, JSON and metrics, against real processes.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests may unwrap, and wait by the clock")]
 
 mod support;
 

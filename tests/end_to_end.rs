@@ -1,5 +1,6 @@
 //! The main job on real processes: a file system on the agent's export, replicated while files are written; every point
 //! comes back, checked by tools nobody here wrote.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests may unwrap, and wait by the clock")]
 
 mod support;
 

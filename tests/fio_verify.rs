@@ -1,4 +1,5 @@
 //! fio writes through the agent's NBD export and verifies: on the live disk, and on the recovered image.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests may unwrap, and wait by the clock")]
 
 mod support;
 

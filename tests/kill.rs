@@ -1,5 +1,6 @@
 //! SIGKILL of each role at random moments under load; after each, points are materialised and compared. This proves
 //! restart, not power loss: see storage_faults for that.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests may unwrap, and wait by the clock")]
 
 mod support;
 

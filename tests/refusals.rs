@@ -1,4 +1,5 @@
 //! What must be refused is refused with a clear error, and the server goes on serving the others.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests may unwrap, and wait by the clock")]
 
 mod support;
 

@@ -1,5 +1,6 @@
 //! Power loss, failing operations, full disks and bit rot against every structure that must survive them: the log (cache
 //! and journal), the retention journal with its replica, the dirty map. Seeded; a failure names its seed.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests may unwrap, and wait by the clock")]
 
 mod support;
 

@@ -1,4 +1,5 @@
 //! The layout checks itself: imports go one way, every file states its duty, pure files stay pure, files stay readable.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests may unwrap, and wait by the clock")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

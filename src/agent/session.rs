@@ -22,7 +22,7 @@ use crate::crypto::pki::{PkiError, Role};
 use crate::crypto::tls::{ALPN_INGEST, Credentials, TlsError, peer_identity, server_name};
 use crate::model::{Change, ChangeKind, Extent};
 use crate::observe::metrics;
-use crate::wire::ingest::{AgentMessage, FRAME_LEN, Frame, FrameType, Refusal, ServerMessage, change_cost};
+use crate::wire::ingest::{AgentMessage, FRAME_LEN, Frame, FrameType, Refusal, ServerMessage, change_cost, control_frame};
 use crate::wire::{WireError, decode_control};
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
@@ -169,20 +169,6 @@ async fn read_message<R: tokio::io::AsyncRead + Unpin>(read: &mut R, buffer: &mu
         return Err(WireError::Checksum("message").into());
     }
     Ok(decode_control(buffer)?)
-}
-
-fn control_frame(message: &AgentMessage) -> Result<Vec<u8>, WireError> {
-    let payload = postcard::to_stdvec(message).map_err(|_| WireError::Illegal("control message"))?;
-    let frame = Frame {
-        kind: FrameType::Control,
-        slot: 0,
-        payload_len: payload.len() as u32,
-        sequence: 0,
-        extent: Extent::new(0, 0),
-        age_us: 0,
-        payload_crc: crc32c::crc32c(&payload),
-    };
-    Ok([&frame.encode()[..], &payload].concat())
 }
 
 async fn receive(link: Rc<Link>, mut read: ReadHalf<TlsStream<TcpStream>>) -> Result<(), SessionError> {

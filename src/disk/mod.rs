@@ -103,7 +103,7 @@ impl<F: File> Image<F> {
     /// Makes an image of `size` zero bytes at `path`, durably.
     ///
     /// # Errors
-    /// [`DiskError`]; a partly made file is left for [`remove_partial`].
+    /// [`DiskError`]; a partly made file is left behind and holds nothing.
     pub async fn create<S: Storage<File = F>>(storage: &S, path: &Path, format: Format, size: u64) -> Result<Self, DiskError> {
         let file = open_file(storage, path, OpenMode::Create).await?;
         let image = match format {

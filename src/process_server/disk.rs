@@ -30,7 +30,8 @@ impl NotReady {
     pub fn message(&self) -> String {
         match self {
             NotReady::NoKey => "the process server has not reached the master target yet, which gives the disk's key".to_owned(),
-            NotReady::Refused(reason) => format!("the master target refuses the disk: {reason}"),
+            // Cut, so that it fits a message whatever the other side wrote.
+            NotReady::Refused(reason) => format!("the master target refuses the disk: {}", reason.chars().take(500).collect::<String>()),
             NotReady::Cache(reason) => format!("the cache is closed for writing: {reason}"),
         }
     }

@@ -144,6 +144,25 @@ impl Frame {
     }
 }
 
+/// A control message as a frame with its payload.
+///
+/// # Errors
+/// [`WireError`] if it does not encode within [`CONTROL_BYTES_MAX`].
+pub fn control_frame<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
+    let payload = postcard::to_stdvec(message).map_err(|_| WireError::Illegal("control message"))?;
+    check_len("control message", payload.len(), CONTROL_BYTES_MAX)?;
+    let frame = Frame {
+        kind: FrameType::Control,
+        slot: 0,
+        payload_len: payload.len() as u32,
+        sequence: 0,
+        extent: Extent::new(0, 0),
+        age_us: 0,
+        payload_crc: crc32c::crc32c(&payload),
+    };
+    Ok([&frame.encode()[..], &payload].concat())
+}
+
 /// What an agent says outside the stream of changes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AgentMessage {

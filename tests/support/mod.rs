@@ -1,5 +1,5 @@
 //! Runs real processes of every role over loopback, with certificates, configuration and a disk of their own.
-#![allow(dead_code, unreachable_pub, missing_docs, reason = "each suite uses its part")]
+#![allow(clippy::disallowed_methods, dead_code, unreachable_pub, missing_docs, reason = "each suite uses its part")]
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

@@ -13,7 +13,7 @@ use tokio_rustls::server::TlsStream;
 
 use crate::clock;
 use crate::config::limits::{DISKS_PER_CONNECTION_MAX, SILENCE_SECONDS};
-use crate::model::{Extent, Marker, Name};
+use crate::model::{Marker, Name};
 use crate::observe::metrics;
 use crate::process_server::disk::{Disk, NotReady};
 use crate::process_server::optimize::batcher::{Collected, Input};
@@ -21,7 +21,7 @@ use crate::process_server::server::Server;
 use crate::process_server::stream::Gap;
 use crate::storage::AlignedBuf;
 use crate::storage::catalogue::CatalogueError;
-use crate::wire::ingest::{AgentMessage, FRAME_LEN, Frame, FrameType, Refusal, ServerMessage, change_cost};
+use crate::wire::ingest::{AgentMessage, FRAME_LEN, Frame, FrameType, Refusal, ServerMessage, change_cost, control_frame};
 use crate::wire::{WireError, decode_control};
 
 /// Read buffer; longer payloads go past it.
@@ -359,15 +359,5 @@ async fn timed<T>(io: impl Future<Output = std::io::Result<T>>) -> Result<T, Con
 }
 
 fn encode(message: &ServerMessage) -> Vec<u8> {
-    let payload = postcard::to_stdvec(message).expect("our own messages encode");
-    let frame = Frame {
-        kind: FrameType::Control,
-        slot: 0,
-        payload_len: payload.len() as u32,
-        sequence: 0,
-        extent: Extent::new(0, 0),
-        age_us: 0,
-        payload_crc: crc32c::crc32c(&payload),
-    };
-    [&frame.encode()[..], &payload].concat()
+    control_frame(message).expect("our own messages are short")
 }
