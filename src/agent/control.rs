@@ -32,9 +32,13 @@ impl Role for Control {
             (false, error) => (
                 Health::Critical,
                 error.or(Some("not connected to the process server".to_owned())),
-                Some("check the process server and the network; writes go on and are kept".to_owned()),
+                Some("correct what the reason names, or check the process server and the network; writes go on and are kept".to_owned()),
             ),
-            (true, Some(error)) => (Health::Warning.max(worst), Some(error), Some("act on the reason".to_owned())),
+            (true, Some(error)) => (
+                Health::Warning.max(worst),
+                Some(error),
+                Some("correct what the reason names; it is tried again every few seconds".to_owned()),
+            ),
             (true, None) => (worst, None, None),
         };
         let machine = MachineView {
@@ -63,7 +67,8 @@ impl Role for Control {
         Box::pin(async move {
             let Request::Mark { machine, label, app } = request else { return None };
             if *machine != self.shared.machine.as_str() {
-                return None;
+                let message = format!("this agent protects machine {}, not {machine}: ask the agent of {machine}", self.shared.machine);
+                return Some(Err(ApiError { message }));
             }
             let kind = if *app { PointKind::App } else { PointKind::Crash };
             let (done, answer) = oneshot::channel();

@@ -219,6 +219,10 @@ impl Link {
                 self.slots[index].open.set(true);
                 volume.open.store(true, Ordering::Relaxed);
                 self.report_now.set(true);
+                let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                if last.as_ref().is_some_and(|text| text.starts_with(&format!("disk {}:", volume.label))) {
+                    *last = None;
+                }
                 tracing::info!(disk = volume.label, resume_at, "the process server takes changes of this disk");
                 return Ok(());
             }
@@ -247,7 +251,12 @@ impl Link {
             let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             let text = format!("disk {}: {message}", volume.label);
             if last.as_ref() != Some(&text) {
-                tracing::warn!(disk = volume.label, reason = message, "the process server does not take this disk now");
+                // Not ready is usual while the servers find each other; not allowed needs somebody.
+                if reason == Refusal::NotAllowed {
+                    tracing::warn!(disk = volume.label, reason = message, "the process server refuses this disk");
+                } else {
+                    tracing::info!(disk = volume.label, reason = message, "the process server does not take this disk yet");
+                }
                 *last = Some(text);
             }
         }

@@ -26,12 +26,17 @@ pub(super) enum CheckCommand {
 pub(super) fn run(command: &CheckCommand) -> anyhow::Result<()> {
     let CheckCommand::Config { file, role } = command;
     let stem = file.file_stem().and_then(|s| s.to_str()).unwrap_or_default().to_owned();
+    if !file.exists() {
+        return Err(Usage(format!("there is no file {}", file.display())).into());
+    }
     let role = role.clone().unwrap_or(stem);
     let checked = match role.as_str() {
         "agent" => config::load::<AgentSettings>(file).map(|_| ()),
         "process-server" => config::load::<ProcessServerSettings>(file).map(|_| ()),
         "master-target" => config::load::<MasterTargetSettings>(file).map(|_| ()),
-        other => return Err(Usage(format!("{other:?} is not a role: give --role agent, process-server or master-target")).into()),
+        other => {
+            return Err(Usage(format!("cannot tell the role from {other:?}: give --role agent, process-server or master-target")).into());
+        }
     };
     checked?;
     println!("{} is a good {role} configuration", file.display());

@@ -64,8 +64,14 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
         }
         PointCommand::Show { point, ask: args } => {
             let points: Vec<PointView> = ask(&args.control, &Request::Points { machine: None })?;
-            let found: Vec<_> = points.iter().filter(|p| p.id.starts_with(&point)).collect();
-            let [found] = found[..] else { bail!("{} points begin with {point}: see `tidegate point list`", found.len()) };
+            let newest = points.last().filter(|_| point == "latest");
+            let found: Vec<_> = newest.map_or_else(|| points.iter().filter(|p| p.id.starts_with(&point)).collect(), |p| vec![p]);
+            let [found] = found[..] else {
+                match found.len() {
+                    0 => bail!("no point begins with {point:?}: see `tidegate point list`"),
+                    n => bail!("{n} points begin with {point:?}: give more of the id"),
+                }
+            };
             if args.json {
                 return output::json(found);
             }

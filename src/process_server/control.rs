@@ -36,13 +36,22 @@ impl Role for Control {
             (true, ..30) => (Health::Warning, Some(format!("{free} % of the cache is free")), Some("watch the link and the churn")),
             _ => (Health::Healthy, None, None),
         };
+        let machines = machines(&view);
+        let worst = machines.iter().map(|m| m.health).max().unwrap_or_default();
+        let (health, reason, remedy) = if health == Health::Healthy && worst > health {
+            let told = machines.iter().flat_map(|m| &m.disks).find_map(|d| d.reason.clone().map(|r| format!("{}: {r}", d.name)));
+            let remedy = "start the agents of these machines; if one is refused, correct what the reason names";
+            (worst, view.last_refused.clone().or(told), Some(remedy))
+        } else {
+            (health, reason, remedy)
+        };
         RoleStatus {
             role: "process-server".to_owned(),
-            name: String::new(),
+            name: view.name.clone(),
             health,
             reason,
             remedy: remedy.map(str::to_owned),
-            machines: machines(&view),
+            machines,
             cache_bytes: Some((view.cache_used_bytes, view.cache_capacity_bytes)),
             connected: Some(view.link_up),
         }

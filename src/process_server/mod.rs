@@ -73,6 +73,10 @@ pub struct DiskView {
 /// What the process server shows of itself.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct ProcessServerView {
+    /// Its name, as in its certificate.
+    pub name: String,
+    /// The last agent that was refused, and why.
+    pub last_refused: Option<String>,
     /// Connected to the master target.
     pub link_up: bool,
     /// What the last failed attempt said.

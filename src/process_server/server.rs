@@ -101,6 +101,7 @@ async fn open(
     crate::storage::uring::create_dir_durable(&settings.state)?;
     let credentials = Credentials::load(&settings.tls, Role::ProcessServer)?;
     metrics::disk_part(metrics::CERTIFICATE_EXPIRY, "", "role", Role::ProcessServer.as_str(), credentials.expires_in_seconds as f64);
+    view.lock().unwrap_or_else(PoisonError::into_inner).name = credentials.identity.name.to_string();
     let listener = ingest::bind(settings.ingest.listen).await?;
     let (kek_path, may_create) = settings.keys.path(&settings.state);
     let kek = Arc::new(KeyEncryptionKey::load(&kek_path, may_create)?);

@@ -69,7 +69,12 @@ pub(super) async fn timer(capture: Rc<Capture>) {
             Err(skip) => {
                 // Logged once for each stretch without points; counted every time.
                 if !told {
-                    tracing::warn!(machine = %capture.shared.machine, reason = %skip, "recovery points are skipped");
+                    if matches!(skip, Skip::NotConsistent) {
+                        // The state of the disk says the same, with its progress.
+                        tracing::info!(machine = %capture.shared.machine, reason = %skip, "recovery points are skipped");
+                    } else {
+                        tracing::warn!(machine = %capture.shared.machine, reason = %skip, "recovery points are skipped");
+                    }
                 }
                 told = true;
             }

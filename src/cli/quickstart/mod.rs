@@ -230,4 +230,7 @@ fn print(report: &Report) {
         println!("recovered            {} as {} {}: {verdict}", &r.point[..8], r.kind, r.path.display());
     }
     println!("replica              {}", report.replica.display());
+    println!();
+    println!("Everything is in {}; remove that folder when you have looked around.", report.state.display());
+    println!("Next: protect a disk of your own with `deploy/quickstart DISK`, or run each role by hand as README shows.");
 }

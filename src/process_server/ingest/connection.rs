@@ -92,6 +92,10 @@ pub(super) async fn serve(server: Rc<Server>, tls: TlsStream<TcpStream>, machine
             if !matches!(error, ConnectionError::Io(_) | ConnectionError::Silent) {
                 metrics::count_reason(metrics::REFUSED, "ingest");
             }
+            if matches!(error, ConnectionError::UnknownMachine(_) | ConnectionError::OtherMachine(_)) {
+                let mut view = connection.server.view.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                view.last_refused = Some(error.to_string());
+            }
             tracing::warn!(%machine, %peer, %error, "connection of an agent ended");
             let goodbye = encode(&ServerMessage::Goodbye { message: error.to_string() });
             let _ = tokio::time::timeout(Duration::from_secs(1), async {
