@@ -279,6 +279,7 @@ pub async fn publish(shared: &TargetShared, journal: &JournalHandle) {
                 metrics::disk_part(metrics::RPO_PART, &disk.label, "part", part, seconds);
             }
         }
+        metrics::points_incomplete(shared.book().incomplete());
         for machine in machines(shared) {
             metrics::machine_points(&machine.name, machine.points);
         }

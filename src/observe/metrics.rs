@@ -119,6 +119,11 @@ pub fn machine_points(machine: &str, points: usize) {
     gauge!(POINTS, "machine" => machine.to_owned(), "kind" => "crash").set(number(points as u64));
 }
 
+/// Sets how many points were given up because a disk's marker never came.
+pub fn points_incomplete(total: u64) {
+    counter!(POINTS_SKIPPED, "reason" => "incomplete").absolute(total);
+}
+
 /// Counts something with a reason.
 pub fn count_reason(name: &'static str, reason: &'static str) {
     counter!(name, "reason" => reason).increment(1);

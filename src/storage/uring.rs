@@ -8,7 +8,6 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
@@ -252,32 +251,6 @@ impl File for UringFile {
         };
         let end = rustix::fs::seek(&self.fd, SeekFrom::Hole(start))?;
         Ok(Some((start, end)))
-    }
-}
-
-/// Retries `attempt` while it reports a full file system, waiting a second between tries, and logs the first failure.
-/// A full file system damages nothing here, because every caller allocates before it changes anything.
-///
-/// # Errors
-/// Every other error of `attempt`.
-pub async fn wait_for_space<T>(what: &str, mut attempt: impl AsyncFnMut() -> io::Result<T>) -> io::Result<T> {
-    let mut told = false;
-    loop {
-        match attempt().await {
-            Err(e) if is_full(&e) => {
-                if !told {
-                    tracing::error!(what, error = %e, "file system is full: waiting; free space or enlarge it, work continues by itself");
-                    told = true;
-                }
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
-            other => {
-                if told && other.is_ok() {
-                    tracing::info!(what, "space is available again");
-                }
-                return other;
-            }
-        }
     }
 }
 

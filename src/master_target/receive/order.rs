@@ -13,7 +13,7 @@ use crate::storage::log::Location;
 pub enum Verdict {
     /// It continues the stream.
     Next,
-    /// It was received before, or belongs to an epoch that is over: acknowledged again, changes nothing.
+    /// It was received before: acknowledged again, changes nothing. Older epochs than the one obeyed are refused before this.
     Known,
 }
 
