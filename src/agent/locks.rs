@@ -38,12 +38,20 @@ impl RangeLocks {
         guard
     }
 
+    /// Whether a lock on `extent` would be had at once.
+    pub fn is_free(&self, extent: Extent) -> bool {
+        let state = self.state.borrow();
+        !state.active.iter().any(|(_, e)| e.overlaps(&extent)) && !state.waiting.iter().any(|(_, e, _)| e.overlaps(&extent))
+    }
+
     fn enter(&self, extent: Extent) -> (u64, Option<oneshot::Receiver<()>>) {
         let mut state = self.state.borrow_mut();
         let id = state.next;
         state.next += 1;
-        let blocked = state.active.iter().any(|(_, e)| e.overlaps(&extent)) || state.waiting.iter().any(|(_, e, _)| e.overlaps(&extent));
-        if !blocked {
+        drop(state);
+        let free = self.is_free(extent);
+        let mut state = self.state.borrow_mut();
+        if free {
             state.active.push((id, extent));
             return (id, None);
         }

@@ -2,17 +2,20 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::sync::{Notify, Semaphore};
 
 use super::protocol::{
     CONTEXT_ID, CONTEXT_NAME, DESCRIPTORS_MAX, HANDSHAKE_FLAGS, MAGIC_GREETING, MAGIC_OPTION, MAGIC_OPTION_REPLY, NbdError,
     OPTION_BYTES_MAX, PAYLOAD_BYTES_MAX, REQUEST_LEN, Request, chunk, chunk_header, command, flag, option, reply, simple_reply,
 };
+use crate::clock;
 use crate::model::Extent;
 use crate::storage::AlignedBuf;
 
@@ -20,6 +23,13 @@ use crate::storage::AlignedBuf;
 const REQUESTS_MAX: usize = 128;
 /// Payload KiB of one connection that may be under way.
 const PAYLOAD_KIB_MAX: usize = 64 << 10;
+/// Requests of one connection answered without waiting before others get their turn.
+pub const REQUESTS_NOW_MAX: u32 = 64;
+/// A connection whose next request is expected sooner polls for it instead of sleeping (QEMU's I/O threads do the same, with
+/// 32 us).
+const POLL_LIMIT: Duration = Duration::from_micros(150);
+/// Largest read tried without waiting: longer copies would hold up others.
+const READ_NOW_BYTES_MAX: u32 = 64 << 10;
 /// A client must finish the negotiation in this time.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Read buffer: many small requests in one system call.
@@ -49,6 +59,22 @@ pub struct Allocation {
 pub trait Export: 'static {
     /// See [`ExportInfo`].
     fn info(&self) -> ExportInfo;
+    /// Reads an extent if that needs no waiting.
+    fn read_now(&self, _extent: Extent) -> Option<Bytes> {
+        None
+    }
+    /// Writes if that needs no waiting; gives the data back if it does.
+    fn write_now(&self, _offset: u64, data: AlignedBuf) -> Result<Result<(), NbdError>, AlignedBuf> {
+        Err(data)
+    }
+    /// Called after [`REQUESTS_NOW_MAX`] requests that needed no waiting, to let others on the thread come forward.
+    fn breathe(&self) -> impl Future<Output = ()> {
+        std::future::ready(())
+    }
+    /// Whether nothing else on the thread waits for it to sleep, so that a connection may poll for its next request.
+    fn may_poll(&self) -> bool {
+        false
+    }
     /// Reads an extent.
     fn read(&self, extent: Extent) -> impl Future<Output = Result<Bytes, NbdError>>;
     /// Writes; durable before the answer if `fua`.
@@ -241,8 +267,15 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
         let replies = Rc::new(Replies::default());
         let writer = tokio::task::spawn_local(write_replies(self.write, replies.clone()));
         let budget = Rc::new(Budget { requests: Semaphore::new(REQUESTS_MAX), payload_kib: Semaphore::new(PAYLOAD_KIB_MAX) });
+        let info = self.export.info();
+        let answer = Rc::new(Answer { export: self.export.clone(), info, structured: self.structured, context: self.context });
+        let mut answered_now = 0;
+        let mut last_wait = Duration::MAX;
         let mut header = [0; REQUEST_LEN];
         let result = loop {
+            if self.read.buffer().is_empty() {
+                last_wait = wait_for_request(&mut self.read, last_wait, &*answer.export).await;
+            }
             match self.read.read_exact(&mut header).await {
                 Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => break Ok(()),
                 Err(e) => break Err(e),
@@ -275,11 +308,20 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
                 }
                 None
             };
-            let answer =
-                Answer { export: self.export.clone(), replies: replies.clone(), structured: self.structured, context: self.context };
-            tokio::task::spawn_local(async move {
-                answer.handle(request, data, permits).await;
-            });
+            match answer.answer_now(&request, data) {
+                Ok(reply) => {
+                    replies.push(reply, permits);
+                    answered_now += 1;
+                    if answered_now == REQUESTS_NOW_MAX {
+                        answered_now = 0;
+                        answer.export.breathe().await;
+                    }
+                }
+                Err(data) => {
+                    let (answer, replies) = (answer.clone(), replies.clone());
+                    tokio::task::spawn_local(async move { replies.push(answer.answer(request, data).await, permits) });
+                }
+            }
         };
         // Requests under way finish first: their writes must not be cut off by a client that hangs up.
         let _ = budget.requests.acquire_many(REQUESTS_MAX as u32).await;
@@ -287,6 +329,24 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
         let _ = writer.await;
         result
     }
+}
+
+/// Waits until something can be read (or the connection failed), and tells how long that took. When the last request
+/// came soon after the one before, looks for the next a few times before the thread may sleep: waking a sleeping
+/// thread costs more than the whole of a small write, and a client at depth 1 pays it with each request.
+async fn wait_for_request<E: Export, R: AsyncRead + Unpin>(read: &mut BufReader<R>, last_wait: Duration, export: &E) -> Duration {
+    let since = clock::now();
+    let mut waited = Duration::ZERO;
+    while last_wait < POLL_LIMIT && waited < POLL_LIMIT && export.may_poll() {
+        let ready = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *read).poll_fill_buf(cx).is_ready())).await;
+        waited = clock::now().since(since);
+        if ready {
+            return waited;
+        }
+        tokio::task::yield_now().await;
+    }
+    let _ = read.fill_buf().await;
+    clock::now().since(since)
 }
 
 struct Budget {
@@ -318,10 +378,32 @@ impl Drop for Permits {
     }
 }
 
+/// What goes to the client for one request.
+struct Reply {
+    head: [u8; Reply::HEAD_MAX],
+    head_len: usize,
+    body: Bytes,
+}
+
+impl Reply {
+    /// A structured header and an offset.
+    const HEAD_MAX: usize = 28;
+
+    fn new(head: &[u8], body: Bytes) -> Self {
+        let mut reply = Self { head: [0; Self::HEAD_MAX], head_len: head.len(), body };
+        reply.head[..head.len()].copy_from_slice(head);
+        reply
+    }
+
+    fn simple(cookie: u64, code: u32) -> Self {
+        Self::new(&simple_reply(cookie, code), Bytes::new())
+    }
+}
+
 /// Replies waiting for the socket; written together.
 #[derive(Default)]
 struct Replies {
-    queue: RefCell<Vec<(Vec<Bytes>, Permits)>>,
+    queue: RefCell<Vec<(Reply, Permits)>>,
     ready: Notify,
     closed: Cell<bool>,
     failed: Cell<bool>,
@@ -329,11 +411,11 @@ struct Replies {
 
 impl Replies {
     /// The permits return when the reply was written: a client that does not read is not served without end.
-    fn push(&self, parts: Vec<Bytes>, permits: Permits) {
+    fn push(&self, reply: Reply, permits: Permits) {
         if self.failed.get() {
             return;
         }
-        self.queue.borrow_mut().push((parts, permits));
+        self.queue.borrow_mut().push((reply, permits));
         self.ready.notify_one();
     }
 
@@ -355,14 +437,15 @@ async fn write_replies<W: AsyncWrite + Unpin>(mut write: W, replies: Rc<Replies>
             continue;
         }
         let written = async {
-            for part in waiting.iter().flat_map(|(parts, _)| parts) {
-                if part.len() <= 16 << 10 {
-                    small.extend_from_slice(part);
+            for (reply, _) in &waiting {
+                small.extend_from_slice(&reply.head[..reply.head_len]);
+                if reply.body.len() <= 16 << 10 {
+                    small.extend_from_slice(&reply.body);
                     continue;
                 }
                 write.write_all(&small).await?;
                 small.clear();
-                write.write_all(part).await?;
+                write.write_all(&reply.body).await?;
             }
             write.write_all(&small).await?;
             small.clear();
@@ -379,38 +462,55 @@ async fn write_replies<W: AsyncWrite + Unpin>(mut write: W, replies: Rc<Replies>
 
 struct Answer<E> {
     export: Rc<E>,
-    replies: Rc<Replies>,
+    info: ExportInfo,
     structured: bool,
     context: bool,
 }
 
 impl<E: Export> Answer<E> {
-    async fn handle(&self, request: Request, data: Option<AlignedBuf>, permits: Permits) {
+    /// Answers without waiting, if that can be done; gives the payload back otherwise.
+    fn answer_now(&self, request: &Request, data: Option<AlignedBuf>) -> Result<Reply, Option<AlignedBuf>> {
+        let extent = Extent::new(request.offset, u64::from(request.len));
+        if !extent.fits(self.info.size) || request.flags & command::FLAG_FUA != 0 {
+            return Err(data);
+        }
+        match (request.kind, data) {
+            (command::WRITE, Some(data)) if !self.info.read_only => match self.export.write_now(request.offset, data) {
+                Ok(result) => Ok(Reply::simple(request.cookie, result.err().map_or(0, |e| e.code()))),
+                Err(data) => Err(Some(data)),
+            },
+            (command::READ, None) if request.len <= READ_NOW_BYTES_MAX => {
+                Ok(self.read_reply(request, self.export.read_now(extent).ok_or(None)?))
+            }
+            (_, data) => Err(data),
+        }
+    }
+
+    async fn answer(&self, request: Request, data: Option<AlignedBuf>) -> Reply {
         match self.perform(request, data).await {
-            Ok(parts) => self.replies.push(parts, permits),
+            Ok(reply) => reply,
             Err(e) if self.structured && matches!(request.kind, command::READ | command::BLOCK_STATUS) => {
                 let mut body = e.code().to_be_bytes().to_vec();
                 body.extend_from_slice(&0u16.to_be_bytes());
                 let head = chunk_header(request.cookie, chunk::FLAG_DONE, chunk::ERROR, body.len() as u32);
-                self.replies.push(vec![Bytes::copy_from_slice(&head), body.into()], permits);
+                Reply::new(&head, body.into())
             }
-            Err(e) => self.replies.push(vec![Bytes::copy_from_slice(&simple_reply(request.cookie, e.code()))], permits),
+            Err(e) => Reply::simple(request.cookie, e.code()),
         }
     }
 
-    async fn perform(&self, request: Request, data: Option<AlignedBuf>) -> Result<Vec<Bytes>, NbdError> {
-        let info = self.export.info();
+    async fn perform(&self, request: Request, data: Option<AlignedBuf>) -> Result<Reply, NbdError> {
         let extent = Extent::new(request.offset, u64::from(request.len));
         let fua = request.flags & command::FLAG_FUA != 0;
         let writes = matches!(request.kind, command::WRITE | command::TRIM | command::WRITE_ZEROES);
-        if writes && info.read_only {
+        if writes && self.info.read_only {
             return Err(NbdError::NotPermitted);
         }
-        if request.kind != command::FLUSH && !extent.fits(info.size) {
+        if request.kind != command::FLUSH && !extent.fits(self.info.size) {
             return Err(if writes { NbdError::NoSpace } else { NbdError::Invalid });
         }
         match request.kind {
-            command::READ if request.len <= PAYLOAD_BYTES_MAX => return self.read(request, extent).await,
+            command::READ if request.len <= PAYLOAD_BYTES_MAX => return Ok(self.read_reply(&request, self.export.read(extent).await?)),
             command::WRITE => self.export.write(request.offset, data.ok_or(NbdError::Invalid)?, fua).await?,
             command::TRIM => self.export.zero(extent, false, fua).await?,
             command::WRITE_ZEROES => self.export.zero(extent, request.flags & command::FLAG_NO_HOLE != 0, fua).await?,
@@ -419,20 +519,21 @@ impl<E: Export> Answer<E> {
             command::READ | command::BLOCK_STATUS => return Err(NbdError::Invalid),
             _ => return Err(NbdError::Unsupported),
         }
-        Ok(vec![Bytes::copy_from_slice(&simple_reply(request.cookie, 0))])
+        Ok(Reply::simple(request.cookie, 0))
     }
 
-    async fn read(&self, request: Request, extent: Extent) -> Result<Vec<Bytes>, NbdError> {
-        let data = self.export.read(extent).await?;
+    fn read_reply(&self, request: &Request, data: Bytes) -> Reply {
         if !self.structured {
-            return Ok(vec![Bytes::copy_from_slice(&simple_reply(request.cookie, 0)), data]);
+            return Reply::new(&simple_reply(request.cookie, 0), data);
         }
-        let head = chunk_header(request.cookie, chunk::FLAG_DONE, chunk::OFFSET_DATA, 8 + request.len);
-        let head = [&head[..], &request.offset.to_be_bytes()].concat();
-        Ok(vec![head.into(), data])
+        let mut head = [0; Reply::HEAD_MAX];
+        let (chunk_head, offset) = head.split_at_mut(Reply::HEAD_MAX - 8);
+        chunk_head.copy_from_slice(&chunk_header(request.cookie, chunk::FLAG_DONE, chunk::OFFSET_DATA, 8 + request.len));
+        offset.copy_from_slice(&request.offset.to_be_bytes());
+        Reply::new(&head, data)
     }
 
-    async fn block_status(&self, request: Request, extent: Extent) -> Result<Vec<Bytes>, NbdError> {
+    async fn block_status(&self, request: Request, extent: Extent) -> Result<Reply, NbdError> {
         let mut runs = self.export.allocation(extent).await?;
         runs.truncate(if request.flags & command::FLAG_REQ_ONE != 0 { 1 } else { DESCRIPTORS_MAX });
         let mut body = CONTEXT_ID.to_be_bytes().to_vec();
@@ -441,7 +542,7 @@ impl<E: Export> Answer<E> {
             body.extend_from_slice(&(if run.hole { 3u32 } else { 0 }).to_be_bytes());
         }
         let head = chunk_header(request.cookie, chunk::FLAG_DONE, chunk::BLOCK_STATUS, body.len() as u32);
-        Ok(vec![Bytes::copy_from_slice(&head), body.into()])
+        Ok(Reply::new(&head, body.into()))
     }
 }
 

@@ -38,6 +38,18 @@ pub trait File: 'static {
     fn read_at(&self, offset: u64, len: usize) -> impl Future<Output = io::Result<AlignedBuf>>;
     /// Writes all of `data` at `offset`.
     fn write_at(&self, offset: u64, data: Bytes) -> impl Future<Output = io::Result<()>>;
+    /// Reads at once if the bytes are in memory; `None` otherwise, and for implementations that always wait.
+    fn read_now(&self, _offset: u64, _len: usize) -> Option<AlignedBuf> {
+        None
+    }
+    /// Writes at once if that is only a copy into the page cache: `true` when all was written, `false` when nothing was
+    /// tried and `write_at` must be used.
+    ///
+    /// # Errors
+    /// As `write_at`: some of it may have been written.
+    fn write_now(&self, _offset: u64, _data: &[u8]) -> io::Result<bool> {
+        Ok(false)
+    }
     /// Makes completed writes durable. See the module for what a failure means.
     fn sync_data(&self) -> impl Future<Output = io::Result<()>>;
     /// Reserves space for `[offset, offset + len)`, growing the file to it; the new bytes read as zeroes.

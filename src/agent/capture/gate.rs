@@ -27,6 +27,11 @@ impl Gate {
         Passage(self.clone())
     }
 
+    /// Whether a write would pass at once.
+    pub(super) fn is_open(&self) -> bool {
+        !self.held.get()
+    }
+
     /// Lets nobody pass any more.
     pub(super) fn hold(&self) {
         self.held.set(true);

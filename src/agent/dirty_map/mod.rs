@@ -109,6 +109,12 @@ impl<F: File> DirtyMap<F> {
         if durable { Ok(()) } else { self.flush().await }
     }
 
+    /// Whether the bits of these regions are durable: [`DirtyMap::mark`] would have nothing to do.
+    pub fn is_marked(&self, mut regions: std::ops::RangeInclusive<u64>) -> bool {
+        let (bits, on_disk) = (self.bits.borrow(), self.on_disk.borrow());
+        regions.all(|region| bits.contains(region) && on_disk.contains(region))
+    }
+
     /// Clears bits. The caller knows that these regions are safe and at rest.
     ///
     /// # Errors
