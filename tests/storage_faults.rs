@@ -12,7 +12,7 @@ use support::Rng;
 use support::faulty_storage::{Fault, Faulty};
 use tidegate::agent::dirty_map::DirtyMap;
 use tidegate::crypto::keyring::DataKey;
-use tidegate::disk::{Format, Image};
+use tidegate::disk::{Disk, Format, Image};
 use tidegate::master_target::retain::{Retention, Subject};
 use tidegate::model::{DiskId, Extent, Position};
 use tidegate::storage::log::format::RECORD_HEADER_LEN;

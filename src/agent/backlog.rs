@@ -178,7 +178,8 @@ impl Backlog {
 fn held_cost(kind: &ChangeKind) -> u64 {
     match kind {
         ChangeKind::Mark(_) => MARKER_COST,
-        other => change_cost(other.data_len()),
+        // Content is kept in pages, however little of one it fills.
+        other => change_cost(other.data_len().next_multiple_of(4096)),
     }
 }
 

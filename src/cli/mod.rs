@@ -97,6 +97,7 @@ struct Usage(String);
 
 /// Parses the command line and runs it. Exit code 0 done, 1 failed, 2 wrong usage or configuration.
 pub fn main() -> ExitCode {
+    end_quietly_on_a_closed_pipe();
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Quickstart(args) => quickstart::run(args),
@@ -144,4 +145,16 @@ fn ask<T: serde::de::DeserializeOwned>(address: &Address, request: &crate::contr
 /// An absolute path, because the server that uses it stands in another folder.
 fn absolute(path: &std::path::Path) -> anyhow::Result<PathBuf> {
     Ok(std::path::absolute(path)?)
+}
+
+/// `tidegate point list | head` must end without a panic: printing to a pipe that nobody reads any more is no failure.
+fn end_quietly_on_a_closed_pipe() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let text = info.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if text.starts_with("failed printing to stdout") && text.contains("Broken pipe") {
+            std::process::exit(0);
+        }
+        usual(info);
+    }));
 }

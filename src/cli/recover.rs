@@ -46,7 +46,7 @@ pub(super) enum RecoverCommand {
         /// As in `mount`.
         #[arg(long)]
         disk: Option<String>,
-        /// vhdx or raw.
+        /// raw, vhdx, vhdx-fixed, vmdk, vmdk-flat, vmfs or vmdk-stream (for ESXi).
         #[arg(long, default_value = "vhdx")]
         format: String,
         /// File on the master target's host; must not exist.

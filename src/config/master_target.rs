@@ -182,6 +182,10 @@ impl Settings for MasterTargetSettings {
                 if machine.disk[..at].iter().any(|d| d.name == disk.name) {
                     return Err(format!("disk {} of machine {} is listed twice", disk.name, machine.name));
                 }
+                if !disk.format.can_be_replica() {
+                    let name = disk.format.as_str();
+                    return Err(format!("format of disk {} of machine {}: {name} is for exports only", disk.name, machine.name));
+                }
                 if disk.size.is_some_and(|s| s == 0 || !s.is_multiple_of(512)) {
                     return Err(format!("size of disk {} of machine {} must be a positive multiple of 512", disk.name, machine.name));
                 }

@@ -23,11 +23,13 @@ use crate::storage::AlignedBuf;
 const REQUESTS_MAX: usize = 128;
 /// Payload KiB of one connection that may be under way.
 const PAYLOAD_KIB_MAX: usize = 64 << 10;
-/// Requests of one connection answered without waiting before others get their turn.
+/// Requests of one connection before others get their turn.
 pub const REQUESTS_NOW_MAX: u32 = 64;
 /// A connection whose next request is expected sooner polls for it instead of sleeping (QEMU's I/O threads do the same, with
 /// 32 us).
 const POLL_LIMIT: Duration = Duration::from_micros(150);
+/// Requests that are waited for without polling after polling was in vain many times.
+const POLL_PAUSE_MAX: u32 = 1024;
 /// Largest read tried without waiting: longer copies would hold up others.
 const READ_NOW_BYTES_MAX: u32 = 64 << 10;
 /// A client must finish the negotiation in this time.
@@ -67,7 +69,7 @@ pub trait Export: 'static {
     fn write_now(&self, _offset: u64, data: AlignedBuf) -> Result<Result<(), NbdError>, AlignedBuf> {
         Err(data)
     }
-    /// Called after [`REQUESTS_NOW_MAX`] requests that needed no waiting, to let others on the thread come forward.
+    /// Called after every [`REQUESTS_NOW_MAX`] requests of a connection, to let others on the thread come forward.
     fn breathe(&self) -> impl Future<Output = ()> {
         std::future::ready(())
     }
@@ -270,11 +272,13 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
         let info = self.export.info();
         let answer = Rc::new(Answer { export: self.export.clone(), info, structured: self.structured, context: self.context });
         let mut answered_now = 0;
-        let mut last_wait = Duration::MAX;
+        let mut patience = Patience::default();
         let mut header = [0; REQUEST_LEN];
         let result = loop {
-            if self.read.buffer().is_empty() {
-                last_wait = wait_for_request(&mut self.read, last_wait, &*answer.export).await;
+            if self.read.buffer().is_empty()
+                && let Err(e) = wait_for_request(&mut self.read, &mut patience, &*answer.export).await
+            {
+                break Err(e);
             }
             match self.read.read_exact(&mut header).await {
                 Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => break Ok(()),
@@ -308,15 +312,13 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
                 }
                 None
             };
+            answered_now += 1;
+            if answered_now == REQUESTS_NOW_MAX {
+                answered_now = 0;
+                answer.export.breathe().await;
+            }
             match answer.answer_now(&request, data) {
-                Ok(reply) => {
-                    replies.push(reply, permits);
-                    answered_now += 1;
-                    if answered_now == REQUESTS_NOW_MAX {
-                        answered_now = 0;
-                        answer.export.breathe().await;
-                    }
-                }
+                Ok(reply) => replies.push(reply, permits),
                 Err(data) => {
                     let (answer, replies) = (answer.clone(), replies.clone());
                     tokio::task::spawn_local(async move { replies.push(answer.answer(request, data).await, permits) });
@@ -331,22 +333,42 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
     }
 }
 
-/// Waits until something can be read (or the connection failed), and tells how long that took. When the last request
-/// came soon after the one before, looks for the next a few times before the thread may sleep: waking a sleeping
-/// thread costs more than the whole of a small write, and a client at depth 1 pays it with each request.
-async fn wait_for_request<E: Export, R: AsyncRead + Unpin>(read: &mut BufReader<R>, last_wait: Duration, export: &E) -> Duration {
+/// Whether a connection polls for its next request.
+#[derive(Default)]
+struct Patience {
+    /// The last request came soon after the one before.
+    expects: bool,
+    /// Requests to wait for without polling, because polling was in vain, and how many the next time.
+    pause: u32,
+    next_pause: u32,
+}
+
+/// Waits until something can be read. When the last request came soon after the one before, looks for the next a few times
+/// before the thread may sleep: waking a sleeping thread costs more than the whole of a small write, and a client at depth 1
+/// pays it with each request. When looking was in vain (the client may want this very core) it is done less and less often.
+async fn wait_for_request<E: Export, R: AsyncRead + Unpin>(read: &mut BufReader<R>, patience: &mut Patience, export: &E) -> io::Result<()> {
     let since = clock::now();
     let mut waited = Duration::ZERO;
-    while last_wait < POLL_LIMIT && waited < POLL_LIMIT && export.may_poll() {
-        let ready = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *read).poll_fill_buf(cx).is_ready())).await;
-        waited = clock::now().since(since);
-        if ready {
-            return waited;
+    if patience.pause > 0 {
+        patience.pause -= 1;
+    } else if patience.expects {
+        while waited < POLL_LIMIT && export.may_poll() {
+            let polled = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *read).poll_fill_buf(cx).map_ok(|_| ()))).await;
+            waited = clock::now().since(since);
+            if let Poll::Ready(result) = polled {
+                patience.next_pause = 0;
+                return result;
+            }
+            tokio::task::yield_now().await;
         }
-        tokio::task::yield_now().await;
+        if waited >= POLL_LIMIT {
+            patience.next_pause = (patience.next_pause * 2).clamp(1, POLL_PAUSE_MAX);
+            patience.pause = patience.next_pause;
+        }
     }
-    let _ = read.fill_buf().await;
-    clock::now().since(since)
+    let result = read.fill_buf().await.map(|_| ());
+    patience.expects = clock::now().since(since) < POLL_LIMIT;
+    result
 }
 
 struct Budget {

@@ -36,6 +36,8 @@ pub enum OpenMode {
 pub trait File: 'static {
     /// Reads exactly `len` bytes at `offset`.
     fn read_at(&self, offset: u64, len: usize) -> impl Future<Output = io::Result<AlignedBuf>>;
+    /// Reads the last bytes of a file whose length is not a multiple of 512, from the sector at `offset`.
+    fn read_tail(&self, offset: u64, len: usize) -> impl Future<Output = io::Result<AlignedBuf>>;
     /// Writes all of `data` at `offset`.
     fn write_at(&self, offset: u64, data: Bytes) -> impl Future<Output = io::Result<()>>;
     /// Reads at once if the bytes are in memory; `None` otherwise, and for implementations that always wait.

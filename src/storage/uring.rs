@@ -27,6 +27,12 @@ const WRITE_NOW_BYTES: usize = 64 << 10;
 const THROTTLED: Duration = Duration::from_millis(2);
 /// How long writes then go through the ring, where they hold up nobody else on this thread.
 const THROTTLED_FOR: Duration = Duration::from_millis(100);
+/// The same after it happened again and again.
+const THROTTLED_FOR_MAX: Duration = Duration::from_secs(10);
+/// Writes on the spot cover whole pages: part of a page that is not in memory would be read first.
+const PAGE: u64 = 4096;
+/// Operations of one file that may be in the ring, so that a disk that hangs leaves room for the others of its thread.
+const FILE_ENTRIES: usize = 128;
 
 /// Runs `work` to its end on this thread with a ring of its own.
 ///
@@ -47,17 +53,27 @@ pub fn run<T>(work: impl Future<Output = T>) -> io::Result<T> {
 /// Lets the ring submit what waits: a task that finds work without ever waiting must call this now and then, because
 /// operations of others are only submitted when the thread has nothing to run.
 pub async fn breathe() {
+    struct Waiting;
+    impl Drop for Waiting {
+        fn drop(&mut self) {
+            BREATHING.set(BREATHING.get() - 1);
+        }
+    }
+    BREATHING.set(BREATHING.get() + 1);
+    let _waiting = Waiting;
     let _ = tokio_uring::no_op().await;
 }
 
 thread_local! {
     /// Room in this thread's ring, shared by every file on it.
     static IN_FLIGHT: Rc<Semaphore> = Rc::new(Semaphore::new(RING_ENTRIES as usize));
+    /// Tasks that wait for the ring to submit what others asked for.
+    static BREATHING: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Whether no operation on a file is under way on this thread: it may then poll instead of sleeping for a moment.
 pub fn is_idle() -> bool {
-    IN_FLIGHT.with(|room| room.available_permits() == RING_ENTRIES as usize)
+    BREATHING.get() == 0 && IN_FLIGHT.with(|room| room.available_permits() == RING_ENTRIES as usize)
 }
 
 /// The real file system. Cheap to clone.
@@ -100,9 +116,10 @@ impl Storage for Uring {
             ring: tokio_uring::fs::File::from_std(std_file),
             fd,
             in_flight: IN_FLIGHT.with(Rc::clone),
+            own: Semaphore::new(FILE_ENTRIES),
             closed: Cell::new(false),
             cached,
-            throttled: Cell::default(),
+            throttled: Cell::new((Mono::default(), Duration::ZERO)),
         })
     }
 
@@ -177,16 +194,23 @@ pub struct UringFile {
     ring: tokio_uring::fs::File,
     fd: OwnedFd,
     in_flight: Rc<Semaphore>,
+    own: Semaphore,
     closed: Cell<bool>,
     /// A regular file through the page cache.
     cached: bool,
-    /// When the kernel last made a copy into the cache wait.
-    throttled: Cell<Option<Mono>>,
+    /// When the kernel last made a copy into the cache wait, and for how long copies are avoided since.
+    throttled: Cell<(Mono, Duration)>,
 }
 
 impl UringFile {
-    async fn slot(&self) -> tokio::sync::SemaphorePermit<'_> {
-        self.in_flight.acquire().await.expect("the semaphore is never closed")
+    async fn slot(&self) -> [tokio::sync::SemaphorePermit<'_>; 2] {
+        let own = self.own.acquire().await.expect("the semaphore is never closed");
+        [own, self.in_flight.acquire().await.expect("the semaphore is never closed")]
+    }
+
+    /// No operation of this file is under way: a copy would wait for the locks that those hold.
+    fn is_quiet(&self) -> bool {
+        self.own.available_permits() == FILE_ENTRIES
     }
 
     fn fallocate(&self, flags: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
@@ -222,8 +246,13 @@ impl File for UringFile {
     }
 
     fn write_now(&self, offset: u64, data: &[u8]) -> io::Result<bool> {
+        let whole_pages = offset.is_multiple_of(PAGE) && (data.len() as u64).is_multiple_of(PAGE) && data.len() <= WRITE_NOW_BYTES;
+        if !self.cached || !whole_pages || !self.is_quiet() {
+            return Ok(false);
+        }
         let before = clock::now();
-        if !self.cached || data.len() > WRITE_NOW_BYTES || self.throttled.get().is_some_and(|at| before.since(at) < THROTTLED_FOR) {
+        let (throttled, avoid) = self.throttled.get();
+        if !avoid.is_zero() && before.since(throttled) < avoid {
             return Ok(false);
         }
         if self.closed.get() {
@@ -240,7 +269,9 @@ impl File for UringFile {
         }
         let after = clock::now();
         if after.since(before) > THROTTLED {
-            self.throttled.set(Some(after));
+            // Soon after the last time: longer than then.
+            let again = after.since(throttled) < avoid * 4;
+            self.throttled.set((after, if again { (avoid * 2).min(THROTTLED_FOR_MAX) } else { THROTTLED_FOR }));
         }
         Ok(true)
     }
@@ -259,6 +290,18 @@ impl File for UringFile {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
+        }
+        buf.set_len(len);
+        Ok(buf)
+    }
+
+    async fn read_tail(&self, offset: u64, len: usize) -> io::Result<AlignedBuf> {
+        let _slot = self.slot().await;
+        // Direct I/O asks for whole sectors and gets what there is.
+        let (result, mut buf) = self.ring.read_at(AlignedBuf::with_capacity(512), offset).await;
+        let got = result?;
+        if got < len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
         buf.set_len(len);
         Ok(buf)

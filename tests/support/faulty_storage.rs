@@ -109,6 +109,11 @@ impl Faulty {
         self.disk.borrow().live.get(path).map(|i| i.borrow().live.len())
     }
 
+    /// Every file and its bytes as a program sees them now.
+    pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
+        self.disk.borrow().live.iter().map(|(path, inode)| (path.clone(), inode.borrow().live.clone())).collect()
+    }
+
     /// A file's bytes as a program sees them now.
     pub fn content(&self, path: &Path) -> Vec<u8> {
         self.disk.borrow().live[path].borrow().live.clone()
@@ -172,10 +177,17 @@ impl File for FaultyFile {
         }
         let mut inode = self.inode.borrow_mut();
         if !self.storage.lying.get() {
-            inode.durable = inode.live.clone();
-            inode.pending.clear();
+            let (pending, len) = (std::mem::take(&mut inode.pending), inode.live.len());
+            for (offset, data) in pending {
+                put(&mut inode.durable, offset, &data);
+            }
+            inode.durable.resize(len, 0);
         }
         Ok(())
+    }
+
+    async fn read_tail(&self, offset: u64, len: usize) -> io::Result<AlignedBuf> {
+        self.read_at(offset, len).await
     }
 
     async fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {

@@ -67,7 +67,9 @@ async fn open(settings: AgentSettings) -> io::Result<(Rc<Capture>, Vec<Listener>
         last_error: Default::default(),
         points: Default::default(),
     });
-    let volumes = files.into_iter().map(|parts| Rc::new(Volume::new(parts, gate.clone(), shared.clone()))).collect();
+    let one_file_system = files.windows(2).all(|pair| pair[0].device == pair[1].device);
+    let volume = |parts| Rc::new(Volume::new(parts, gate.clone(), shared.clone(), one_file_system));
+    let volumes = files.into_iter().map(volume).collect();
     let mut listeners = Vec::new();
     for disk in &settings.disk {
         listeners.push(Listener::bind(&disk.nbd).await?);

@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::io;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +30,8 @@ use crate::storage::{AlignedBuf, File, OpenMode, Storage};
 pub(super) struct Parts {
     /// Shared state.
     pub shared: Arc<VolumeShared>,
+    /// The file system that the disk lives on.
+    pub device: u64,
     file: UringFile,
     map: DirtyMap<UringFile>,
 }
@@ -40,7 +42,8 @@ pub(super) struct Parts {
 /// Names the disk and what to do.
 pub(super) async fn open_parts(settings: &AgentSettings, disk: &Disk) -> io::Result<Parts> {
     let named = |e: io::Error| io::Error::new(e.kind(), format!("disk {} ({}): {e}", disk.name, disk.path.display()));
-    let kind = std::fs::metadata(&disk.path).map_err(named)?.file_type();
+    let metadata = std::fs::metadata(&disk.path).map_err(named)?;
+    let kind = metadata.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         return Err(named(io::Error::other("is neither a file nor a block device")));
     }
@@ -55,7 +58,7 @@ pub(super) async fn open_parts(settings: &AgentSettings, disk: &Disk) -> io::Res
     let map = DirtyMap::open(&Uring::direct(), &map_path, id, size, settings.dirty_map.region).await.map_err(named)?;
     let backlog = Backlog::new(map.header().epoch, settings.backlog.memory_max);
     let shared = Arc::new(VolumeShared::new(id, &settings.machine, &disk.name, size, backlog));
-    Ok(Parts { shared, file, map })
+    Ok(Parts { shared, device: metadata.dev(), file, map })
 }
 
 /// One protected disk.
@@ -70,6 +73,8 @@ pub(super) struct Volume {
     locks: Rc<RangeLocks>,
     gate: Rc<Gate>,
     captured_bytes: Cell<u64>,
+    /// Writes may be copied into the page cache on this thread: see [`Volume::new`].
+    on_the_spot: bool,
     /// The stream is being started anew: nothing may be marked clean meanwhile.
     restarting: Cell<bool>,
     broken: RefCell<Option<String>>,
@@ -77,7 +82,10 @@ pub(super) struct Volume {
 
 impl Volume {
     /// Puts a disk under the machine's gate. Everything its map marks is missing.
-    pub(super) fn new(parts: Parts, gate: Rc<Gate>, agent: Arc<AgentShared>) -> Self {
+    ///
+    /// `on_the_spot` allows writes that are copied into the page cache by this thread. Such a copy waits while its file system
+    /// is frozen or hangs, so it is right only when no other disk lives on another file system.
+    pub(super) fn new(parts: Parts, gate: Rc<Gate>, agent: Arc<AgentShared>, on_the_spot: bool) -> Self {
         let marked = parts.map.marked();
         let header = parts.map.header();
         if marked.count() > 0 && !header.initial {
@@ -98,6 +106,7 @@ impl Volume {
             locks: Rc::new(RangeLocks::default()),
             gate,
             captured_bytes: Cell::new(0),
+            on_the_spot,
             restarting: Cell::new(false),
             broken: RefCell::default(),
         }
@@ -165,9 +174,12 @@ impl Volume {
     /// # Errors
     /// Those of the map's file.
     pub(super) async fn clean(&self, idle: Duration) -> io::Result<()> {
+        // One moment for both looks: what is written while the sync runs is not covered by it, and must not count as at rest
+        // because the sync took long.
+        let now = clock::now();
         let candidates = || {
             let safe = self.shared.backlog().safe();
-            self.regions.borrow().cleanable(&self.map.marked(), safe, clock::now(), idle)
+            self.regions.borrow().cleanable(&self.map.marked(), safe, now, idle)
         };
         let before = candidates();
         if before.is_empty() || self.restarting.get() {
@@ -316,7 +328,8 @@ impl Volume {
     /// As [`Volume::change`] for a write that nothing makes wait: the gate is open, nobody holds the range, its regions are
     /// marked, and the disk takes it at once. As no other task runs in between, neither passage nor lock is needed.
     fn change_now(&self, extent: Extent, data: AlignedBuf) -> Result<Result<(), NbdError>, AlignedBuf> {
-        let at_once = self.gate.is_open()
+        let at_once = self.on_the_spot
+            && self.gate.is_open()
             && self.broken.borrow().is_none()
             && self.locks.is_free(extent)
             && self.map.is_marked(self.regions.borrow().of(extent));

@@ -91,10 +91,39 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     let state = std::path::absolute(&args.state)?;
     runtime.block_on(tokio::task::LocalSet::new().run_until(async {
         match &args.disk {
-            Some(disk) => protect(&std::path::absolute(disk)?, &state, &args.cache).await,
-            None => demonstrate(&args, &state).await,
+            Some(disk) => {
+                let disk = std::path::absolute(disk)?;
+                claim(&state, &disk.display().to_string())?;
+                protect(&disk, &state, &args.cache).await
+            }
+            None => {
+                claim(&state, SAMPLE)?;
+                demonstrate(&args, &state).await
+            }
         }
     }))
+}
+
+/// What a state folder is for when it holds the sample.
+const SAMPLE: &str = "the sample disk";
+
+/// A state folder belongs to one disk: another one must not continue its replica.
+fn claim(state: &Path, what: &str) -> anyhow::Result<()> {
+    let note = state.join("protects");
+    let before = match std::fs::read_to_string(&note) {
+        Ok(text) => Some(text),
+        Err(_) if state.join("disk.raw").exists() => Some(SAMPLE.to_owned()),
+        Err(_) => None,
+    };
+    if let Some(before) = before.filter(|b| b != what) {
+        let text = format!(
+            "{} holds the replica of {before}, not of {what}: remove that folder if it is not needed, or choose another with --state",
+            state.display()
+        );
+        return Err(Usage(text).into());
+    }
+    std::fs::create_dir_all(state).with_context(|| format!("cannot make {}", state.display()))?;
+    Ok(std::fs::write(&note, what)?)
 }
 
 async fn demonstrate(args: &Args, state: &Path) -> anyhow::Result<()> {

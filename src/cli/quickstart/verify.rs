@@ -10,7 +10,7 @@ use serde::Serialize;
 use super::roles::Roles;
 use super::workload::Marked;
 use crate::control::api::Request;
-use crate::disk::{Format, Image};
+use crate::disk::{Disk, Format, Image};
 use crate::model::{Address, Extent};
 use crate::nbd::client::Client;
 use crate::storage::uring::{self, Uring};
@@ -38,7 +38,7 @@ pub(super) async fn recover(roles: &Roles, marked: &[Marked], state: &Path) -> a
     let mut recovered = Vec::new();
     for (index, marked) in marked.iter().enumerate() {
         let (kind, format) = [("export", Format::Vhdx), ("export", Format::Raw), ("mount", Format::Raw)][index % 3];
-        let path = state.join("recovered").join(format!("point-{}-{kind}.{}", index + 1, format.as_str()));
+        let path = state.join("recovered").join(format!("point-{}-{kind}.{}", index + 1, format.extension()));
         if kind == "export" {
             let request = Request::Export {
                 point: marked.point.clone(),
@@ -85,7 +85,7 @@ fn compare(image: &Path, format: Format, model: &Path) -> anyhow::Result<bool> {
     let model = File::open(model)?;
     let size = model.metadata()?.len();
     uring::run(async {
-        let image = Image::open_read_only(&Uring::direct(), image, format).await?;
+        let image = Image::open_read_only(&Uring::direct(), image, format, false).await?;
         if image.size() != size {
             return Ok(false);
         }

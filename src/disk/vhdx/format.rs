@@ -9,6 +9,8 @@
 
 use uuid::Uuid;
 
+use super::bat::Geometry;
+
 /// Unit of everything in the file.
 pub const MIB: u64 = 1 << 20;
 /// Where the two headers stand.
@@ -30,6 +32,8 @@ const FILE_PARAMETERS: Uuid = Uuid::from_u128(0xcaa1_6737_fa36_4d43_b3b6_33f0_aa
 const VIRTUAL_SIZE: Uuid = Uuid::from_u128(0x2fa5_4224_cd1b_4876_b211_5dbe_d83b_f4b8);
 const DISK_ID: Uuid = Uuid::from_u128(0xbeca_12ab_b2e6_4523_93ef_c309_e000_c746);
 const LOGICAL_SECTOR: Uuid = Uuid::from_u128(0x8141_bf1d_a96f_4709_ba47_f233_a8fa_ab5f);
+const PARENT_LOCATOR: Uuid = Uuid::from_u128(0xa8d3_5f2d_b30b_454d_abf7_d3d8_4834_ab0c);
+const LOCATOR_TYPE: Uuid = Uuid::from_u128(0xb04a_efb7_d19e_4a81_b789_25b8_e944_5913);
 const PHYSICAL_SECTOR: Uuid = Uuid::from_u128(0xcda3_48c7_445d_4471_9cc9_e988_5251_c556);
 
 /// A header: which log is active, and ids that tell others that the file was written.
@@ -92,7 +96,7 @@ pub fn file_identifier() -> Vec<u8> {
 }
 
 /// Where BAT and metadata stand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Regions {
     /// First byte of the BAT.
     pub bat_at: u64,
@@ -102,6 +106,8 @@ pub struct Regions {
     pub metadata_at: u64,
     /// Its length.
     pub metadata_len: u64,
+    /// Regions of kinds we do not know and that nobody requires, as first byte and length.
+    pub others: Vec<(u64, u64)>,
 }
 
 impl Regions {
@@ -133,7 +139,7 @@ impl Regions {
         if count > 2047 {
             return Err("the region table claims more than 2047 regions");
         }
-        let (mut bat, mut metadata) = (None, None);
+        let (mut bat, mut metadata, mut others) = (None, None, Vec::new());
         for entry in bytes[16..].chunks_exact(32).take(count) {
             let (id, at, len) = (guid_at(entry, 0), u64_at(entry, 16), u64::from(u32_at(entry, 24)));
             let whole = at >= MIB && at.is_multiple_of(MIB) && len > 0 && len.is_multiple_of(MIB);
@@ -141,44 +147,65 @@ impl Regions {
                 return Err("a region lies outside the file or is not aligned to 1 MiB");
             }
             match id {
-                BAT_REGION => bat = Some((at, len)),
-                METADATA_REGION => metadata = Some((at, len)),
+                BAT_REGION if bat.is_none() => bat = Some((at, len)),
+                METADATA_REGION if metadata.is_none() => metadata = Some((at, len)),
+                BAT_REGION | METADATA_REGION => return Err("a region stands in the table twice"),
                 _ if u32_at(entry, 28) & 1 != 0 => return Err("a required region is of a kind unknown to this version"),
-                _ => {}
+                _ => others.push((at, len)),
             }
         }
         let ((bat_at, bat_len), (metadata_at, metadata_len)) = bat.zip(metadata).ok_or("the BAT or the metadata region is missing")?;
         if bat_at < metadata_at + metadata_len && metadata_at < bat_at + bat_len {
             return Err("the BAT and the metadata region overlap");
         }
-        Ok(Regions { bat_at, bat_len, metadata_at, metadata_len })
+        Ok(Regions { bat_at, bat_len, metadata_at, metadata_len, others })
     }
 }
 
 /// What the metadata says about the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Metadata {
     /// Bytes of a payload block: a power of two, 1 to 256 MiB.
     pub block_size: u32,
+    /// Every block is meant to stay allocated: a fixed image.
+    pub fixed: bool,
     /// Bytes of the virtual disk.
     pub size: u64,
+    /// Where that number stands in the region, in bytes.
+    pub size_at: u64,
     /// The disk's own id.
     pub disk_id: Uuid,
     /// 512 or 4096.
     pub logical_sector: u32,
+    /// 512 or 4096.
+    pub physical_sector: u32,
+    /// How a differencing disk finds its parent.
+    pub parent: Option<ParentLocator>,
+}
+
+/// How a differencing disk finds its parent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ParentLocator {
+    /// The parent's `data_write` ids that are right, in lower case with braces.
+    pub linkage: Vec<String>,
+    /// Path relative to the child's folder, as written.
+    pub relative_path: Option<String>,
+    /// Path on the host that made it, as written.
+    pub absolute_path: Option<String>,
 }
 
 impl Metadata {
-    /// The first 128 KiB of the metadata region: table and items.
+    /// The first 128 KiB of the metadata region of an image without a parent: table and items. `size_at` is not looked at.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = vec![0; 2 * METADATA_TABLE_LEN];
         out[..8].copy_from_slice(b"metadata");
+        let parameters = [self.block_size.to_le_bytes(), u32::from(self.fixed).to_le_bytes()].concat();
         let items: [(Uuid, Vec<u8>, u32); 5] = [
-            (FILE_PARAMETERS, [self.block_size.to_le_bytes(), [0; 4]].concat(), 4),
+            (FILE_PARAMETERS, parameters, 4),
             (VIRTUAL_SIZE, self.size.to_le_bytes().to_vec(), 6),
             (DISK_ID, self.disk_id.to_bytes_le().to_vec(), 6),
             (LOGICAL_SECTOR, self.logical_sector.to_le_bytes().to_vec(), 6),
-            (PHYSICAL_SECTOR, 4096u32.to_le_bytes().to_vec(), 6),
+            (PHYSICAL_SECTOR, self.physical_sector.to_le_bytes().to_vec(), 6),
         ];
         out[10..12].copy_from_slice(&(items.len() as u16).to_le_bytes());
         let mut at = METADATA_TABLE_LEN;
@@ -206,46 +233,99 @@ impl Metadata {
         if count > 2047 {
             return Err("the metadata table claims more than 2047 items");
         }
-        let item = |wanted: Uuid, len: usize| -> Result<&[u8], &'static str> {
-            let entry = region[32..METADATA_TABLE_LEN].chunks_exact(32).take(count).find(|e| guid_at(e, 0) == wanted);
-            let entry = entry.ok_or("a required metadata item is missing")?;
-            let at = u32_at(entry, 16) as usize;
-            if at < METADATA_TABLE_LEN || u32_at(entry, 20) as usize != len {
+        let entries = || region[32..METADATA_TABLE_LEN].chunks_exact(32).take(count);
+        let known = [FILE_PARAMETERS, VIRTUAL_SIZE, DISK_ID, LOGICAL_SECTOR, PHYSICAL_SECTOR, PARENT_LOCATOR];
+        if entries().any(|e| u32_at(e, 24) & 4 != 0 && !known.contains(&guid_at(e, 0))) {
+            return Err("a required metadata item is of a kind unknown to this version");
+        }
+        let item = |wanted: Uuid, len: Option<usize>| -> Result<(u64, &[u8]), &'static str> {
+            let entry = entries().find(|e| guid_at(e, 0) == wanted).ok_or("a required metadata item is missing")?;
+            let (at, has) = (u32_at(entry, 16) as usize, u32_at(entry, 20) as usize);
+            if at < METADATA_TABLE_LEN || len.is_some_and(|len| has != len) {
                 return Err("a metadata item has an illegal place or length");
             }
-            region.get(at..at.saturating_add(len)).ok_or("a metadata item lies outside its region")
+            let bytes = region.get(at..at.saturating_add(has)).ok_or("a metadata item lies outside its region")?;
+            Ok((at as u64, bytes))
         };
-        let parameters = item(FILE_PARAMETERS, 8)?;
-        if parameters[4] & 2 != 0 {
-            return Err("the image is a differencing disk; a replica has no parent");
-        }
+        let (_, parameters) = item(FILE_PARAMETERS, Some(8))?;
+        let flags = u32_at(parameters, 4);
+        let (size_at, size) = item(VIRTUAL_SIZE, Some(8))?;
+        let parent = if flags & 2 != 0 { Some(ParentLocator::decode(item(PARENT_LOCATOR, None)?.1)?) } else { None };
         let metadata = Metadata {
             block_size: u32_at(parameters, 0),
-            size: u64_at(item(VIRTUAL_SIZE, 8)?, 0),
-            disk_id: guid_at(item(DISK_ID, 16)?, 0),
-            logical_sector: u32_at(item(LOGICAL_SECTOR, 4)?, 0),
+            fixed: flags & 1 != 0,
+            size: u64_at(size, 0),
+            size_at,
+            disk_id: guid_at(item(DISK_ID, Some(16))?.1, 0),
+            logical_sector: u32_at(item(LOGICAL_SECTOR, Some(4))?.1, 0),
+            physical_sector: u32_at(item(PHYSICAL_SECTOR, Some(4))?.1, 0),
+            parent,
         };
         let block = u64::from(metadata.block_size);
         if !block.is_power_of_two() || !(MIB..=256 * MIB).contains(&block) {
             return Err("the block size is not a power of two between 1 and 256 MiB");
         }
-        if !matches!(metadata.logical_sector, 512 | 4096) {
-            return Err("the logical sector size is neither 512 nor 4096");
+        if !matches!(metadata.logical_sector, 512 | 4096) || !matches!(metadata.physical_sector, 512 | 4096) {
+            return Err("a sector size is neither 512 nor 4096");
         }
         if metadata.size == 0 || metadata.size > SIZE_MAX || !metadata.size.is_multiple_of(u64::from(metadata.logical_sector)) {
             return Err("the virtual size is not a positive multiple of the sector size up to 64 TiB");
         }
         Ok(metadata)
     }
+
+    /// The shape of the block table.
+    pub fn geometry(&self) -> Geometry {
+        let (block, sector) = (u64::from(self.block_size), u64::from(self.logical_sector));
+        Geometry { size: self.size, block, sector, differencing: self.parent.is_some() }
+    }
 }
 
-fn seal_crc(bytes: &mut [u8]) {
+impl ParentLocator {
+    /// Parses the item.
+    ///
+    /// # Errors
+    /// What is wrong, as text.
+    pub fn decode(item: &[u8]) -> Result<ParentLocator, &'static str> {
+        const SHORT: &str = "the parent locator is damaged";
+        if item.len() < 20 || guid_at(item, 0) != LOCATOR_TYPE {
+            return Err("the parent locator is damaged or of a kind that is not VHDX");
+        }
+        let mut locator = ParentLocator::default();
+        let text = |at: u32, len: u16| -> Result<String, &'static str> {
+            let bytes = item.get(at as usize..(at as usize).saturating_add(usize::from(len))).ok_or(SHORT)?;
+            let units: Vec<u16> = bytes.chunks_exact(2).map(|c| u16::from_le_bytes([c[0], c[1]])).collect();
+            String::from_utf16(&units).map_err(|_| "the parent locator holds text that is not UTF-16")
+        };
+        for entry in item[20..].chunks_exact(12).take(usize::from(u16_at(item, 18))) {
+            let key = text(u32_at(entry, 0), u16_at(entry, 8))?;
+            let value = text(u32_at(entry, 4), u16_at(entry, 10))?;
+            match key.as_str() {
+                "parent_linkage" | "parent_linkage2" => locator.linkage.push(value.to_lowercase()),
+                "relative_path" => locator.relative_path = Some(value),
+                "absolute_win32_path" => locator.absolute_path = Some(value),
+                _ => {}
+            }
+        }
+        if locator.linkage.is_empty() || locator.relative_path.is_none() && locator.absolute_path.is_none() {
+            return Err("the parent locator names no parent");
+        }
+        Ok(locator)
+    }
+
+    /// Whether an image whose header says `data_write` is the parent that the child was made from.
+    pub fn is_parent(&self, data_write: Uuid) -> bool {
+        self.linkage.contains(&format!("{{{data_write}}}"))
+    }
+}
+
+pub(super) fn seal_crc(bytes: &mut [u8]) {
     bytes[4..8].fill(0);
     let crc = crc32c::crc32c(bytes);
     bytes[4..8].copy_from_slice(&crc.to_le_bytes());
 }
 
-fn crc_matches(bytes: &[u8]) -> bool {
+pub(super) fn crc_matches(bytes: &[u8]) -> bool {
     let crc = crc32c::crc32c_append(crc32c::crc32c_append(crc32c::crc32c(&bytes[..4]), &[0; 4]), &bytes[8..]);
     u32_at(bytes, 4) == crc
 }
@@ -254,15 +334,15 @@ fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(*bytes[at..].first_chunk().expect("callers stay within structures of known length"))
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
+pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(*bytes[at..].first_chunk().expect("callers stay within structures of known length"))
 }
 
-fn guid_at(bytes: &[u8], at: usize) -> Uuid {
+pub(super) fn guid_at(bytes: &[u8], at: usize) -> Uuid {
     Uuid::from_bytes_le(*bytes[at..].first_chunk().expect("callers stay within structures of known length"))
 }
 
@@ -271,6 +351,19 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn metadata() -> Metadata {
+        Metadata {
+            block_size: 2 << 20,
+            fixed: false,
+            size: 1 << 30,
+            size_at: METADATA_TABLE_LEN as u64 + 8,
+            disk_id: Uuid::from_u128(3),
+            logical_sector: 512,
+            physical_sector: 4096,
+            parent: None,
+        }
+    }
 
     #[test]
     fn structures_round_trip() {
@@ -283,11 +376,10 @@ mod tests {
             log_at: MIB,
         };
         assert_eq!(Header::decode(&header.encode()), Some(header));
-        let regions = Regions { bat_at: 2 * MIB, bat_len: MIB, metadata_at: 3 * MIB, metadata_len: MIB };
-        assert_eq!(Regions::decode(&regions.encode(), 8 * MIB), Ok(regions));
+        let regions = Regions { bat_at: 2 * MIB, bat_len: MIB, metadata_at: 3 * MIB, metadata_len: MIB, others: vec![] };
         assert!(Regions::decode(&regions.encode(), 3 * MIB).is_err(), "a region past the end of the file");
-        let metadata = Metadata { block_size: 2 << 20, size: 1 << 30, disk_id: Uuid::from_u128(3), logical_sector: 512 };
-        assert_eq!(Metadata::decode(&metadata.encode()), Ok(metadata));
+        assert_eq!(Regions::decode(&regions.encode(), 8 * MIB), Ok(regions));
+        assert_eq!(Metadata::decode(&metadata().encode()), Ok(metadata()));
     }
 
     proptest! {
@@ -299,8 +391,7 @@ mod tests {
                 bytes[at] = value;
                 prop_assert_eq!(Header::decode(&bytes), None);
             }
-            let metadata = Metadata { block_size: 2 << 20, size: 1 << 30, disk_id: Uuid::from_u128(3), logical_sector: 512 };
-            let mut bytes = metadata.encode();
+            let mut bytes = metadata().encode();
             bytes[at % 256] = value;
             let _ = Metadata::decode(&bytes);
         }

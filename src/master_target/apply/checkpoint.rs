@@ -14,7 +14,7 @@ use super::replica::Replica;
 use crate::clock;
 use crate::config::limits::APPLY_DEPTH;
 use crate::crypto::seal::OpenError;
-use crate::disk::DiskError;
+use crate::disk::{Disk, DiskError};
 use crate::master_target::points::Changes;
 use crate::master_target::retain::RetainError;
 use crate::master_target::shared::{Item, Newest};

@@ -31,6 +31,7 @@ use super::shared::{DiskShared, TargetShared};
 use crate::clock;
 use crate::config::master_target::MasterTargetSettings;
 use crate::crypto::keyring::KeyEncryptionKey;
+use crate::disk::Disk;
 use crate::model::{DiskId, Extent, PointId, Position};
 use crate::storage::uring::Uring;
 

@@ -2,15 +2,16 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Apply, Prepared, Refusal};
+use crate::config::units::show_size;
 use crate::crypto::keyring::DataKey;
 use crate::crypto::seal::{Opener, Purpose};
-use crate::disk::Image;
+use crate::disk::{Disk, Image};
 use crate::master_target::catalogue::ReplicaRecord;
 use crate::master_target::journal::{self, Found};
 use crate::master_target::retain::{Retention, Subject};
@@ -127,6 +128,18 @@ impl Apply {
         if size > replica.image.size() {
             return Err(too_large(&disk, size, replica.image.size()));
         }
+        if size > 0 && size < replica.image.size() && disk.configured_size.is_none() {
+            return Err(Refusal {
+                retry: false,
+                message: format!(
+                    "disk {} has {} and its replica {}: it shrank, or another disk took its name. Give the new disk a name of its own, or \
+                     remove the replica and its points if they are not needed",
+                    disk.label,
+                    show_size(size),
+                    show_size(replica.image.size())
+                ),
+            });
+        }
         let record = self.records.replica(id).ok().flatten();
         let journaled = disk.condition().journaled;
         Ok(Prepared {
@@ -164,11 +177,12 @@ impl Apply {
         let path = self.image_path(disk, &record);
         let dir = path.parent().map(PathBuf::from).unwrap_or_default();
         create_dir_durable(&dir).map_err(|e| e.to_string())?;
-        if path.exists() {
+        for file in record.format.files(&path).into_iter().filter(|f| f.exists()) {
             // The catalogue does not know it: a crash while it was made, or a file of somebody else. Never overwritten.
-            let aside = path.with_extension(format!("{}.unknown-{generation:x}", record.format.as_str()));
-            std::fs::rename(&path, &aside).map_err(|e| format!("{}: {e}", path.display()))?;
-            tracing::warn!(path = %aside.display(), "a file stood where a new replica goes; it was moved aside, remove it if it is not needed");
+            let mut aside = file.clone().into_os_string();
+            aside.push(format!(".unknown-{generation:x}"));
+            std::fs::rename(&file, &aside).map_err(|e| format!("{}: {e}", file.display()))?;
+            tracing::warn!(path = %Path::new(&aside).display(), "a file stood where a new replica goes; it was moved aside, remove it if it is not needed");
         }
         let image = Image::create(&self.storage, &path, record.format, size).await.map_err(|e| e.to_string())?;
         let replica = self.assemble(disk, image, key, &record).await?;
@@ -179,7 +193,7 @@ impl Apply {
     }
 
     fn image_path(&self, disk: &DiskShared, record: &ReplicaRecord) -> PathBuf {
-        let name = format!("{}.{}", disk.name, record.format.as_str());
+        let name = format!("{}.{}", disk.name, record.format.extension());
         self.settings.replicas().join(disk.machine_name.as_str()).join(name)
     }
 

@@ -1,13 +1,15 @@
-//! A point as an image file: written beside its name, synced, then renamed; a partial image is never found under it.
+//! A point as an image: written in a hidden folder beside its name, synced, then linked; a partial image is never found under
+//! the name.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
 use futures_util::StreamExt;
 
 use super::{ApplyCommand, OpenPoint};
-use crate::disk::{Format, Image};
+use crate::disk::{Disk, Format, Image};
 use crate::model::Extent;
-use crate::storage::uring::{Uring, sync_dir};
+use crate::storage::uring::{Uring, UringFile, sync_dir};
 
 /// Bytes read and written at once.
 const STEP: u64 = 1 << 20;
@@ -19,34 +21,58 @@ const DEPTH: usize = 8;
 /// # Errors
 /// A sentence; the partial file is removed.
 pub(super) async fn write(point: &OpenPoint, format: Format, path: &Path, progress: impl Fn(u64)) -> Result<(), String> {
-    let mut name = path.file_name().ok_or("--output must name a file")?.to_owned();
-    name.push(".partial");
-    let partial = path.with_file_name(name);
-    let _ = std::fs::remove_file(&partial);
-    let written = write_partial(point, format, &partial, progress).await;
-    let finished = written.and_then(|()| {
-        // Another file may have come meanwhile; link fails then, rename would replace it.
-        std::fs::hard_link(&partial, path).map_err(|e| format!("{}: {e}", path.display()))
-    });
-    let _ = std::fs::remove_file(&partial);
-    finished?;
+    let name = path.file_name().ok_or("--output must name a file")?;
     let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !dir.is_dir() {
+        return Err(format!("there is no folder {}: make it first", dir.display()));
+    }
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(name);
+    hidden.push(".partial");
+    // A folder of its own, because files of an image name each other.
+    let staging = dir.join(hidden);
+    let _ = std::fs::remove_dir_all(&staging);
+    std::fs::create_dir(&staging).map_err(|e| format!("{}: {e}", staging.display()))?;
+    let staged = staging.join(name);
+    let result = match write_staged(point, format, &staged, progress).await {
+        Ok(()) => publish(&format.files(&staged), &format.files(path)),
+        Err(e) => Err(e),
+    };
+    let _ = std::fs::remove_dir_all(&staging);
+    result?;
     sync_dir(dir).map_err(|e| format!("{}: {e}", dir.display()))
 }
 
-async fn write_partial(point: &OpenPoint, format: Format, partial: &Path, progress: impl Fn(u64)) -> Result<(), String> {
-    let image = Image::create(&Uring::direct(), partial, format, point.size).await.map_err(|e| e.to_string())?;
+/// Gives finished files their names, all or none. Others may have come meanwhile: a link fails then, a rename would replace them.
+fn publish(staged: &[PathBuf], names: &[PathBuf]) -> Result<(), String> {
+    for (done, (from, to)) in staged.iter().zip(names).enumerate() {
+        if let Err(e) = std::fs::hard_link(from, to) {
+            for made in &names[..done] {
+                let _ = std::fs::remove_file(made);
+            }
+            return Err(format!("{}: {e}", to.display()));
+        }
+    }
+    Ok(())
+}
+
+async fn write_staged(point: &OpenPoint, format: Format, path: &Path, progress: impl Fn(u64)) -> Result<(), String> {
+    let image = Image::create(&Uring::direct(), path, format, point.size).await.map_err(|e| e.to_string())?;
     let mut at = 0;
     while at < point.size {
         let next = point.ask(|done| ApplyCommand::NextData { view: point.view, offset: at, done }).await?;
         let Some(data) = next else { break };
         let steps = (0..data.len.div_ceil(STEP)).map(|i| {
             let offset = data.offset + i * STEP;
-            copy(point, &image, Extent::new(offset, STEP.min(data.end() - offset)))
+            read(point, &image, Extent::new(offset, STEP.min(data.end() - offset)))
         });
         let mut running = futures_util::stream::iter(steps).buffered(DEPTH);
-        while let Some(end) = running.next().await {
-            progress(end?);
+        while let Some(piece) = running.next().await {
+            let (end, late) = piece?;
+            if let Some((offset, data)) = late {
+                image.write(offset, data).await.map_err(|e| e.to_string())?;
+            }
+            progress(end);
         }
         drop(running);
         at = data.end();
@@ -54,10 +80,15 @@ async fn write_partial(point: &OpenPoint, format: Format, partial: &Path, progre
     image.finish().await.map_err(|e| e.to_string())
 }
 
-async fn copy(point: &OpenPoint, image: &Image<crate::storage::uring::UringFile>, extent: Extent) -> Result<u64, String> {
+/// Reads a piece and writes it, or gives it back if the format takes pieces in their order only.
+async fn read(point: &OpenPoint, image: &Image<UringFile>, extent: Extent) -> Result<(u64, Option<(u64, Bytes)>), String> {
     let data = point.ask(|done| ApplyCommand::Read { view: point.view, extent, done }).await?;
-    if data.iter().any(|&b| b != 0) {
-        image.write(extent.offset, data).await.map_err(|e| e.to_string())?;
+    if data.iter().all(|&b| b == 0) {
+        return Ok((extent.end(), None));
     }
-    Ok(extent.end())
+    if let Image::Stream(_) = image {
+        return Ok((extent.end(), Some((extent.offset, data))));
+    }
+    image.write(extent.offset, data).await.map_err(|e| e.to_string())?;
+    Ok((extent.end(), None))
 }

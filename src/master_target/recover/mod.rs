@@ -195,10 +195,10 @@ impl Job {
         };
         let begun = match &self.target {
             Target::Nbd(address) => crate::nbd::Listener::bind(address).await.map(Some).map_err(|e| e.to_string()),
-            Target::File(_, path) if path.exists() => {
-                Err(format!("{} exists already: remove it or choose another --output", path.display()))
-            }
-            Target::File(..) => Ok(None),
+            Target::File(format, path) => match format.files(path).into_iter().find(|f| f.exists()) {
+                Some(file) => Err(format!("{} exists already: remove it or choose another --output", file.display())),
+                None => Ok(None),
+            },
         };
         let listener = match begun.and_then(|l| self.recoveries.add(view.clone()).map(|()| l)) {
             Ok(listener) => listener,

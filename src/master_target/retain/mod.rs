@@ -33,7 +33,7 @@ pub use self::view::View;
 use crate::config::limits::APPLY_DEPTH;
 use crate::crypto::keyring::DataKey;
 use crate::crypto::seal::{OpenError, Opener, Packer, Purpose, SealingSession};
-use crate::disk::{DiskError, Image};
+use crate::disk::{Disk, DiskError, Image};
 use crate::model::{BLOCK, BlockSet, DiskId, Extent, Position};
 use crate::storage::{File, Storage};
 use crate::wire::batch::{BATCH_DATA_TARGET, BATCH_EXTENTS_MAX};

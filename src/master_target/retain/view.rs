@@ -8,7 +8,7 @@ use super::index::Source;
 use super::interval::Interval;
 use super::{RetainError, Retention};
 use crate::crypto::seal::Opener;
-use crate::disk::Image;
+use crate::disk::{Disk, Image};
 use crate::model::{Extent, OverlayMap, Position};
 use crate::storage::{AlignedBuf, File, Storage};
 
