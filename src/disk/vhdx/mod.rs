@@ -336,12 +336,12 @@ impl<F: File> Vhdx<F> {
         let sector = geometry.sector;
         let first = (number % geometry.ratio() * geometry.block + within.offset) / sector;
         let last = (number % geometry.ratio() * geometry.block + within.end() - 1) / sector;
-        let bitmap_at = self.bat.borrow().bitmap_of(number);
-        let bitmap = open::read_through(&self.file, self.overlay.as_ref(), bitmap_at + first / 8 / 512 * 512, {
-            ((last / 8 + 1) - first / 8 / 512 * 512) as usize
-        });
-        let bitmap = bitmap.await.map_err(|e| self.io(e))?;
-        let here = |s: u64| bitmap[(s / 8 - first / 8 / 512 * 512) as usize] & 1 << (s % 8) != 0;
+        // Whole sectors of the bitmap, for direct I/O.
+        let (from, to) = (first / 8 / 512 * 512, (last / 8 + 1).next_multiple_of(512));
+        let bitmap_at = self.bat.borrow().bitmap_of(number) + from;
+        let bitmap = open::read_through(&self.file, self.overlay.as_ref(), bitmap_at, (to - from) as usize).await;
+        let bitmap = bitmap.map_err(|e| self.io(e))?;
+        let here = |s: u64| bitmap[(s / 8 - from) as usize] & 1 << (s % 8) != 0;
         let mut done = 0u64;
         while done < within.len {
             let bit = first + (within.offset % sector + done) / sector;

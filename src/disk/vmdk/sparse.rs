@@ -261,7 +261,10 @@ impl<F: File> Sparse<F> {
         let grains = self.grains.borrow();
         let grain_bytes = self.grain_bytes();
         let mut from = offset;
-        while let Some(first) = grains.next_placed(from / grain_bytes) {
+        // The last grain may be short: what lies behind the disk's end is in it too.
+        while from < self.size()
+            && let Some(first) = grains.next_placed(from / grain_bytes)
+        {
             let Some(at) = grains.place_of(first) else { return Ok(None) };
             let mut after = first + 1;
             if !self.header.compressed() {
