@@ -167,7 +167,8 @@ impl Cluster {
     /// The replica of a disk.
     pub fn replica(&self, index: usize) -> PathBuf {
         let state = self.options.target_state.clone().unwrap_or_else(|| self.path("master-target"));
-        state.join(format!("replicas/m1/d{index}.{}", self.options.format))
+        let format: tidegate::disk::Format = self.options.format.parse().expect("a format");
+        state.join(format!("replicas/m1/d{index}.{}", format.extension()))
     }
 
     fn control_path(&self, role: &str) -> PathBuf {
