@@ -10,7 +10,7 @@ use std::process::Command;
 use bytes::Bytes;
 use support::Rng;
 use support::faulty_storage::Faulty;
-use tidegate::disk::{Disk, Format, Image, check};
+use tidegate::disk::{Disk, DiskError, Format, Image, check};
 use tidegate::model::Extent;
 
 /// Bytes of the disk: a few VHDX blocks, several grain tables' worth of grains.
@@ -74,7 +74,11 @@ fn stamped(extent: Extent, stamp: u32) -> Bytes {
 
 /// One session of random operations; ends by itself or by power loss at some operation.
 async fn session(storage: &Faulty, path: &Path, format: Format, model: &mut Model, rng: &mut Rng, stamp: &mut u32) {
-    let Ok(image) = Image::open(storage, path, format).await else { return };
+    let image = match Image::open(storage, path, format).await {
+        Ok(image) => image,
+        Err(DiskError::Io { .. }) => return,
+        Err(other) => panic!("{other}"),
+    };
     for _ in 0..rng.below(40) {
         *stamp += 1;
         let offset = rng.below(SIZE / UNIT) * UNIT;

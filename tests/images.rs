@@ -662,7 +662,9 @@ fn every_kind_of_damage_is_found_and_nothing_is_read_from_it() {
         });
     };
     // Grain tables begin at sector 31, their copies at 22, grains at 128; see the unit test of the layout.
-    let vmdk: [(&str, u64, Vec<u8>, bool); 9] = [
+    let vmdk: [(&str, u64, Vec<u8>, bool); 11] = [
+        ("where grains may be put", 64, 1u64.to_le_bytes().to_vec(), false),
+        ("two grain tables overlap", 30 * 512, [35u32.to_le_bytes(), 35u32.to_le_bytes()].concat(), false),
         ("outside", 31 * 512 + 16 * 4, 0x7fff_ffffu32.to_le_bytes().to_vec(), false),
         ("over the structures", 31 * 512 + 16 * 4, 30u32.to_le_bytes().to_vec(), false),
         ("two blocks overlap", 31 * 512 + 16 * 4, 128u32.to_le_bytes().to_vec(), false),

@@ -182,6 +182,13 @@ impl Settings for MasterTargetSettings {
                 if machine.disk[..at].iter().any(|d| d.name == disk.name) {
                     return Err(format!("disk {} of machine {} is listed twice", disk.name, machine.name));
                 }
+                let files = |d: &Disk| d.format.files(std::path::Path::new(&format!("{}.{}", d.name, d.format.extension())));
+                if let Some(other) = machine.disk[..at].iter().find(|other| files(other).iter().any(|f| files(disk).contains(f))) {
+                    return Err(format!(
+                        "disks {} and {} of machine {} would share a file: rename one",
+                        other.name, disk.name, machine.name
+                    ));
+                }
                 if !disk.format.can_be_replica() {
                     let name = disk.format.as_str();
                     return Err(format!("format of disk {} of machine {}: {name} is for exports only", disk.name, machine.name));

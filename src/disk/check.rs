@@ -269,7 +269,7 @@ async fn vhdx_file<F: File>(file: &F, path: &Path, report: &mut Report) -> io::R
 fn overlaps(mut places: Vec<(u64, u64, u64)>, path: &Path, report: &mut Report) {
     places.sort_unstable();
     for pair in places.windows(2) {
-        if pair[0].0 + pair[0].1 > pair[1].0 {
+        if pair[0].0.saturating_add(pair[0].1) > pair[1].0 {
             report.fault(path, pair[1].2, format!("two blocks overlap; the other entry stands at byte {}", pair[0].2));
         }
     }
@@ -358,6 +358,9 @@ async fn vmdk_extent<F: File>(file: F, path: &Path, report: &mut Report) -> Resu
         report.fault(path, survey.entry_at(bad.grain), bad.what);
     }
     let grain_bytes = header.grain * 512;
+    if !header.compressed() && survey.structures_end > header.overhead {
+        report.fault(path, 64, "tables or the descriptor stand where grains may be put");
+    }
     if !header.compressed() {
         let places: Vec<_> = vmdk::grains::placed(&survey.table, &header).map(|(n, at)| (at, grain_bytes, survey.entry_at(n))).collect();
         report.blocks += places.len() as u64;

@@ -209,8 +209,23 @@ impl<F: File> Image<F> {
     /// Makes an image of `size` zero bytes at `path`, durably.
     ///
     /// # Errors
-    /// [`DiskError`]; a partly made file is left behind and holds nothing.
+    /// [`DiskError`]; what was made of it is removed.
     pub async fn create<S: Storage<File = F>>(storage: &S, path: &Path, format: Format, size: u64) -> Result<Self, DiskError> {
+        match Self::create_files(storage, path, format, size).await {
+            // Somebody else's file stays.
+            Err(error) if matches!(&error, DiskError::Io { source, .. } if source.kind() == io::ErrorKind::AlreadyExists) => Err(error),
+            Err(error) => {
+                // What was made may hold much of the space that was not enough.
+                for file in format.files(path) {
+                    let _ = storage.remove(&file);
+                }
+                Err(error)
+            }
+            made => made,
+        }
+    }
+
+    async fn create_files<S: Storage<File = F>>(storage: &S, path: &Path, format: Format, size: u64) -> Result<Self, DiskError> {
         let image = match format {
             Format::VmdkFlat => Image::Vmdk(Vmdk::create_flat(storage, path, Kind::MonolithicFlat, size).await?),
             Format::Vmfs => Image::Vmdk(Vmdk::create_flat(storage, path, Kind::Vmfs, size).await?),
@@ -400,12 +415,16 @@ pub(crate) fn beneath(image: &Path, named: &str) -> Result<PathBuf, &'static str
     if !plain || relative.file_name().is_none() {
         return Err("a file that the image names does not lie beneath the image's own folder");
     }
-    let dir = image.parent().unwrap_or(Path::new("."));
+    let dir = image.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let found = dir.join(relative);
-    if let (Ok(dir), Ok(real)) = (dir.canonicalize(), found.canonicalize())
-        && !real.starts_with(&dir)
-    {
-        return Err("a file that the image names leads out of the image's own folder by a link");
+    if found.symlink_metadata().is_ok() {
+        let inside = dir.canonicalize().and_then(|dir| Ok(found.canonicalize()?.starts_with(dir)));
+        if !inside.unwrap_or(false) {
+            return Err("a file that the image names leads out of the image's own folder by a link");
+        }
+        if !found.is_file() {
+            return Err("a file that the image names is no regular file");
+        }
     }
     Ok(found)
 }

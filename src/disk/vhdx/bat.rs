@@ -207,7 +207,8 @@ pub fn faults<'a>(table: &'a Table, geometry: Geometry, file_len: u64, reserved:
     };
     let payload_faults = payload(table, geometry).filter_map(move |(index, number, state, at)| {
         let what = match state {
-            state::PRESENT => place_fault(at, geometry.block),
+            // Some writers end the file within the block that holds the end of the disk.
+            state::PRESENT => place_fault(at, geometry.block.min(geometry.size - number * geometry.block)),
             state::PARTIAL if geometry.differencing => {
                 let (bitmap, _) = split(table.get(geometry.bitmap_index(number)));
                 if bitmap == state::PRESENT { place_fault(at, geometry.block) } else { Some("a partially present block has no bitmap") }

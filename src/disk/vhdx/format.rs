@@ -127,6 +127,16 @@ impl Regions {
         out
     }
 
+    /// The bytes of a region table in which the BAT stands elsewhere; `None` if its entry is not in the first sector.
+    pub fn moved(&self, table: &[u8], bat_at: u64, bat_len: u64) -> Option<Vec<u8>> {
+        let entry = (16..512 - 32).step_by(32).find(|&at| guid_at(table, at) == BAT_REGION && u64_at(table, at + 16) == self.bat_at)?;
+        let mut changed = table.to_vec();
+        changed[entry + 16..entry + 24].copy_from_slice(&bat_at.to_le_bytes());
+        changed[entry + 24..entry + 28].copy_from_slice(&(bat_len as u32).to_le_bytes());
+        seal_crc(&mut changed);
+        Some(changed)
+    }
+
     /// Parses a region table and checks that its regions lie in a file of `file_len` bytes and apart from each other.
     ///
     /// # Errors

@@ -39,6 +39,26 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// Whether it changes any of these bytes.
+    pub fn touches(&self, at: u64, len: u64) -> bool {
+        let (start, end) = self.range();
+        start < at.saturating_add(len) && at < end
+    }
+
+    /// Whether it needs bytes at or after `len`; zeroes do not.
+    pub fn is_past(&self, len: u64) -> bool {
+        matches!(self, Change::Sector { .. }) && self.range().1 > len
+    }
+
+    fn range(&self) -> (u64, u64) {
+        match self {
+            Change::Sector { at, data } => (*at, at + data.len() as u64),
+            Change::Zero { at, len } => (*at, at + len),
+        }
+    }
+}
+
 /// What a log asks for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Replay {
@@ -145,6 +165,7 @@ fn parse_entry(ring: &[u8], at: usize, log_id: Uuid) -> Option<Entry> {
         }
         match &descriptor[..4] {
             b"desc" => {
+                place.checked_add(LOG_SECTOR as u64)?;
                 let sector = sectors.next()?;
                 let written = u64::from(u32_at(sector, 4)) << 32 | u64::from(u32_at(sector, 4092));
                 if &sector[..4] != b"data" || written != sequence {

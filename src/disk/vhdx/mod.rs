@@ -163,12 +163,10 @@ impl<F: File> Vhdx<F> {
         if !ids.log.is_nil() {
             put(Header { log: Uuid::nil(), ..ids }).await?;
         }
-        if session.repair_regions {
-            let bytes = self.regions.borrow().encode();
-            for at in REGION_AT.into_iter().rev() {
-                write(&self.file, at, &bytes).await?;
-                self.file.sync_data().await?;
-            }
+        if let Some((at, bytes)) = session.repair_regions {
+            // Over the one that does not count, before the tail that it may refer to is cut.
+            write(&self.file, at, &bytes).await?;
+            self.file.sync_data().await?;
         }
         self.cut().await
     }
@@ -195,6 +193,7 @@ impl<F: File> Vhdx<F> {
                 self.bat.borrow_mut().assign(number, at);
             }
         }
+        self.file.sync_data().await?;
         self.write_table().await
     }
 
@@ -252,11 +251,12 @@ impl<F: File> Vhdx<F> {
             copied += MIB;
         }
         self.file.sync_data().await?;
-        let moved = Regions { bat_at: at, bat_len: len, ..old };
-        let bytes = moved.encode();
+        let moved = Regions { bat_at: at, bat_len: len, ..old.clone() };
+        let table = self.file.read_at(REGION_AT[0], format::REGION_LEN).await?;
+        let table = old.moved(&table, at, len).ok_or_else(|| io::Error::other("the BAT's region cannot be changed within one sector"))?;
         // What changes stands in the first sector. The copy goes first: readers look at it only if the first is damaged.
-        for table in REGION_AT.into_iter().rev() {
-            write(&self.file, table, &bytes[..512]).await?;
+        for place in REGION_AT.into_iter().rev() {
+            write(&self.file, place, &table[..512]).await?;
             self.file.sync_data().await?;
         }
         self.bat.borrow_mut().places().skip_to(at + len);

@@ -25,8 +25,8 @@ pub(in crate::disk) struct Session {
     pub header: Header,
     /// Which of the two headers that is.
     pub current: usize,
-    /// The first region table is damaged, its copy is not.
-    pub repair_regions: bool,
+    /// The two region tables differ: where the one stands that does not count, and what it must say.
+    pub repair_regions: Option<(u64, AlignedBuf)>,
 }
 
 /// Changes of a log, laid over the file.
@@ -121,14 +121,10 @@ impl<F: File> Vhdx<F> {
         let overlay = overlay.map(|replay| Overlay::new(replay, file_len));
         let file_len = overlay.as_ref().map_or(file_len, |o| o.len);
         let first = read_through(&file, overlay.as_ref(), REGION_AT[0], REGION_LEN).await.map_err(io)?;
-        let first = Regions::decode(&first, file_len);
-        let repair_regions = first.is_err();
-        let regions = match first {
-            Ok(regions) => regions,
-            Err(what) => {
-                let copy = read_through(&file, overlay.as_ref(), REGION_AT[1], REGION_LEN).await.map_err(io)?;
-                Regions::decode(&copy, file_len).map_err(|_| corrupt(REGION_AT[0], what))?
-            }
+        let copy = read_through(&file, overlay.as_ref(), REGION_AT[1], REGION_LEN).await.map_err(io)?;
+        let (regions, repair_regions) = match Regions::decode(&first, file_len) {
+            Ok(regions) => (regions, (first[..] != copy[..]).then_some((REGION_AT[1], first))),
+            Err(what) => (Regions::decode(&copy, file_len).map_err(|_| corrupt(REGION_AT[0], what))?, Some((REGION_AT[0], copy))),
         };
         if regions.metadata_len > METADATA_MAX {
             return Err(corrupt(regions.metadata_at, "the metadata region is larger than 64 MiB"));
@@ -225,6 +221,12 @@ pub(in crate::disk) async fn read_log<F: File>(
     }
     let ring = file.read_at(header.log_at, len as usize).await?;
     Ok(match log::replay(&ring, header.log) {
+        Ok(Some(replay)) if replay.changes.iter().any(|c| c.touches(0, REGION_AT[0]) || c.touches(header.log_at, len)) => {
+            Err("the log changes the headers or itself")
+        }
+        Ok(Some(replay)) if replay.changes.iter().any(|c| c.is_past(replay.last_len.max(file_len))) => {
+            Err("the log changes something past the end of the file")
+        }
         Ok(Some(replay)) if replay.flushed_len > file_len => Err("the file was cut: its log says that it was longer"),
         Ok(Some(replay)) if replay.last_len > file_len.saturating_add(replay_growth_max(file_len)) => {
             Err("the log wants the file to be longer than is plausible")

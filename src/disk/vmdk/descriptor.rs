@@ -176,11 +176,12 @@ impl Descriptor {
 pub fn with_cid(sector: &[u8], cid: u32) -> Option<Vec<u8>> {
     let at = sector.windows(5).position(|w| w == b"\nCID=")? + 5;
     let mut changed = sector.to_vec();
-    let digits = changed.get_mut(at..at + 8)?;
-    if !digits.iter().all(u8::is_ascii_hexdigit) {
+    // qemu writes ids without leading zeroes: as many digits are changed as there are.
+    let len = changed[at..].iter().take(8).take_while(|b| b.is_ascii_hexdigit()).count();
+    if len == 0 || at + len == changed.len() {
         return None;
     }
-    digits.copy_from_slice(format!("{cid:08x}").as_bytes());
+    changed[at..at + len].copy_from_slice(&format!("{cid:08x}").as_bytes()[8 - len..]);
     Some(changed)
 }
 

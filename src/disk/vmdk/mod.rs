@@ -143,7 +143,11 @@ impl<F: File> Vmdk<F> {
         let descriptor = Descriptor::parse(&text).map_err(|what| corrupt(path, 0, what))?;
         let mut parts = Vec::new();
         let mut start = 0;
+        let mut sparse_files = std::collections::HashSet::new();
         for line in &descriptor.extents {
+            if line.kind == ExtentKind::Sparse && !sparse_files.insert(&line.file) {
+                return Err(corrupt(path, 0, "two extents are in one sparse file"));
+            }
             let extent = Extent::new(start, line.sectors * SECTOR);
             start += extent.len;
             let named = beneath(path, &line.file).map_err(|what| DiskError::Unsupported { path: path.to_owned(), what })?;

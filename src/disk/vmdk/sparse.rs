@@ -27,6 +27,13 @@ use crate::storage::{AlignedBuf, File};
 
 /// The file grows by this much at once, so that one sync serves many grains.
 const GROW_BYTES: u64 = 128 << 20;
+/// Grain tables hold 32-bit numbers of sectors.
+const FILE_MAX: u64 = u32::MAX as u64 * SECTOR;
+/// So near to [`FILE_MAX`] grains that become zero keep their places: given away, they rest until a barrier, and more places
+/// could be needed than there are.
+const CROWDED: u64 = 64 << 30;
+/// Grains that are looked at as one run by those who look for data.
+const RUN_GRAINS: u64 = 1024;
 /// Tables read at once, in sectors.
 const TABLE_STEP: u64 = 2048;
 
@@ -49,6 +56,8 @@ pub struct Loaded<F> {
     pub descriptor: Option<Vec<u8>>,
     /// The second copies of grain tables that differ from the first, by number.
     pub stale_copies: Vec<u64>,
+    /// Tables or the descriptor stand among the grains.
+    scattered: bool,
 }
 
 impl<F: File> Sparse<F> {
@@ -111,7 +120,8 @@ impl<F: File> Sparse<F> {
         let grown_to = Cell::new(grains.end());
         let (header, placing) = (found.header, Mutex::new(()));
         let sparse = Self { path: path.to_owned(), file, header, grains: RefCell::new(grains), grown_to, placing };
-        Ok(Loaded { sparse, descriptor: found.descriptor, stale_copies: found.stale_copies })
+        let scattered = found.structures_end > header.overhead;
+        Ok(Loaded { sparse, descriptor: found.descriptor, stale_copies: found.stale_copies, scattered })
     }
 
     /// Begins a writing session: marks the extent open, gives it a new content id, makes both copies of the tables agree and
@@ -125,6 +135,9 @@ impl<F: File> Sparse<F> {
         let header = sparse.header;
         if header.compressed() || header.version == 3 {
             return Err(unsupported("stream-optimised and version 3 images are read, not written: convert it to another format"));
+        }
+        if loaded.scattered {
+            return Err(unsupported("tables or the descriptor stand among the grains: convert it with qemu-img first"));
         }
         if !header.redundant() || sparse.grains.borrow().has_gaps() || header.descriptor_at == 0 {
             return Err(unsupported("the image lacks grain tables, their second copy or its descriptor: convert it with qemu-img first"));
@@ -187,7 +200,7 @@ impl<F: File> Sparse<F> {
         let corrupt = |what| DiskError::Corrupt { path: self.path.clone(), offset: at, what };
         let file_len = self.file.len().map_err(|e| self.io(e))?;
         let grain = run.offset / self.grain_bytes();
-        let head = self.file.read_at(at, 512.min((file_len - at) as usize)).await.map_err(|e| self.io(e))?;
+        let head = read_up_to(&self.file, at, 512, file_len).await.map_err(|e| self.io(e))?;
         let (sector, len) = decode_grain_marker(&head).ok_or_else(|| corrupt("a grain marker is cut off"))?;
         if sector != grain * self.header.grain {
             return Err(corrupt("a grain marker names another grain"));
@@ -195,8 +208,7 @@ impl<F: File> Sparse<F> {
         if u64::from(len) > 2 * self.grain_bytes() || at + 12 + u64::from(len) > file_len {
             return Err(corrupt("a compressed grain is longer than possible"));
         }
-        let packed = self.file.read_at(at / 512 * 512, (12 + len as usize).next_multiple_of(512).min((file_len - at) as usize));
-        let packed = packed.await.map_err(|e| self.io(e))?;
+        let packed = read_up_to(&self.file, at, 12 + u64::from(len), file_len).await.map_err(|e| self.io(e))?;
         let mut whole = Vec::new();
         let limit = self.grain_bytes();
         let unpacked = flate2::read::ZlibDecoder::new(&packed[12..12 + len as usize]).take(limit + 1).read_to_end(&mut whole);
@@ -229,7 +241,7 @@ impl<F: File> Sparse<F> {
             let grain = at / grain_bytes;
             let end = ((grain + 1) * grain_bytes).min(self.size());
             let stop = end.min(extent.end());
-            if at == grain * grain_bytes && stop == end {
+            if at == grain * grain_bytes && stop == end && self.grains.borrow().end() + CROWDED < FILE_MAX {
                 self.grains.borrow_mut().clear(grain);
             } else {
                 let place = self.grains.borrow().place_of(grain);
@@ -268,7 +280,7 @@ impl<F: File> Sparse<F> {
             let Some(at) = grains.place_of(first) else { return Ok(None) };
             let mut after = first + 1;
             if !self.header.compressed() {
-                while grains.place_of(after) == Some(at + (after - first) * grain_bytes) {
+                while after - first < RUN_GRAINS && grains.place_of(after) == Some(at + (after - first) * grain_bytes) {
                     after += 1;
                 }
             }
@@ -320,6 +332,9 @@ impl<F: File> Sparse<F> {
         if self.grains.borrow().place_of(grain).is_some() {
             return Ok(());
         }
+        if self.grains.borrow().end() + self.grain_bytes() > FILE_MAX {
+            return Err(io::Error::other("the file would become longer than a VMDK can be: keep this disk as vmdk-flat or vhdx"));
+        }
         let places = || RefMut::map(self.grains.borrow_mut(), Grains::places);
         let at = ready_place(&self.file, &self.grown_to, self.grain_bytes(), GROW_BYTES.min(self.size()), places).await?;
         self.grains.borrow_mut().assign(grain, at);
@@ -339,6 +354,8 @@ pub(in crate::disk) struct Survey {
     pub directory: Vec<u64>,
     redundant: Vec<u64>,
     pub stale_copies: Vec<u64>,
+    /// First sector after header, descriptor, directories and tables.
+    pub structures_end: u64,
 }
 
 impl Survey {
@@ -402,7 +419,21 @@ async fn survey_tables<F: File>(path: &Path, file: &F, both: bool) -> Result<Sur
         let copy = copy.map_err(|what| corrupt(header.rgd_at * SECTOR, what))?;
         stale_copies = (0..header.tables()).filter(|&n| !table.same_page(&copy, n)).collect();
     }
-    Ok(Survey { header, descriptor, table, directory, redundant, stale_copies })
+    let mut structures = vec![(0, 1), (header.gd_at, header.directory_sectors())];
+    if descriptor.is_some() {
+        structures.push((header.descriptor_at, header.descriptor_len));
+    }
+    structures.extend(directory.iter().filter(|&&at| at != 0).map(|&at| (at, TABLE_SECTORS)));
+    if !redundant.is_empty() {
+        structures.push((header.rgd_at, header.directory_sectors()));
+        structures.extend(redundant.iter().filter(|&&at| at != 0).map(|&at| (at, TABLE_SECTORS)));
+    }
+    structures.sort_unstable();
+    if let Some(pair) = structures.windows(2).find(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
+        return Err(corrupt(pair[1].0 * SECTOR, "two structures of the file overlap"));
+    }
+    let structures_end = structures.last().map_or(0, |&(at, len)| at + len);
+    Ok(Survey { header, descriptor, table, directory, redundant, stale_copies, structures_end })
 }
 
 /// The descriptor of a disk with one extent: the file of the descriptor itself, or its flat neighbour.
@@ -425,6 +456,17 @@ pub(super) async fn put<F: File>(file: &F, at: u64, bytes: &[u8]) -> io::Result<
     file.write_at(at, AlignedBuf::copy_of(bytes).freeze()).await
 }
 
+/// Reads whole sectors from `at` for `len` bytes, and no more than the file has: others do not always fill the last sector.
+async fn read_up_to<F: File>(file: &F, at: u64, len: u64, file_len: u64) -> io::Result<Vec<u8>> {
+    let end = (at + len.next_multiple_of(SECTOR)).min(file_len);
+    let whole = (end - at) / SECTOR * SECTOR;
+    let mut bytes = file.read_at(at, whole as usize).await?.to_vec();
+    if at + whole < end {
+        bytes.extend_from_slice(&file.read_tail(at + whole, (end - at - whole) as usize).await?);
+    }
+    Ok(bytes)
+}
+
 fn file_holds(file_len: u64, at: u64, sectors: u64) -> bool {
     at > 0 && at.checked_add(sectors).and_then(|end| end.checked_mul(SECTOR)).is_some_and(|end| end <= file_len)
 }
@@ -439,6 +481,9 @@ async fn read_tables<F: File>(file: &F, directory: &[u64], file_len: u64) -> io:
     let mut table = Table::default();
     let mut order: Vec<(u64, u64)> = directory.iter().copied().zip(0..).filter(|&(at, _)| at != 0).collect();
     order.sort_unstable();
+    if order.windows(2).any(|pair| pair[1].0 - pair[0].0 < TABLE_SECTORS) {
+        return Ok(Err("two grain tables overlap"));
+    }
     let mut next = 0;
     while next < order.len() {
         let (first, _) = order[next];

@@ -9,6 +9,7 @@ use futures_util::StreamExt;
 use super::{ApplyCommand, OpenPoint};
 use crate::disk::{Disk, Format, Image};
 use crate::model::Extent;
+use crate::storage::log::random_u64;
 use crate::storage::uring::{Uring, UringFile, sync_dir};
 
 /// Bytes read and written at once.
@@ -28,19 +29,24 @@ pub(super) async fn write(point: &OpenPoint, format: Format, path: &Path, progre
     }
     let mut hidden = std::ffi::OsString::from(".");
     hidden.push(name);
-    hidden.push(".partial");
+    // Another export to the same name may run beside this one.
+    hidden.push(format!(".partial-{:x}", random_u64()));
     // A folder of its own, because files of an image name each other.
-    let staging = dir.join(hidden);
-    let _ = std::fs::remove_dir_all(&staging);
-    std::fs::create_dir(&staging).map_err(|e| format!("{}: {e}", staging.display()))?;
-    let staged = staging.join(name);
-    let result = match write_staged(point, format, &staged, progress).await {
-        Ok(()) => publish(&format.files(&staged), &format.files(path)),
-        Err(e) => Err(e),
-    };
-    let _ = std::fs::remove_dir_all(&staging);
-    result?;
+    let staging = Staging(dir.join(hidden));
+    std::fs::create_dir(&staging.0).map_err(|e| format!("{}: {e}", staging.0.display()))?;
+    let staged = staging.0.join(name);
+    write_staged(point, format, &staged, progress).await?;
+    publish(&format.files(&staged), &format.files(path))?;
     sync_dir(dir).map_err(|e| format!("{}: {e}", dir.display()))
+}
+
+/// Removed whatever becomes of the export, also when it is ended half-way.
+struct Staging(PathBuf);
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 /// Gives finished files their names, all or none. Others may have come meanwhile: a link fails then, a rename would replace them.
