@@ -7,7 +7,13 @@ use support::{Cluster, Options, s, tool};
 
 #[test]
 fn what_fio_wrote_verifies_on_the_disk_and_on_the_recovered_image() {
-    let mut cluster = Cluster::start(Options { disk_bytes: 128 << 20, ..Options::default() });
+    for cache in ["direct", "writeback"] {
+        verify(cache);
+    }
+}
+
+fn verify(cache: &'static str) {
+    let mut cluster = Cluster::start(Options { disk_bytes: 128 << 20, cache, ..Options::default() });
     let uri = format!("--uri={}", cluster.nbd_uri(0));
     let job = [
         "--name=v",

@@ -95,7 +95,7 @@ fn check_config(file: &Path, role: Option<&str>) -> anyhow::Result<()> {
             return Err(Usage(format!("cannot tell the role from {other:?}: give --role agent, process-server or master-target")).into());
         }
     };
-    checked.map_err(|e| Usage(e.to_string()))?;
+    checked?;
     println!("{} is a good {role} configuration", file.display());
     Ok(())
 }

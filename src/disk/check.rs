@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::vhdx::bat::{self, state};
+use super::vhdx::bat::{self, Geometry, state};
 use super::vhdx::format::{HEADER_AT, HEADER_LEN, Header as VhdxHeader, MIB, Metadata, REGION_AT, REGION_LEN, Regions};
 use super::vhdx::open::{self, Overlay, read_through};
 use super::vmdk::descriptor::{Descriptor, ExtentKind, Kind};
@@ -225,7 +225,7 @@ async fn vhdx_file<F: File>(file: &F, path: &Path, report: &mut Report) -> io::R
         }
     };
     report.size = Some(metadata.size);
-    let geometry = metadata.geometry();
+    let geometry = Geometry::of(&metadata);
     if geometry.entries() * 8 > regions.bat_len {
         report.fault(path, regions.bat_at, "the BAT is too short for the disk");
         return Ok(());

@@ -429,6 +429,18 @@ pub(crate) fn beneath(image: &Path, named: &str) -> Result<PathBuf, &'static str
     Ok(found)
 }
 
+/// Fills `target` with what a parent has at `extent`; zeroes without one, and behind its end.
+async fn read_parent<F: File>(parent: Option<&Image<F>>, extent: Extent, target: &mut [u8]) -> Result<(), DiskError> {
+    let Some(parent) = parent else { return Ok(()) };
+    let len = extent.len.min(parent.size().saturating_sub(extent.offset));
+    if len > 0 {
+        // The chain is bounded when it is opened; boxed because an image's parent is an image.
+        let bytes = Box::pin(parent.read(Extent::new(extent.offset, len))).await?;
+        target[..len as usize].copy_from_slice(&bytes);
+    }
+    Ok(())
+}
+
 /// Grows a file durably before any block beyond its old end is referred to. Falls back to the least growth when space is
 /// short. Returns the new end.
 async fn grow_file<F: File>(file: &F, from: u64, at_least: u64, step: u64) -> io::Result<u64> {

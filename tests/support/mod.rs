@@ -23,6 +23,8 @@ pub struct Options {
     pub disks: usize,
     /// Format of the replicas.
     pub format: &'static str,
+    /// Page cache use of the agent.
+    pub cache: &'static str,
     /// Added to the agent's configuration, before its tables.
     pub agent: String,
     /// Added at the end of the process server's configuration.
@@ -41,6 +43,7 @@ impl Default for Options {
             disk_bytes: 64 << 20,
             disks: 1,
             format: "vhdx",
+            cache: "direct",
             agent: String::new(),
             process_server: String::new(),
             master_target: String::new(),
@@ -114,8 +117,8 @@ impl Cluster {
         let mut agent = format!("machine = \"m1\"\nstate = {:?}\n{}{}", self.path("agent"), self.options.agent, common("agent", 0));
         agent += &format!("[process_server]\naddress = \"127.0.0.1:{ingest}\"\n[points]\ninterval = \"{}\"\n", self.options.interval);
         for index in 0..self.options.disks {
-            agent +=
-                &format!("[[disk]]\nname = \"d{index}\"\npath = {:?}\nnbd = \"unix:{}\"\n", self.disk(index), self.nbd(index).display());
+            let (path, nbd, cache) = (self.disk(index), self.nbd(index), self.options.cache);
+            agent += &format!("[[disk]]\nname = \"d{index}\"\npath = {path:?}\nnbd = \"unix:{}\"\ncache = \"{cache}\"\n", nbd.display());
         }
         let names: Vec<String> = (0..self.options.disks).map(|i| format!("\"d{i}\"")).collect();
         let gateway = format!(

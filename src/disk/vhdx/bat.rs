@@ -3,7 +3,7 @@
 //! An entry is u64: bits 0-2 state, bits 20-63 place in MiB. After every `2^23 * sector / block` payload entries stands one
 //! entry of a sector bitmap ([MS-VHDX] 2.5).
 
-use super::format::MIB;
+use super::format::{MIB, Metadata};
 use crate::disk::places::{PAGE_ENTRIES, Page, Places, Table};
 
 const STATE_MASK: u64 = 7;
@@ -39,6 +39,12 @@ pub struct Geometry {
 }
 
 impl Geometry {
+    /// The shape of the table of an image.
+    pub fn of(metadata: &Metadata) -> Self {
+        let (block, sector) = (u64::from(metadata.block_size), u64::from(metadata.logical_sector));
+        Self { size: metadata.size, block, sector, differencing: metadata.parent.is_some() }
+    }
+
     /// Payload entries between two bitmap entries.
     pub fn ratio(&self) -> u64 {
         (1 << 23) * self.sector / self.block

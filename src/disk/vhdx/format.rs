@@ -9,8 +9,6 @@
 
 use uuid::Uuid;
 
-use super::bat::Geometry;
-
 /// Unit of everything in the file.
 pub const MIB: u64 = 1 << 20;
 /// Where the two headers stand.
@@ -282,12 +280,6 @@ impl Metadata {
             return Err("the virtual size is not a positive multiple of the sector size up to 64 TiB");
         }
         Ok(metadata)
-    }
-
-    /// The shape of the block table.
-    pub fn geometry(&self) -> Geometry {
-        let (block, sector) = (u64::from(self.block_size), u64::from(self.logical_sector));
-        Geometry { size: self.size, block, sector, differencing: self.parent.is_some() }
     }
 }
 

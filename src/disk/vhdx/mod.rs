@@ -78,7 +78,7 @@ impl<F: File> Vhdx<F> {
             physical_sector: 4096,
             parent: None,
         };
-        let bat_len = (metadata.geometry().entries() * 8).next_multiple_of(MIB);
+        let bat_len = (Geometry::of(&metadata).entries() * 8).next_multiple_of(MIB);
         let regions = Regions { bat_at: BAT_AT, bat_len, metadata_at: BAT_AT + bat_len, metadata_len: MIB, others: Vec::new() };
         let data_at = regions.metadata_at + MIB;
         let header = Header {
@@ -93,7 +93,7 @@ impl<F: File> Vhdx<F> {
         let vhdx = Self {
             path: path.to_owned(),
             file,
-            bat: RefCell::new(Bat::new(metadata.geometry(), data_at)),
+            bat: RefCell::new(Bat::new(Geometry::of(&metadata), data_at)),
             metadata,
             regions: RefCell::new(regions.clone()),
             data_write: header.data_write,
@@ -306,7 +306,7 @@ impl<F: File> Vhdx<F> {
             match entry {
                 (state::PRESENT, at) => self.read_here(at + within.offset, target).await?,
                 (state::PARTIAL, at) => self.read_partial(number, at, within, target).await?,
-                (state::NOT_PRESENT, _) => self.read_parent(on_disk, target).await?,
+                (state::NOT_PRESENT, _) => super::read_parent(self.parent.as_deref(), on_disk, target).await?,
                 _ => {}
             }
         }
@@ -316,17 +316,6 @@ impl<F: File> Vhdx<F> {
     async fn read_here(&self, at: u64, target: &mut [u8]) -> Result<(), DiskError> {
         let bytes = open::read_through(&self.file, self.overlay.as_ref(), at, target.len()).await.map_err(|e| self.io(e))?;
         target.copy_from_slice(&bytes);
-        Ok(())
-    }
-
-    async fn read_parent(&self, extent: Extent, target: &mut [u8]) -> Result<(), DiskError> {
-        let Some(parent) = &self.parent else { return Ok(()) };
-        let len = extent.len.min(parent.size().saturating_sub(extent.offset));
-        if len > 0 {
-            // The chain is bounded when it is opened; boxed because an image's parent is an image.
-            let bytes = Box::pin(parent.read(Extent::new(extent.offset, len))).await?;
-            target[..len as usize].copy_from_slice(&bytes);
-        }
         Ok(())
     }
 
@@ -351,7 +340,7 @@ impl<F: File> Vhdx<F> {
             if here(bit) {
                 self.read_here(at + within.offset + done, piece).await?;
             } else {
-                self.read_parent(Extent::new(number * geometry.block + within.offset + done, len), piece).await?;
+                super::read_parent(self.parent.as_deref(), Extent::new(number * geometry.block + within.offset + done, len), piece).await?;
             }
             done += len;
         }

@@ -7,7 +7,7 @@ use std::path::Path;
 use tokio::sync::Mutex;
 
 use super::Vhdx;
-use super::bat::{self, Bat, TABLE_PAGE};
+use super::bat::{self, Bat, Geometry, TABLE_PAGE};
 use super::format::{HEADER_AT, HEADER_LEN, Header, MIB, Metadata, REGION_AT, REGION_LEN, Regions};
 use super::log::{self, Change, LOG_LEN_MAX, Replay};
 use crate::disk::DiskError;
@@ -131,13 +131,13 @@ impl<F: File> Vhdx<F> {
         }
         let region = read_through(&file, overlay.as_ref(), regions.metadata_at, regions.metadata_len as usize).await.map_err(io)?;
         let metadata = Metadata::decode(&region).map_err(|what| corrupt(regions.metadata_at, what))?;
-        if metadata.geometry().entries() * 8 > regions.bat_len {
+        if Geometry::of(&metadata).entries() * 8 > regions.bat_len {
             return Err(corrupt(regions.bat_at, "the BAT is too short for the disk"));
         }
-        let table = read_table(&file, overlay.as_ref(), &regions, metadata.geometry().entries() * 8).await.map_err(io)?;
+        let table = read_table(&file, overlay.as_ref(), &regions, Geometry::of(&metadata).entries() * 8).await.map_err(io)?;
         let reserved = reserved(&header, &regions);
-        let bat =
-            Bat::load(table, metadata.geometry(), file_len, &reserved).map_err(|bad| corrupt(regions.bat_at + bad.index * 8, bad.what))?;
+        let bat = Bat::load(table, Geometry::of(&metadata), file_len, &reserved)
+            .map_err(|bad| corrupt(regions.bat_at + bad.index * 8, bad.what))?;
         let vhdx = Self {
             path: path.to_owned(),
             file,

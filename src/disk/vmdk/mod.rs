@@ -208,22 +208,13 @@ impl<F: File> Vmdk<F> {
                 Body::Sparse(sparse) => {
                     for absent in sparse.read(within, target).await? {
                         let piece = &mut target[(absent.offset - within.offset) as usize..][..absent.len as usize];
-                        self.read_parent(Extent::new(absent.offset + part.extent.offset, absent.len), piece).await?;
+                        super::read_parent(self.parent.as_deref(), Extent::new(absent.offset + part.extent.offset, absent.len), piece)
+                            .await?;
                     }
                 }
             }
         }
         Ok(out)
-    }
-
-    async fn read_parent(&self, extent: Extent, target: &mut [u8]) -> Result<(), DiskError> {
-        let Some(parent) = &self.parent else { return Ok(()) };
-        let len = extent.len.min(parent.size().saturating_sub(extent.offset));
-        if len > 0 {
-            let bytes = Box::pin(parent.read(Extent::new(extent.offset, len))).await?;
-            target[..len as usize].copy_from_slice(&bytes);
-        }
-        Ok(())
     }
 
     /// The one extent of a disk that is written.
