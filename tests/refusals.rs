@@ -106,7 +106,7 @@ fn certificates_of_another_ca_or_role_get_in_nowhere() {
 }
 
 #[test]
-fn unknown_disks_and_disks_larger_than_their_replica_are_named() {
+fn unknown_disks_and_disks_larger_or_smaller_than_their_replica_are_named() {
     let mut cluster = Cluster::start(Options::default());
     cluster.wait_for_delta();
     cluster.kill("agent");
@@ -120,6 +120,11 @@ fn unknown_disks_and_disks_larger_than_their_replica_are_named() {
     tool("truncate", &["-s", "96M", s(&cluster.disk(0))]);
     cluster.start_role("agent");
     cluster.wait("the size is named", Duration::from_secs(20), || reason(&cluster).contains("replica"));
+    cluster.kill("agent");
+    // A smaller disk under the same name: half of its recovery points would be the other's content.
+    tool("truncate", &["-s", "32M", s(&cluster.disk(0))]);
+    cluster.start_role("agent");
+    cluster.wait("both sizes are named", Duration::from_secs(20), || reason(&cluster).contains("shrank"));
     cluster.kill("agent");
     tool("truncate", &["-s", "64M", s(&cluster.disk(0))]);
     cluster.start_role("agent");

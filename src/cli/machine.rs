@@ -50,7 +50,7 @@ pub(super) fn machine(command: MachineCommand) -> anyhow::Result<()> {
                         m.health.as_str().to_owned(),
                         output::seconds(m.rpo_seconds),
                         m.disks.len().to_string(),
-                        m.points.to_string(),
+                        output::count(m.points),
                         m.newest_point.clone().unwrap_or_else(|| "-".to_owned()),
                     ]
                 })
@@ -71,7 +71,7 @@ pub(super) fn machine(command: MachineCommand) -> anyhow::Result<()> {
             println!("rpo     {}", output::seconds(found.rpo_seconds));
             println!(
                 "points  {}, {} to {}",
-                found.points,
+                output::count(found.points),
                 found.oldest_point.as_deref().unwrap_or("-"),
                 found.newest_point.as_deref().unwrap_or("-")
             );
@@ -125,7 +125,7 @@ fn print_disks(machines: &[&MachineView]) {
                 format!("{}/{}", m.name, d.name),
                 d.state.clone(),
                 d.health.as_str().to_owned(),
-                show_size(d.size_bytes),
+                d.size_bytes.map_or_else(|| "-".to_owned(), show_size),
                 output::seconds(d.rpo_seconds),
                 show_size(d.missing_bytes),
                 d.reason.clone().unwrap_or_default(),
@@ -144,7 +144,7 @@ fn show(machine: &MachineView, disk: &DiskView) {
             println!("{what:<9} {text}");
         }
     }
-    println!("size      {}", show_size(disk.size_bytes));
+    println!("size      {}", disk.size_bytes.map_or_else(|| "-".to_owned(), show_size));
     println!("rpo       {}", output::seconds(disk.rpo_seconds));
     println!("missing   {}", show_size(disk.missing_bytes));
     println!("backlog   {}", show_size(disk.backlog_bytes));

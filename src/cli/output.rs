@@ -21,6 +21,11 @@ pub(super) fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A number that not every server knows.
+pub(super) fn count(value: Option<usize>) -> String {
+    value.map_or_else(|| "-".to_owned(), |n| n.to_string())
+}
+
 /// Seconds as people read them.
 pub(super) fn seconds(value: Option<f64>) -> String {
     match value {

@@ -56,7 +56,7 @@ fn print(role: &RoleStatus) {
                 split,
                 show_size(disk.missing_bytes),
                 show_size(disk.backlog_bytes + disk.waiting_bytes),
-                machine.points.to_string(),
+                output::count(machine.points),
                 machine.oldest_point.clone().unwrap_or_else(|| "-".to_owned()),
                 machine.newest_point.clone().unwrap_or_else(|| "-".to_owned()),
             ]);

@@ -201,3 +201,23 @@ impl Settings for MasterTargetSettings {
         self.control.check()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_that_would_share_a_file_and_formats_for_exports_are_refused() {
+        let parse = |disks: &str| -> Result<(), String> {
+            let text = include_str!("../../config/master-target.toml");
+            let (front, _) = text.split_once("[[machine]]").expect("the example has a machine");
+            let tail = "[control]\nlisten = \"unix:/x\"\n";
+            let text = format!("{front}{tail}[[machine]]\nname = \"m\"\n{disks}");
+            toml::from_str::<MasterTargetSettings>(&text).map_err(|e| e.to_string())?.check()
+        };
+        let disk = |name: &str, format: &str| format!("[[machine.disk]]\nname = \"{name}\"\nformat = \"{format}\"\n");
+        assert_eq!(parse(&(disk("x", "vmdk-flat") + &disk("y", "vmfs"))), Ok(()));
+        assert!(parse(&(disk("x", "vmdk-flat") + &disk("x-flat", "vmdk"))).is_err_and(|e| e.contains("share a file")));
+        assert!(parse(&disk("x", "vmdk-stream")).is_err_and(|e| e.contains("exports only")));
+    }
+}

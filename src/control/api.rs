@@ -92,8 +92,8 @@ pub struct MachineView {
     pub health: Health,
     /// Age of its newest point, seconds; absent while unknown.
     pub rpo_seconds: Option<f64>,
-    /// Number of points.
-    pub points: usize,
+    /// Number of recovery points; only the master target knows.
+    pub points: Option<usize>,
     /// RFC 3339.
     pub oldest_point: Option<String>,
     /// RFC 3339.
@@ -117,8 +117,8 @@ pub struct DiskView {
     pub reason: Option<String>,
     /// What to do.
     pub remedy: Option<String>,
-    /// Bytes; 0 while not known.
-    pub size_bytes: u64,
+    /// Bytes; absent while this server does not know.
+    pub size_bytes: Option<u64>,
     /// Bytes still to send before points are possible.
     pub missing_bytes: u64,
     /// Bytes in the agent's backlog.

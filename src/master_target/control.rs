@@ -191,7 +191,7 @@ fn machines(shared: &TargetShared) -> Vec<MachineView> {
                     id: disk.machine.to_string(),
                     health: view.health,
                     rpo_seconds: view.rpo_seconds,
-                    points: points.len(),
+                    points: Some(points.len()),
                     oldest_point: points.first().map(|p| clock::rfc3339(p.wall_ms)),
                     newest_point: points.last().map(|p| clock::rfc3339(p.wall_ms)),
                     disks: vec![view],
@@ -224,7 +224,7 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
         health,
         reason,
         remedy,
-        size_bytes: condition.size,
+        size_bytes: (condition.size > 0).then_some(condition.size),
         missing_bytes: report.as_ref().map_or(0, |r| r.missing_bytes),
         backlog_bytes: report.as_ref().map_or(0, |r| r.backlog_bytes),
         waiting_bytes: disk.waiting_bytes(),
@@ -281,7 +281,7 @@ pub async fn publish(shared: &TargetShared, journal: &JournalHandle) {
         }
         metrics::points_incomplete(shared.book().incomplete());
         for machine in machines(shared) {
-            metrics::machine_points(&machine.name, machine.points);
+            metrics::machine_points(&machine.name, machine.points.unwrap_or_default());
         }
         tokio::time::sleep(FIGURES_EVERY).await;
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::{ProcessServer, ProcessServerView};
 use crate::control::api::{DiskView, MachineView, Request, RoleStatus};
 use crate::control::server::{Answer, Role};
-use crate::model::Health;
+use crate::model::{Health, MachineId};
 
 struct Control {
     view: Arc<Mutex<ProcessServerView>>,
@@ -85,10 +85,10 @@ fn machines(view: &ProcessServerView) -> Vec<MachineView> {
             }
             None => machines.push(MachineView {
                 name: machine.to_owned(),
-                id: String::new(),
+                id: machine.parse().map(|name| MachineId::from_name(&name).to_string()).unwrap_or_default(),
                 health,
                 rpo_seconds: None,
-                points: 0,
+                points: None,
                 oldest_point: None,
                 newest_point: None,
                 disks: vec![shown],

@@ -90,11 +90,14 @@ impl Overlay {
 pub(in crate::disk) async fn read_through<F: File>(file: &F, overlay: Option<&Overlay>, at: u64, len: usize) -> io::Result<AlignedBuf> {
     let Some(overlay) = overlay else { return file.read_at(at, len).await };
     let there = (len as u64).min(file.len()?.saturating_sub(at)) as usize;
-    let mut bytes = if there > 0 { file.read_at(at, there).await? } else { AlignedBuf::with_capacity(len) };
-    if bytes.capacity() < len {
-        let mut longer = AlignedBuf::with_capacity(len);
-        longer.extend(&bytes);
-        bytes = longer;
+    let mut bytes = AlignedBuf::with_capacity(len);
+    // A file that was cut may end within a sector, which direct I/O reads in its own way.
+    let whole = there / 512 * 512;
+    if whole > 0 {
+        bytes.extend(&file.read_at(at, whole).await?);
+    }
+    if there > whole {
+        bytes.extend(&file.read_tail(at + whole as u64, there - whole).await?);
     }
     bytes.pad_to(len);
     overlay.patch(at, &mut bytes);
