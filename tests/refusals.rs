@@ -185,3 +185,38 @@ fn a_full_file_system_at_the_master_target_damages_nothing_and_heals() {
     drop(cluster);
     let _ = try_tool("umount", &[s(&mount)]);
 }
+
+#[test]
+fn a_replica_that_is_missing_for_a_moment_keeps_its_points_and_is_given_up_only_when_told() {
+    let mut cluster = Cluster::start(Options::default());
+    tool("qemu-io", &["-f", "raw", "-c", "write -P 7 0 1M", &cluster.nbd_uri(0)]);
+    cluster.wait_for_delta();
+    let point = cluster.mark("kept");
+    let (replica, away) = (cluster.replica(0), cluster.path("away"));
+    let folder = replica.parent().unwrap().to_owned();
+    let reason = |cluster: &Cluster| {
+        cluster.json("master-target", &["status"])[0]["machines"][0]["disks"][0]["reason"].as_str().unwrap_or_default().to_owned()
+    };
+    // Its storage is not mounted.
+    cluster.kill("master-target");
+    fs::rename(&folder, &away).unwrap();
+    cluster.start_role("master-target");
+    cluster.wait("the missing file is named", Duration::from_secs(20), || reason(&cluster).contains("is gone"));
+    assert!(!replica.exists(), "nothing is made in its place");
+    cluster.kill("master-target");
+    let _ = fs::remove_dir_all(&folder);
+    fs::rename(&away, &folder).unwrap();
+    cluster.start_role("master-target");
+    cluster.wait_for_delta();
+    let out = cluster.path("out.raw");
+    cluster.export(&point, 0, "raw", &out);
+    assert!(support::same_bytes(&out, &cluster.disk(0)));
+    // Really gone, and said so.
+    cluster.kill("master-target");
+    fs::remove_file(&replica).unwrap();
+    fs::write(format!("{}.anew", s(&replica)), "").unwrap();
+    cluster.start_role("master-target");
+    cluster.wait("a new replica is made", Duration::from_secs(60), || replica.exists());
+    std::thread::sleep(Duration::from_secs(1));
+    assert_works(&mut cluster, "after the replica was given up");
+}

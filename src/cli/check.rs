@@ -54,6 +54,12 @@ fn check_image(file: &Path, format: Option<Format>, content: Option<&Path>, json
     if let Some(missing) = [Some(file), content].into_iter().flatten().find(|f| !f.exists()) {
         return Err(Usage(format!("there is no file {}", missing.display())).into());
     }
+    for named in [Some(file), content].into_iter().flatten() {
+        let kind = std::fs::metadata(named)?.file_type();
+        if !kind.is_file() && !std::os::unix::fs::FileTypeExt::is_block_device(&kind) {
+            return Err(Usage(format!("{} is neither a file nor a block device", named.display())).into());
+        }
+    }
     let (format, report) = uring::run(async {
         let storage = Uring::direct();
         let format = match format {

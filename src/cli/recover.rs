@@ -11,6 +11,7 @@ use super::{Ask, absolute, ask, output};
 use crate::config::units::show_size;
 use crate::control::api::{RecoveryView, Request};
 use crate::control::client;
+use crate::disk::Format;
 use crate::model::Address;
 
 /// Bring points back. Ask the master target.
@@ -48,7 +49,7 @@ pub(super) enum RecoverCommand {
         disk: Option<String>,
         /// raw, vhdx, vhdx-fixed, vmdk, vmdk-flat, vmfs or vmdk-stream (for ESXi).
         #[arg(long, default_value = "vhdx")]
-        format: String,
+        format: Format,
         /// File on the master target's host; must not exist.
         #[arg(long)]
         output: PathBuf,
@@ -147,9 +148,9 @@ fn mount(point: String, nbd: Address, disk: Option<String>, detach: bool, args: 
     })
 }
 
-fn export(point: String, disk: Option<String>, format: String, file: PathBuf, args: &Ask) -> anyhow::Result<()> {
+fn export(point: String, disk: Option<String>, format: Format, file: PathBuf, args: &Ask) -> anyhow::Result<()> {
     let file = absolute(&file)?.display().to_string();
-    let mut view: RecoveryView = ask(&args.control, &Request::Export { point, disk, format, output: file })?;
+    let mut view: RecoveryView = ask(&args.control, &Request::Export { point, disk, format: format.as_str().to_owned(), output: file })?;
     let bar = if args.json || !std::io::stderr().is_terminal() { ProgressBar::hidden() } else { ProgressBar::new(view.total_bytes) };
     let style = ProgressStyle::with_template("{bar:40} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left")?;
     bar.set_style(style);

@@ -67,7 +67,10 @@ impl Report {
     fn failed(&mut self, error: &DiskError) {
         match error {
             DiskError::Corrupt { path, offset, what } => self.fault(path, *offset, *what),
-            other => self.fault(Path::new(""), 0, other.to_string()),
+            DiskError::Parent { path, why } => self.fault(path, 0, why.as_str()),
+            DiskError::Unsupported { path, what } => self.fault(path, 0, *what),
+            DiskError::Io { path, source } => self.fault(path, 0, source.to_string()),
+            other => self.fault(Path::new("-"), 0, other.to_string()),
         }
     }
 
@@ -89,11 +92,12 @@ pub async fn guess<S: Storage>(storage: &S, path: &Path) -> Result<Format, DiskE
     let is_long = file.len().map_err(io)? >= 512;
     let first = if is_long { file.read_at(0, 512).await.map_err(io)?.to_vec() } else { Vec::new() };
     Ok(match extension.as_str() {
-        "vhdx" | "avhdx" => Format::Vhdx,
-        "vmdk" => Format::Vmdk,
-        "raw" | "img" => Format::Raw,
+        // Only what is called raw may begin with anything: its first bytes are a guest's.
+        "raw" => Format::Raw,
         _ if first.starts_with(b"vhdxfile") => Format::Vhdx,
         _ if first.starts_with(b"KDMV") || first.starts_with(b"# Disk DescriptorFile") => Format::Vmdk,
+        "vhdx" | "avhdx" => Format::Vhdx,
+        "vmdk" => Format::Vmdk,
         _ => Format::Raw,
     })
 }

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::MasterTarget;
 use super::journal::JournalHandle;
 use super::recover::{self, Recoveries, Target};
-use super::shared::{DiskShared, TargetShared};
+use super::shared::{Condition, DiskShared, TargetShared};
 use crate::clock::{self, Mono};
 use crate::control::api::{ApiError, DiskView, MachineView, PointView, RecoveryView, Request, RoleStatus};
 use crate::control::server::{Answer, Role};
@@ -211,7 +211,7 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
         (Rung::Applied, condition.applied),
         (Rung::Checkpointed, condition.checkpointed),
     ];
-    let (health, reason, remedy) = judge(&condition.error, condition.size, report.as_ref().map(|r| r.state));
+    let (health, reason, remedy) = judge(&condition, condition.size, report.as_ref().map(|r| r.state));
     let parts = condition.newest.map(|n| [n.travel.source, n.travel.gateway, n.travel.link, n.apply].map(|d| d.as_secs_f64()));
     DiskView {
         name: disk.name.to_string(),
@@ -235,9 +235,12 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
     }
 }
 
-fn judge(error: &Option<String>, size: u64, state: Option<ReplicationState>) -> (Health, Option<String>, Option<String>) {
+fn judge(condition: &Condition, size: u64, state: Option<ReplicationState>) -> (Health, Option<String>, Option<String>) {
     let told = |health, reason: &str, remedy: &str| (health, Some(reason.to_owned()), Some(remedy.to_owned()));
-    match (error, state) {
+    if let (None, Some(refused)) = (&condition.error, &condition.refused) {
+        return told(Health::Critical, refused, "do what the reason says; the points made so far stay good");
+    }
+    match (&condition.error, state) {
         (Some(error), _) => told(Health::Critical, error, "act on the reason; restart the master target if it does not go on by itself"),
         (None, None) if size == 0 => {
             told(Health::Critical, "nothing has arrived yet", "start the agent and the process server, look at their logs")

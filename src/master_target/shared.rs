@@ -82,6 +82,8 @@ pub struct Condition {
     pub report: Option<(DiskReport, Mono)>,
     /// Why the replica does not go on, if so.
     pub error: Option<String>,
+    /// Why the disk as its agent has it cannot go into its replica, if so.
+    pub refused: Option<String>,
     /// The newest listed point.
     pub newest: Option<Newest>,
     /// Bytes of the disk; 0 when there is no replica yet.

@@ -69,6 +69,12 @@ impl<F: File> Vmdk<F> {
             return Err(DiskError::Size { size, format: "vmdk-flat", why: "the size must be a positive multiple of 512 up to 62 TiB" });
         }
         let flat = flat_path(path);
+        if flat.to_string_lossy().contains(|c: char| c == '"' || c.is_control()) {
+            return Err(DiskError::Unsupported {
+                path: path.to_owned(),
+                what: "the name of a flat VMDK cannot have quotes or line ends in it",
+            });
+        }
         let descriptor = sparse::own_descriptor(path, size / SECTOR, kind);
         let file = open_file(storage, &flat, OpenMode::Create).await?;
         file.set_len(size).map_err(|e| at(&flat, e))?;

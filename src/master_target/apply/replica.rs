@@ -44,9 +44,22 @@ impl Apply {
         let stop = |message: String| Refusal { retry: false, message };
         let Some(record) = self.records.replica(disk.id).map_err(|e| stop(e.to_string()))? else { return Ok(()) };
         let path = self.image_path(disk, &record);
-        if !path.exists() {
-            tracing::error!(disk = disk.label, path = %path.display(), "the replica image is gone: its recovery points are lost, the disk will be replicated anew");
-            return self.forget(disk).map_err(stop);
+        if let Some(gone) = record.format.files(&path).into_iter().find(|f| !f.exists()) {
+            // Never forgotten by itself: the storage may just not be mounted yet, and points that go do not come back.
+            let mut consent = path.clone().into_os_string();
+            consent.push(".anew");
+            let consent = PathBuf::from(consent);
+            if !consent.exists() {
+                return Err(stop(format!(
+                    "{} is gone: mount its storage or put it back, and restart the master target; or, to lose its recovery points and replicate \
+                     the disk anew, make an empty file {} and restart",
+                    gone.display(),
+                    consent.display()
+                )));
+            }
+            tracing::error!(disk = disk.label, path = %gone.display(), "the replica image is gone and given up: the points that need it are dropped, the disk is replicated anew");
+            self.forget(disk).map_err(stop)?;
+            return std::fs::remove_file(&consent).map_err(|e| stop(format!("{}: {e}", consent.display())));
         }
         if disk.format != record.format {
             tracing::warn!(
@@ -110,6 +123,14 @@ impl Apply {
     pub(super) async fn prepare(self: &Rc<Self>, id: DiskId, size: u64) -> Result<Prepared, Refusal> {
         let _one_at_a_time = self.preparing.lock().await;
         let disk = self.disk(id)?;
+        let prepared = self.prepare_disk(&disk, size).await;
+        // What stands between the disk and its replica is shown here too, not only to the agent.
+        disk.condition().refused = prepared.as_ref().err().filter(|refusal| !refusal.retry).map(|refusal| refusal.message.clone());
+        prepared
+    }
+
+    async fn prepare_disk(self: &Rc<Self>, disk: &Arc<DiskShared>, size: u64) -> Result<Prepared, Refusal> {
+        let id = disk.id;
         if let Some(error) = disk.condition().error.clone() {
             return Err(Refusal { retry: false, message: format!("the replica of {} cannot go on: {error}", disk.label) });
         }
@@ -120,13 +141,13 @@ impl Apply {
                     message: "the size of the disk is not known yet: its agent has not connected".to_owned(),
                 });
             }
-            let size = self.size_of_new(&disk, size)?;
-            let replica = self.create(&disk, size).await.map_err(|message| Refusal { retry: true, message })?;
+            let size = self.size_of_new(disk, size)?;
+            let replica = self.create(disk, size).await.map_err(|message| Refusal { retry: true, message })?;
             self.adopt(replica);
         }
         let replica = self.replicas.borrow().get(&id).cloned().expect("opened or made above");
         if size > replica.image.size() {
-            return Err(too_large(&disk, size, replica.image.size()));
+            return Err(too_large(disk, size, replica.image.size()));
         }
         if size > 0 && size < replica.image.size() && disk.configured_size.is_none() {
             return Err(Refusal {
