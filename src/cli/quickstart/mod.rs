@@ -30,9 +30,9 @@ pub(super) struct Args {
     /// Page cache use with --disk: direct or writeback, see config/agent.toml.
     #[arg(long, value_name = "MODE", default_value = "direct", value_parser = ["direct", "writeback"])]
     cache: String,
-    /// Folder for everything that is made.
-    #[arg(long, value_name = "DIR", default_value = "tidegate-quickstart")]
-    state: PathBuf,
+    /// Folder for everything that is made [default: tidegate-quickstart; with --disk, tidegate-quickstart-NAME].
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
     /// Size of the sample disk.
     #[arg(long, value_name = "BYTES", default_value = "1GiB", value_parser = parse_size)]
     size: u64,
@@ -88,7 +88,16 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
     logging::abort_on_panic();
     metrics::install();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let state = std::path::absolute(&args.state)?;
+    // A folder for each disk: one that took over another's folder would continue its replica.
+    let state = match (&args.state, args.disk.as_deref().and_then(Path::file_name)) {
+        (Some(state), _) => state.clone(),
+        (None, None) => PathBuf::from("tidegate-quickstart"),
+        (None, Some(name)) => PathBuf::from(format!("tidegate-quickstart-{}", name.to_string_lossy())),
+    };
+    let state = std::path::absolute(state)?;
+    if let Some(missing) = args.disk.as_ref().filter(|disk| !disk.exists()) {
+        return Err(Usage(format!("there is no file or device {}", missing.display())).into());
+    }
     runtime.block_on(tokio::task::LocalSet::new().run_until(async {
         match &args.disk {
             Some(disk) => {
