@@ -213,6 +213,9 @@ async fn wait_for_replica(roles: &Roles, started: clock::Mono, quiet: bool) -> a
 
 async fn protect(disk: &Path, state: &Path, cache: &str) -> anyhow::Result<()> {
     std::fs::create_dir_all(state)?;
+    // A gateway on the protected machine itself: when cores are short the machine comes first, points may wait. Every thread
+    // started from here on inherits it; the one that serves the disk raises itself again.
+    let _ = rustix::process::nice(5);
     let roles = Roles::start(state, disk, Duration::from_secs(5), cache).await?;
     println!("protecting {}", disk.display());
     println!("  give this to the hypervisor:  {}", roles.nbd_uri());
