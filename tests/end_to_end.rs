@@ -202,3 +202,86 @@ fn a_backlog_beyond_its_bound_becomes_regions_and_heals_by_itself() {
     cluster.export(&point, 0, "raw", &raw);
     assert!(same_bytes(&raw, &cluster.disk(0)));
 }
+
+/// Makes the source file larger and waits until clients of the export see it.
+fn enlarge(cluster: &Cluster, size: u64) {
+    fs::File::options().write(true).open(cluster.disk(0)).unwrap().set_len(size).unwrap();
+    cluster.wait("the export grows", Duration::from_secs(10), || {
+        try_tool("nbdinfo", &["--size", &cluster.nbd_uri(0)]).stdout == format!("{size}\n").into_bytes()
+    });
+}
+
+fn write_at(cluster: &Cluster, pattern: u8, offset: u64, len: u64) {
+    tool("qemu-io", &["-f", "raw", "-c", &format!("write -P {pattern} {offset} {len}"), &cluster.nbd_uri(0)]);
+}
+
+fn check_point(cluster: &Cluster, point: &str, model: &Path, size: u64) {
+    let shown = cluster.json("master-target", &["point", "show", point]);
+    assert_eq!(shown["disks"][0]["size_bytes"], size, "{shown}");
+    let raw = cluster.path("point.raw");
+    let _ = fs::remove_file(&raw);
+    cluster.export(point, 0, "raw", &raw);
+    assert_eq!(fs::metadata(&raw).unwrap().len(), size);
+    assert!(same_bytes(&raw, model), "a point of {size} bytes differs from its model");
+}
+
+#[test]
+fn a_disk_grows_while_it_is_replicated_and_every_point_keeps_its_own_size() {
+    // Neither size ends with a region of the map or a block of the image.
+    let sizes: [u64; 5] = [(40 << 20) + 512, (71 << 20) + 1024, 90 << 20, (150 << 20) + 4096, 160 << 20];
+    for format in ["vhdx", "vmdk", "vmdk-flat"] {
+        let mut cluster = Cluster::start(Options { disk_bytes: sizes[0], format, ..Options::default() });
+        write_at(&cluster, 1, sizes[0] - (1 << 20), 1 << 20);
+        cluster.wait_for_delta();
+        let mut points = vec![(cluster.mark("first"), cluster.path("model-0.raw"))];
+        fs::copy(cluster.disk(0), &points[0].1).unwrap();
+        for (index, &size) in sizes.iter().enumerate().skip(1) {
+            let before = sizes[index - 1];
+            match index {
+                1 => enlarge(&cluster, size),
+                2 => {
+                    // Nobody is there to grow the replica; what is written meanwhile waits.
+                    cluster.kill("master-target");
+                    enlarge(&cluster, size);
+                    write_at(&cluster, 7, before - 4096, 8192);
+                    cluster.kill("process-server");
+                    cluster.start_role("process-server");
+                    cluster.start_role("master-target");
+                }
+                3 => {
+                    // The agent is not there to see it: what it knows of the old part stays valid.
+                    cluster.wait("regions become clean", Duration::from_secs(30), || cluster.agent_disk(0)["missing_bytes"] == 0);
+                    cluster.terminate("agent");
+                    fs::File::options().write(true).open(cluster.disk(0)).unwrap().set_len(size).unwrap();
+                    cluster.start_role("agent");
+                }
+                _ => {
+                    enlarge(&cluster, size);
+                    cluster.kill("master-target");
+                    cluster.start_role("master-target");
+                }
+            }
+            write_at(&cluster, index as u8 + 1, before - (1 << 20), 2 << 20);
+            write_at(&cluster, index as u8 + 1, size - 512, 512);
+            cluster.wait_for_delta();
+            let model = cluster.path(&format!("model-{index}.raw"));
+            points.push((cluster.mark(&format!("size-{index}")), model.clone()));
+            fs::copy(cluster.disk(0), &model).unwrap();
+        }
+        write_at(&cluster, 9, 0, 8 << 20);
+        cluster.mark("last");
+        for ((point, model), size) in points.iter().zip(sizes) {
+            check_point(&cluster, point, model, size);
+        }
+        let report = cluster.try_tidegate(&["check", "image", s(&cluster.replica(0)), "--format", format]);
+        assert!(report.status.success(), "{}", String::from_utf8_lossy(&report.stdout));
+        // A smaller disk is refused, with the reason.
+        cluster.terminate("agent");
+        fs::File::options().write(true).open(cluster.disk(0)).unwrap().set_len(sizes[0]).unwrap();
+        cluster.start_role("agent");
+        cluster.wait("the refusal is shown", Duration::from_secs(20), || {
+            cluster.json("master-target", &["status"]).to_string().contains("shrank")
+        });
+        check_point(&cluster, &points[4].0, &points[4].1, sizes[4]);
+    }
+}

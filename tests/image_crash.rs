@@ -18,6 +18,8 @@ const SIZE: u64 = 12 << 20;
 /// Crash states for each format.
 const STATES: u64 = 500;
 const UNIT: u64 = 512;
+/// It grows no further than this and one step.
+const SIZE_MAX: u64 = SIZE + (40 << 20);
 
 fn run<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(work)
@@ -28,12 +30,25 @@ struct Model {
     durable: Vec<u32>,
     since: Vec<Vec<u32>>,
     live: Vec<u32>,
+    /// Sectors of the disk when it grew last and said so; it may have more if power went while it grew.
+    grown: usize,
 }
 
 impl Model {
     fn new() -> Self {
         let sectors = (SIZE / UNIT) as usize;
-        Self { durable: vec![0; sectors], since: vec![Vec::new(); sectors], live: vec![0; sectors] }
+        Self { durable: vec![0; sectors], since: vec![Vec::new(); sectors], live: vec![0; sectors], grown: sectors }
+    }
+
+    fn size(&self) -> u64 {
+        self.durable.len() as u64 * UNIT
+    }
+
+    fn resize(&mut self, size: u64) {
+        let sectors = (size / UNIT) as usize;
+        self.durable.resize(sectors, 0);
+        self.since.resize(sectors, Vec::new());
+        self.live.resize(sectors, 0);
     }
 
     fn write(&mut self, extent: Extent, stamp: u32) {
@@ -50,6 +65,12 @@ impl Model {
 
     /// Compares with what an image holds, and takes that as the state to go on from.
     fn adopt(&mut self, content: &[u8]) -> Result<(), String> {
+        let sectors = content.len() / UNIT as usize;
+        if sectors != self.durable.len() && sectors != self.grown {
+            return Err(format!("the disk has {sectors} sectors, not {} or {}", self.grown, self.durable.len()));
+        }
+        self.resize(content.len() as u64);
+        self.grown = sectors;
         for (sector, bytes) in content.chunks(UNIT as usize).enumerate() {
             let stamp = u32::from_le_bytes(*bytes.first_chunk().unwrap());
             if bytes.chunks(4).any(|c| c != stamp.to_le_bytes()) {
@@ -81,10 +102,22 @@ async fn session(storage: &Faulty, path: &Path, format: Format, model: &mut Mode
     };
     for _ in 0..rng.below(40) {
         *stamp += 1;
-        let offset = rng.below(SIZE / UNIT) * UNIT;
+        let size = model.size();
+        if size < SIZE_MAX && rng.below(60) == 0 {
+            // By a little, or so much that tables move.
+            let most = [300, 70_000][rng.below(2) as usize];
+            let larger = size + (1 + rng.below(most)) * UNIT;
+            model.resize(larger);
+            if image.grow(larger).await.is_err() {
+                return;
+            }
+            model.grown = model.durable.len();
+            continue;
+        }
+        let offset = rng.below(size / UNIT) * UNIT;
         let longest = [1, 16, 300][rng.below(3) as usize];
         let len = (1 + rng.below(longest)) * UNIT;
-        let extent = Extent::new(offset, len.min(SIZE - offset));
+        let extent = Extent::new(offset, len.min(size - offset));
         match rng.below(10) {
             0 | 1 => match image.barrier().await {
                 Ok(()) => model.barrier(),
@@ -92,7 +125,8 @@ async fn session(storage: &Faulty, path: &Path, format: Format, model: &mut Mode
             },
             2 => {
                 // Whole blocks too: their places are given away.
-                let whole = Extent::new(offset / (2 << 20) * (2 << 20), 2 << 20);
+                let start = offset / (2 << 20) * (2 << 20);
+                let whole = Extent::new(start, (2 << 20).min(size - start));
                 let extent = if rng.below(2) == 0 { whole } else { extent };
                 model.write(extent, 0);
                 if image.zero(extent).await.is_err() {
@@ -133,7 +167,7 @@ async fn life(seed: u64, format: Format, lying: bool, qemu: Option<&Path>) -> Re
             qemu_check(&storage, dir, &path, format).map_err(|e| format!("seed {seed}: {e}"))?;
         }
         let image = Image::open_read_only(&storage, &path, format, false).await.map_err(|e| format!("seed {seed}: {e}"))?;
-        let content = image.read(Extent::new(0, SIZE)).await.map_err(|e| e.to_string())?;
+        let content = image.read(Extent::new(0, image.size())).await.map_err(|e| e.to_string())?;
         model.adopt(&content).map_err(|e| format!("seed {seed}: {e}"))?;
     }
     Ok(states)

@@ -594,6 +594,12 @@ fn a_disk_grows_and_what_is_new_is_zero() {
         (Format::Vhdx, 250 << 30, 700 << 30),
         (Format::VhdxFixed, 16 * MIB, 40 * MIB),
         (Format::Raw, 16 * MIB, 40 * MIB),
+        (Format::VmdkFlat, 16 * MIB, 40 * MIB + 512),
+        (Format::Vmfs, 16 * MIB, 40 * MIB),
+        // Within the last grain table; by one more; far beyond.
+        (Format::Vmdk, 40 * MIB + 512, 60 * MIB),
+        (Format::Vmdk, 64 * MIB, 64 * MIB + 1024),
+        (Format::Vmdk, 250 << 30, 700 << 30),
     ] {
         let dir = folder();
         let path = dir.path().join(format!("grow.{}", format.extension()));

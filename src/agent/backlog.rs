@@ -207,6 +207,7 @@ mod tests {
             machine: crate::model::MachineId(uuid::Uuid::nil()),
             kind: crate::model::PointKind::Crash,
             disks: vec![],
+            sizes: vec![1 << 20],
             label: None,
             wall_ms: 0,
             hold_us: 0,

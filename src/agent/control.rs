@@ -103,7 +103,7 @@ fn disk(volume: &super::shared::VolumeShared) -> DiskView {
         health,
         remedy: reason.as_ref().map(|_| "look at the agent's log, repair the disk, restart the agent".to_owned()),
         reason,
-        size_bytes: Some(volume.size),
+        size_bytes: Some(volume.size()),
         missing_bytes: report.missing_bytes,
         backlog_bytes: report.backlog_bytes,
         positions: rungs.iter().map(|(r, p)| (r.as_str().to_owned(), p.to_string())).collect(),

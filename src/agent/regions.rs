@@ -26,6 +26,16 @@ impl Regions {
         Self { bytes, size, missing, last: HashMap::new(), busy: HashMap::new(), cursor: 0 }
     }
 
+    /// The disk has `size` bytes from now on. What is new is not in the stream, nor is the region that was the last.
+    pub fn grow(&mut self, size: u64) {
+        let last = (self.size - 1) / self.bytes;
+        self.size = size;
+        self.missing.grow(size.div_ceil(self.bytes));
+        for region in last..self.missing.regions() {
+            self.missing.insert(region);
+        }
+    }
+
     /// The regions an extent touches.
     pub fn of(&self, extent: Extent) -> RangeInclusive<u64> {
         extent.offset / self.bytes..=(extent.end() - 1) / self.bytes
@@ -161,6 +171,16 @@ mod tests {
         regions.sent(10);
         assert_eq!(regions.next_missing(), None);
         assert_eq!(regions.missing_bytes(), 0);
+    }
+
+    #[test]
+    fn what_a_disk_gained_is_missing_and_so_is_the_region_that_was_cut_short() {
+        let mut regions = regions();
+        regions.grow(1210);
+        assert_eq!((regions.next_missing(), regions.next_missing(), regions.next_missing()), (Some(10), Some(11), Some(12)));
+        assert_eq!((regions.extent(10), regions.extent(12)), (Extent::new(1000, 100), Extent::new(1200, 10)));
+        regions.restart(&RegionSet::full(13));
+        assert_eq!(regions.missing_bytes(), 1210);
     }
 
     #[test]

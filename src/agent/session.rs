@@ -111,6 +111,8 @@ struct Slot {
     open: Cell<bool>,
     credit: Cell<u64>,
     spent: Cell<u64>,
+    /// Size it was opened with.
+    size: Cell<u64>,
 }
 
 async fn connect_and_run(
@@ -294,6 +296,7 @@ async fn send(link: Rc<Link>, mut write: WriteHalf<TlsStream<TcpStream>>) -> Res
             return Ok(());
         }
         staging.clear();
+        link.reopen_grown();
         open_slots(&link, &mut staging)?;
         let now = clock::now();
         if link.report_now.replace(false) || reported.is_none_or(|at| now.since(at) >= REPORT_EVERY) {
@@ -331,6 +334,17 @@ async fn send(link: Rc<Link>, mut write: WriteHalf<TlsStream<TcpStream>>) -> Res
 }
 
 impl Link {
+    /// Disks that grew are opened again, so that the other side knows before it is sent anything of the new part.
+    fn reopen_grown(&self) {
+        for (index, (slot, volume)) in self.slots.iter().zip(&self.shared.volumes).enumerate() {
+            if slot.open.get() && slot.size.get() != volume.size() {
+                slot.open.set(false);
+                volume.open.store(false, Ordering::Relaxed);
+                self.reopen.borrow_mut().push((index, Duration::ZERO));
+            }
+        }
+    }
+
     fn has_work(&self) -> bool {
         let sendable = |(slot, volume): (&Slot, &Arc<VolumeShared>)| {
             slot.open.get() && volume.backlog().next_cost().is_some_and(|cost| slot.spent.get() + cost <= slot.credit.get())
@@ -354,7 +368,9 @@ fn open_slots(link: &Rc<Link>, staging: &mut Vec<u8>) -> Result<(), SessionError
         let volume = &link.shared.volumes[index];
         link.slots[index].open.set(false);
         let epoch = volume.backlog().epoch();
-        let open = AgentMessage::Open { slot: index as u32, disk: volume.id, size: volume.size, epoch };
+        let size = volume.size();
+        link.slots[index].size.set(size);
+        let open = AgentMessage::Open { slot: index as u32, disk: volume.id, size, epoch };
         staging.extend_from_slice(&control_frame(&open)?);
     }
     Ok(())

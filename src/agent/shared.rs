@@ -36,8 +36,7 @@ pub struct VolumeShared {
     pub label: String,
     /// Its name.
     pub name: Name,
-    /// Bytes.
-    pub size: u64,
+    size: AtomicU64,
     backlog: Mutex<Backlog>,
     report: Mutex<DiskReport>,
     /// The process server takes changes of this disk now.
@@ -51,11 +50,21 @@ impl VolumeShared {
             id,
             label: format!("{machine}/{name}"),
             name: name.clone(),
-            size,
+            size: AtomicU64::new(size),
             backlog: Mutex::new(backlog),
             report: Mutex::default(),
             open: AtomicBool::new(false),
         }
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// The disk grew; its map covers what is new.
+    pub fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Relaxed);
     }
 
     /// The backlog. Held for moments only, never across an await.

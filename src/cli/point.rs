@@ -3,6 +3,7 @@
 use anyhow::bail;
 
 use super::{Ask, ask, output};
+use crate::config::units::show_size;
 use crate::control::api::{Marked, PointView, Request};
 
 /// Recovery points.
@@ -48,7 +49,7 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
                 return output::json(&points);
             }
             let row = |p: &PointView| {
-                let disks: Vec<_> = p.disks.iter().map(|d| d.0.as_str()).collect();
+                let disks: Vec<_> = p.disks.iter().map(|d| d.name.as_str()).collect();
                 vec![
                     p.id.clone(),
                     p.machine.clone(),
@@ -81,8 +82,9 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
             println!("kind     {}", found.kind);
             println!("held     {:.1} ms", found.hold_seconds * 1e3);
             println!("label    {}", found.label.as_deref().unwrap_or("-"));
-            for (name, id, position) in &found.disks {
-                println!("  disk {name} ({id}) at {position}");
+            for disk in &found.disks {
+                let size = disk.size_bytes.map_or_else(|| "-".to_owned(), show_size);
+                println!("  disk {} ({}) of {size} at {}", disk.name, disk.id, disk.position);
             }
             Ok(())
         }

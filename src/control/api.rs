@@ -150,8 +150,21 @@ pub struct PointView {
     pub time: String,
     /// How long writes were held, seconds.
     pub hold_seconds: f64,
-    /// Name, id and position of its disks.
-    pub disks: Vec<(String, String, String)>,
+    /// Its disks.
+    pub disks: Vec<PointDisk>,
+}
+
+/// A disk at a point.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PointDisk {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub id: String,
+    /// The marker's place in its stream.
+    pub position: String,
+    /// Bytes it had.
+    pub size_bytes: Option<u64>,
 }
 
 /// Answer to `Mark`.

@@ -291,6 +291,9 @@ async fn vmdk<S: Storage>(storage: &S, path: &Path, report: &mut Report) -> Resu
         };
         match Descriptor::parse(&text) {
             Err(what) => report.fault(path, 512, what),
+            Ok(d) if d.extents.len() == 1 && d.sectors() * 512 < found.0 && found.2 => {
+                report.note(path, 512, "the descriptor is behind the header: the disk was being grown; the header counts");
+            }
             Ok(d) if d.extents.len() != 1 || d.sectors() * 512 != found.0 => {
                 report.fault(path, 512, "the descriptor and the header disagree about the size");
             }
@@ -333,7 +336,7 @@ async fn vmdk<S: Storage>(storage: &S, path: &Path, report: &mut Report) -> Resu
                 }
             }
             ExtentKind::Sparse => {
-                if let Some((size, _)) = vmdk_extent(file, &named, report).await?
+                if let Some((size, ..)) = vmdk_extent(file, &named, report).await?
                     && size < line.sectors * 512
                 {
                     report.fault(&named, 12, "the extent is smaller than the descriptor says");
@@ -344,8 +347,8 @@ async fn vmdk<S: Storage>(storage: &S, path: &Path, report: &mut Report) -> Resu
     Ok(())
 }
 
-/// Checks one sparse file. Its size and descriptor, unless it is too damaged.
-async fn vmdk_extent<F: File>(file: F, path: &Path, report: &mut Report) -> Result<Option<(u64, Option<Vec<u8>>)>, DiskError> {
+/// Checks one sparse file. Its size, its descriptor and whether it was not closed, unless it is too damaged.
+async fn vmdk_extent<F: File>(file: F, path: &Path, report: &mut Report) -> Result<Option<(u64, Option<Vec<u8>>, bool)>, DiskError> {
     let survey = match sparse::survey(path, &file).await {
         Ok(survey) => survey,
         Err(DiskError::Corrupt { path, offset, what }) => {
@@ -362,12 +365,13 @@ async fn vmdk_extent<F: File>(file: F, path: &Path, report: &mut Report) -> Resu
         report.fault(path, survey.entry_at(bad.grain), bad.what);
     }
     let grain_bytes = header.grain * 512;
-    if !header.compressed() && survey.structures_end > header.overhead {
+    if !header.compressed() && survey.structures_end > header.overhead && survey.moved.is_none() {
         report.fault(path, 64, "tables or the descriptor stand where grains may be put");
     }
     if !header.compressed() {
-        let places: Vec<_> = vmdk::grains::placed(&survey.table, &header).map(|(n, at)| (at, grain_bytes, survey.entry_at(n))).collect();
+        let mut places: Vec<_> = vmdk::grains::placed(&survey.table, &header).map(|(n, at)| (at, grain_bytes, survey.entry_at(n))).collect();
         report.blocks += places.len() as u64;
+        places.extend(survey.moved.map(|(start, end)| (start, end - start, 56)));
         overlaps(places, path, report);
         for (number, _) in survey.directory.iter().enumerate().filter(|&(_, &at)| at == 0) {
             report.fault(
@@ -401,5 +405,5 @@ async fn vmdk_extent<F: File>(file: F, path: &Path, report: &mut Report) -> Resu
             at = extent.end();
         }
     }
-    Ok(Some((header.capacity * 512, descriptor)))
+    Ok(Some((header.capacity * 512, descriptor, header.unclean)))
 }

@@ -15,6 +15,9 @@ const POINTS: Table = Table::new("points");
 const PENDING: Table = Table::new("pending-points");
 const SERVER: Table = Table::new("server");
 
+/// Changes with the types stored here.
+const FORMAT: u32 = 2;
+
 /// A replica's record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplicaRecord {
@@ -50,10 +53,19 @@ impl Records {
     pub fn open(state: &Path) -> Result<Self, CatalogueError> {
         let catalogue = Catalogue::open(&state.join("master-target.redb"), &[DISKS, POINTS, PENDING, SERVER])?;
         let journal_id = match catalogue.get(SERVER, b"journal-id")? {
-            Some(id) => id,
+            Some(id) => {
+                let found = catalogue.get::<u32>(SERVER, b"format")?.unwrap_or(1);
+                if found != FORMAT {
+                    return Err(catalogue.failed(format!("has format {found}, this version reads {FORMAT}: use the version that wrote it")));
+                }
+                id
+            }
             None => {
                 let id = Uuid::new_v4();
-                catalogue.write(|batch| batch.put(SERVER, b"journal-id", &id))?;
+                catalogue.write(|batch| {
+                    batch.put(SERVER, b"format", &FORMAT)?;
+                    batch.put(SERVER, b"journal-id", &id)
+                })?;
                 id
             }
         };
@@ -74,6 +86,18 @@ impl Records {
     /// Those of the catalogue.
     pub fn put_replica(&self, disk: DiskId, record: &ReplicaRecord) -> Result<(), CatalogueError> {
         self.catalogue.write(|batch| batch.put(DISKS, disk.0.as_bytes(), record))
+    }
+
+    /// The replica of a disk has grown to `size` bytes, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn grow_replica(&self, disk: DiskId, size: u64) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
+            record.size = record.size.max(size);
+            batch.put(DISKS, disk.0.as_bytes(), &record)
+        })
     }
 
     /// Raises a disk's epoch, durably.

@@ -14,10 +14,10 @@ use super::journal::JournalHandle;
 use super::recover::{self, Recoveries, Target};
 use super::shared::{Condition, DiskShared, TargetShared};
 use crate::clock::{self, Mono};
-use crate::control::api::{ApiError, DiskView, MachineView, PointView, RecoveryView, Request, RoleStatus};
+use crate::control::api::{ApiError, DiskView, MachineView, PointDisk, PointView, RecoveryView, Request, RoleStatus};
 use crate::control::server::{Answer, Role};
 use crate::disk::Format;
-use crate::model::{DiskId, Health, MachineId, PointId, RecoveryPoint, ReplicationState, Rung};
+use crate::model::{DiskId, Health, MachineId, PointId, Position, RecoveryPoint, ReplicationState, Rung};
 use crate::observe::metrics;
 
 const FIGURES_EVERY: Duration = Duration::from_secs(1);
@@ -106,6 +106,12 @@ impl Control {
 
     fn view(&self, point: &RecoveryPoint, names: &HashMap<MachineId, String>) -> PointView {
         let disk_name = |id: DiskId| self.shared.disk(id).map_or_else(|| "(removed)".to_owned(), |d| d.name.to_string());
+        let disk = |(id, at): (&DiskId, &Position)| PointDisk {
+            name: disk_name(*id),
+            id: id.to_string(),
+            position: at.to_string(),
+            size_bytes: point.sizes.get(id).copied(),
+        };
         PointView {
             id: point.id.to_string(),
             machine: names.get(&point.machine).cloned().unwrap_or_else(|| point.machine.to_string()),
@@ -113,7 +119,7 @@ impl Control {
             label: point.label.clone(),
             time: clock::rfc3339(point.wall_ms),
             hold_seconds: Duration::from_micros(point.hold_us).as_secs_f64(),
-            disks: point.disks.iter().map(|(id, at)| (disk_name(*id), id.to_string(), at.to_string())).collect(),
+            disks: point.disks.iter().map(disk).collect(),
         }
     }
 

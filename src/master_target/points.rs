@@ -87,6 +87,7 @@ impl Book {
             hold_us: marker.hold_us,
             order: self.next_order,
             listed_clock: clock,
+            sizes: marker.disks.iter().copied().zip(marker.sizes.iter().copied()).collect(),
             disks: pending.arrived,
         });
         changes
@@ -216,6 +217,7 @@ mod tests {
             machine: MachineId(Uuid::from_u128(1)),
             kind: PointKind::Crash,
             disks: disks.to_vec(),
+            sizes: vec![1 << 20; disks.len()],
             label: None,
             wall_ms: 0,
             hold_us: 0,

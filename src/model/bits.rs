@@ -26,6 +26,13 @@ impl RegionSet {
         set
     }
 
+    /// Raises the bound to `regions`; what is new is not in the set.
+    pub fn grow(&mut self, regions: u64) {
+        debug_assert!(regions >= self.regions, "disks do not shrink");
+        self.words.resize(Self::empty(regions).words.len(), 0);
+        self.regions = regions;
+    }
+
     /// Adds `region`; false if it was there already.
     pub fn insert(&mut self, region: u64) -> bool {
         debug_assert!(region < self.regions, "region within the disk");

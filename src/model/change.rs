@@ -65,6 +65,8 @@ pub struct Marker {
     pub kind: PointKind,
     /// Every disk that must have the marker before the point exists.
     pub disks: Vec<DiskId>,
+    /// Bytes of each of them at this moment, in the same order: a disk may grow while it is replicated.
+    pub sizes: Vec<u64>,
     /// What a person called it; at most [`LABEL_BYTES_MAX`] bytes.
     pub label: Option<String>,
     /// Wall clock of the source, milliseconds since 1970. A label, never a basis for a decision.
@@ -82,6 +84,7 @@ impl Marker {
     /// Whether the marker respects the bounds above. Receivers refuse others.
     pub fn is_sane(&self) -> bool {
         (1..=DISKS_PER_MACHINE_MAX).contains(&self.disks.len())
+            && self.sizes.len() == self.disks.len()
             && self.label.as_ref().is_none_or(|l| l.len() <= LABEL_BYTES_MAX && !l.chars().any(char::is_control))
     }
 }

@@ -47,4 +47,6 @@ pub struct RecoveryPoint {
     pub listed_clock: u64,
     /// The marker's place in each disk's stream.
     pub disks: BTreeMap<DiskId, Position>,
+    /// Bytes of each disk at the point.
+    pub sizes: BTreeMap<DiskId, u64>,
 }

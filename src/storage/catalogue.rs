@@ -86,7 +86,8 @@ impl Catalogue {
         txn.commit().map_err(|e| self.failed(e))
     }
 
-    fn failed(&self, error: impl std::fmt::Display) -> CatalogueError {
+    /// An error that names this catalogue.
+    pub fn failed(&self, error: impl std::fmt::Display) -> CatalogueError {
         CatalogueError { path: self.path.to_path_buf(), message: error.to_string() }
     }
 }

@@ -135,6 +135,7 @@ impl Capture {
             machine: self.shared.machine_id,
             kind,
             disks: self.volumes.iter().map(|v| v.shared.id).collect(),
+            sizes: self.volumes.iter().map(|v| v.shared.size()).collect(),
             label,
             wall_ms: clock::wall_ms(),
             hold_us: clock::micros(clock::now().since(started)),

@@ -126,6 +126,7 @@ async fn housekeeping(capture: Rc<Capture>) {
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
         for volume in &capture.volumes {
+            volume.look_at_size().await;
             if let Err(error) = volume.clean(idle).await {
                 tracing::error!(disk = volume.shared.label, %error, "the dirty map cannot be written; regions stay marked");
             }

@@ -71,6 +71,10 @@ async fn send_region(volume: &Volume, region: u64) -> std::io::Result<()> {
         return Ok(());
     }
     let changes = read_changes(volume, extent).await?;
+    if volume.region_extent(region) != extent {
+        // The disk grew meanwhile, and this was its last region: its new part was not read.
+        return Ok(());
+    }
     let now = clock::now();
     let mut last = 0;
     {

@@ -75,8 +75,12 @@ pub(super) struct Volume {
     captured_bytes: Cell<u64>,
     /// Writes may be copied into the page cache on this thread: see [`Volume::new`].
     on_the_spot: bool,
-    /// The stream is being started anew: nothing may be marked clean meanwhile.
+    /// The stream is being started anew, or the disk grows: nothing may be marked clean meanwhile.
     restarting: Cell<bool>,
+    /// Held by either.
+    changing: tokio::sync::Mutex<()>,
+    /// The size that was told as an error, so that it is told once.
+    shrunk_to: Cell<Option<u64>>,
     broken: RefCell<Option<String>>,
 }
 
@@ -97,7 +101,7 @@ impl Volume {
             );
         }
         Self {
-            regions: RefCell::new(Regions::new(header.region, parts.shared.size, marked)),
+            regions: RefCell::new(Regions::new(header.region, parts.shared.size(), marked)),
             sending: RefCell::default(),
             shared: parts.shared,
             agent,
@@ -108,6 +112,8 @@ impl Volume {
             captured_bytes: Cell::new(0),
             on_the_spot,
             restarting: Cell::new(false),
+            changing: tokio::sync::Mutex::new(()),
+            shrunk_to: Cell::new(None),
             broken: RefCell::default(),
         }
     }
@@ -123,6 +129,7 @@ impl Volume {
     /// # Errors
     /// Those of the map's file; the old stream then stays as it is.
     pub(super) async fn restart_stream(&self, above: u64, generation: Option<u64>, reason: &'static str) -> io::Result<u64> {
+        let _alone = self.changing.lock().await;
         self.restarting.set(true);
         let result = self.restart_marked(above, generation, reason).await;
         self.restarting.set(false);
@@ -153,6 +160,36 @@ impl Volume {
         }
         tracing::info!(disk = self.shared.label, epoch, reason, missing_bytes = self.missing_bytes(), "a new epoch of the stream begins");
         Ok(epoch)
+    }
+
+    /// Looks whether the disk became larger, and then covers what is new by the map before anybody sees it. Clients that
+    /// connect from then on see the new size; the replica grows before it is sent anything of it.
+    pub(super) async fn look_at_size(&self) {
+        let (known, found) = (self.shared.size(), match self.file.len() {
+            Ok(found) => found / SECTOR * SECTOR,
+            Err(error) => return tracing::error!(disk = self.shared.label, %error, "cannot tell the size of the disk"),
+        });
+        if found < known && self.shrunk_to.replace(Some(found)) != Some(found) {
+            tracing::error!(
+                disk = self.shared.label, known, found,
+                "the disk became smaller under the agent, which is refused: what stood behind its new end is lost on this side. The replica and its points stay as they are; give the disk its size back"
+            );
+        }
+        if found <= known || self.broken.borrow().is_some() {
+            return;
+        }
+        let _alone = self.changing.lock().await;
+        self.restarting.set(true);
+        let grown = self.map.grow(found).await;
+        if let Err(error) = &grown {
+            self.failed(error);
+        } else {
+            self.regions.borrow_mut().grow(found);
+            self.shared.set_size(found);
+            tracing::info!(disk = self.shared.label, from = known, to = found, "the disk has grown; clients see its new size when they connect again");
+        }
+        self.restarting.set(false);
+        self.agent.wake.wake();
     }
 
     /// The history of the replica this map belongs to.
@@ -428,11 +465,11 @@ enum Action {
 
 impl Export for Volume {
     fn info(&self) -> ExportInfo {
-        ExportInfo { name: self.shared.name.to_string(), size: self.shared.size, read_only: false }
+        ExportInfo { name: self.shared.name.to_string(), size: self.shared.size(), read_only: false }
     }
 
     async fn read(&self, extent: Extent) -> Result<Bytes, NbdError> {
-        let aligned = extent.aligned_out(SECTOR, self.shared.size);
+        let aligned = extent.aligned_out(SECTOR, self.shared.size());
         let data = self.file.read_at(aligned.offset, aligned.len as usize).await.map_err(|error| {
             tracing::error!(disk = self.shared.label, %error, offset = extent.offset, "a read of the local disk failed");
             NbdError::Io
@@ -447,7 +484,7 @@ impl Export for Volume {
 
     fn write_now(&self, offset: u64, data: AlignedBuf) -> Result<Result<(), NbdError>, AlignedBuf> {
         let extent = Extent::new(offset, data.len() as u64);
-        if extent.len > 0 && extent == extent.aligned_out(SECTOR, self.shared.size) { self.change_now(extent, data) } else { Err(data) }
+        if extent.len > 0 && extent == extent.aligned_out(SECTOR, self.shared.size()) { self.change_now(extent, data) } else { Err(data) }
     }
 
     fn may_poll(&self) -> bool {
@@ -460,7 +497,7 @@ impl Export for Volume {
 
     async fn write(&self, offset: u64, data: AlignedBuf, fua: bool) -> Result<(), NbdError> {
         let extent = Extent::new(offset, data.len() as u64);
-        let aligned = extent.aligned_out(SECTOR, self.shared.size);
+        let aligned = extent.aligned_out(SECTOR, self.shared.size());
         let action = if aligned == extent { Action::Write(data.freeze()) } else { Action::Patch { data, offset } };
         self.change(aligned, action, fua).await
     }

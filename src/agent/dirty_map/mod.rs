@@ -70,6 +70,7 @@ impl<F: File> DirtyMap<F> {
             }
         };
         let regions = bits.regions();
+        let known = header.size;
         let map = Self {
             path: path.to_owned(),
             file,
@@ -84,6 +85,9 @@ impl<F: File> DirtyMap<F> {
         map.file.allocate(0, (BITS_AT + sectors(regions) * SECTOR_LEN as u64).next_multiple_of(4096)).await?;
         map.flush().await?;
         map.update_header(|h| h.epoch += 1).await?;
+        if known < size {
+            map.grow(size).await?;
+        }
         if let Some(dir) = path.parent() {
             storage.sync_dir(dir)?;
         }
@@ -135,6 +139,25 @@ impl<F: File> DirtyMap<F> {
     pub async fn mark_all(&self) -> io::Result<()> {
         let regions = self.bits.borrow().regions();
         self.mark(0..=regions - 1).await
+    }
+
+    /// The disk has `size` bytes from now on: what is new is marked, and the region that was the last. The new bits are durable
+    /// before the header says the new size; if power goes in between, the map is still that of the smaller disk.
+    ///
+    /// # Errors
+    /// Those of the file system; the disk must not be served at its new size then.
+    pub async fn grow(&self, size: u64) -> io::Result<()> {
+        let header = self.header.get();
+        let (old, regions) = (self.bits.borrow().regions(), size.div_ceil(header.region));
+        if regions > REGIONS_MAX {
+            let message = format!("{}: the disk has become too large for its map: stop the agent and remove the map", self.path.display());
+            return Err(io::Error::other(message));
+        }
+        self.file.allocate(0, (BITS_AT + sectors(regions) * SECTOR_LEN as u64).next_multiple_of(4096)).await?;
+        self.bits.borrow_mut().grow(regions);
+        self.on_disk.borrow_mut().grow(regions);
+        self.mark(old.saturating_sub(1)..=regions - 1).await?;
+        self.update_header(|h| h.size = size).await
     }
 
     /// The header as it stands.
@@ -220,9 +243,11 @@ async fn read_map<F: File>(file: &F, disk: DiskId, size: u64) -> io::Result<Opti
         let found = Header::decode(&file.read_at(at, SECTOR_LEN).await?);
         best = [best, found].into_iter().flatten().max_by_key(|h| h.sequence);
     }
-    let Some(header) = best.filter(|h| h.disk == disk && h.size == size && h.region > 0) else { return Ok(None) };
-    let regions = size.div_ceil(header.region);
-    if regions > REGIONS_MAX || len < BITS_AT + sectors(regions) * SECTOR_LEN as u64 {
+    // A disk that grew while the agent was stopped is the same disk; one that is smaller now is not.
+    let known = |h: &Header| h.disk == disk && h.size > 0 && h.size <= size && h.region > 0 && size.div_ceil(h.region) <= REGIONS_MAX;
+    let Some(header) = best.filter(known) else { return Ok(None) };
+    let regions = header.size.div_ceil(header.region);
+    if len < BITS_AT + sectors(regions) * SECTOR_LEN as u64 {
         return Ok(None);
     }
     let mut bits = RegionSet::empty(regions);

@@ -87,7 +87,7 @@ impl Roles {
 
     /// Bytes of the disk.
     pub(super) fn disk_size(&self) -> u64 {
-        self.agent.shared.volumes[0].size
+        self.agent.shared.volumes[0].size()
     }
 
     /// Bytes not in the stream yet.

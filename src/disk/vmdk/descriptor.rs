@@ -9,6 +9,8 @@ pub const DESCRIPTOR_MAX: usize = 64 << 10;
 pub const EXTENTS_MAX: usize = 32 << 10;
 /// `parentCID` of a disk without a parent.
 pub const NO_PARENT: u32 = u32::MAX;
+/// Digits of the longest number of sectors that a disk can grow to.
+const SECTORS_DIGITS: usize = 12;
 const SIGNATURE: &str = "# Disk DescriptorFile";
 
 /// Kinds of VMDK that are read or written.
@@ -150,7 +152,9 @@ impl Descriptor {
             self.parent_cid,
             self.kind.as_str()
         );
-        text.push_str("\n# Extent description\n");
+        // Room for a longer number, so that growing changes one sector and moves nothing.
+        let room = self.extents.first().map_or(0, |e| SECTORS_DIGITS.saturating_sub(e.sectors.to_string().len()));
+        let _ = writeln!(text, "\n# Extent description{:room$}", "");
         for extent in &self.extents {
             let kind = match (extent.kind, self.kind) {
                 (ExtentKind::Sparse, _) => "SPARSE",
@@ -182,6 +186,26 @@ pub fn with_cid(sector: &[u8], cid: u32) -> Option<Vec<u8>> {
         return None;
     }
     changed[at..at + len].copy_from_slice(&format!("{cid:08x}").as_bytes()[8 - len..]);
+    Some(changed)
+}
+
+/// The first sector of a descriptor of one extent with another number of sectors; `None` if there is no room for it there.
+pub fn with_sectors(sector: &[u8], sectors: u64) -> Option<Vec<u8>> {
+    const COMMENT: &[u8] = b"\n# Extent description";
+    let start = sector.windows(COMMENT.len()).position(|w| w == COMMENT)? + COMMENT.len();
+    let spaces = sector[start..].iter().take_while(|&&b| b == b' ').count();
+    let number = start + spaces + 4;
+    if sector.get(start + spaces..number)? != b"\nRW " {
+        return None;
+    }
+    let digits = sector[number..].iter().take_while(|b| b.is_ascii_digit()).count();
+    let text = sectors.to_string();
+    let pad = (spaces + digits).checked_sub(text.len())?;
+    if digits == 0 || sector.get(number + digits) != Some(&b' ') {
+        return None;
+    }
+    let mut changed = sector.to_vec();
+    changed[start..number + digits].copy_from_slice(format!("{:pad$}\nRW {text}", "").as_bytes());
     Some(changed)
 }
 
@@ -243,6 +267,19 @@ mod tests {
         let text = sample(Kind::Vmfs, ExtentKind::Flat).encode();
         let changed = with_cid(&text.as_bytes()[..text.len().min(512)], 0xdead_beef).expect("it stands there");
         assert_eq!(Descriptor::parse(&[&changed, &text.as_bytes()[text.len().min(512)..]].concat()).unwrap().cid, 0xdead_beef);
+    }
+
+    #[test]
+    fn the_number_of_sectors_changes_in_place() {
+        for kind in [Kind::Vmfs, Kind::MonolithicFlat] {
+            let text = sample(kind, ExtentKind::Flat).encode().into_bytes();
+            let (sector, rest) = text.split_at(text.len().min(512));
+            let changed = [&with_sectors(sector, 999_999_999_999).expect("there is room"), rest].concat();
+            let parsed = Descriptor::parse(&changed).unwrap();
+            assert_eq!((changed.len(), parsed.sectors(), parsed.cid), (text.len(), 999_999_999_999, 0x1234_abcd));
+            assert_eq!(with_sectors(sector, 1_000_000_000_000), None, "no room");
+            assert_eq!(with_sectors(&[&changed[..sector.len()]].concat(), 4096).unwrap(), sector, "and back");
+        }
     }
 
     #[test]

@@ -33,18 +33,28 @@ impl Grains {
         Self { header, table: Table::default(), places, directory, redundant }
     }
 
-    /// The tables of an existing extent of `file_len` bytes.
+    /// The tables of an existing extent of `file_len` bytes. `moved` are bytes behind the overhead that hold no grains.
     ///
     /// # Errors
     /// The first entry that is wrong.
-    pub fn load(header: Header, table: Table, directory: Vec<u64>, redundant: Vec<u64>, file_len: u64) -> Result<Self, BadGrain> {
+    pub fn load(
+        header: Header,
+        table: Table,
+        directory: Vec<u64>,
+        redundant: Vec<u64>,
+        file_len: u64,
+        moved: Option<(u64, u64)>,
+    ) -> Result<Self, BadGrain> {
         if let Some(bad) = faults(&table, &header, file_len).next() {
             return Err(bad);
         }
         let places = if header.compressed() {
             Places::new(header.grain * SECTOR, file_len)
         } else {
-            let used: Vec<u64> = placed(&table, &header).map(|(_, at)| at).collect();
+            let mut used: Vec<u64> = placed(&table, &header).map(|(_, at)| at).collect();
+            if let Some((start, end)) = moved {
+                used.extend((start..end).step_by((header.grain * SECTOR) as usize));
+            }
             Places::of(used, header.grain * SECTOR, header.overhead * SECTOR).map_err(|at| {
                 let grain = placed(&table, &header).filter(|&(_, place)| place == at).map(|(grain, _)| grain).last();
                 BadGrain { what: "two grains overlap", grain: grain.unwrap_or_default() }
@@ -80,6 +90,28 @@ impl Grains {
             self.table.set(grain, 0);
             self.places.release(at);
         }
+    }
+
+    /// First sector of each grain table.
+    pub fn directory(&self) -> &[u64] {
+        &self.directory
+    }
+
+    /// A grain table as bytes; `None` if it is all zeroes.
+    pub fn page(&self, number: u64) -> Option<Vec<u8>> {
+        let page = self.table.page(number);
+        page.iter().any(|&entry| entry != 0).then(|| encode(&page))
+    }
+
+    /// The extent has more grains, and as many tables as before.
+    pub fn resize(&mut self, header: Header) {
+        debug_assert_eq!(header.tables(), self.header.tables(), "the tables stay where they are");
+        self.header = header;
+    }
+
+    /// The extent has more grains, and its tables stand elsewhere.
+    pub fn grow(&mut self, header: Header, directory: Vec<u64>, redundant: Vec<u64>) {
+        (self.header, self.directory, self.redundant) = (header, directory, redundant);
     }
 
     /// The places of the grains.
@@ -161,13 +193,21 @@ pub fn faults<'a>(table: &'a Table, header: &'a Header, file_len: u64) -> impl I
 
 /// Where the directories and tables of a new extent stand: redundant ones first, as VMware and qemu do it.
 pub fn layout(header: &mut Header) -> (Vec<u64>, Vec<u64>) {
+    let (directory, redundant, _) = layout_at(header, DIRECTORY_AT);
+    let end = header.gd_at + (header.gd_at - header.rgd_at);
+    header.overhead = end.next_multiple_of(header.grain);
+    (directory, redundant)
+}
+
+/// The same from sector `first` on: directory, redundant directory, and the first sector after both, rounded up so that whole
+/// grains follow.
+pub fn layout_at(header: &mut Header, first: u64) -> (Vec<u64>, Vec<u64>, u64) {
     let directory_sectors = header.directory_sectors();
     let tables = header.tables();
     let tables_at = |directory_at: u64| (0..tables).map(|i| directory_at + directory_sectors + i * TABLE_SECTORS).collect();
-    header.rgd_at = DIRECTORY_AT;
-    header.gd_at = header.rgd_at + directory_sectors + tables * TABLE_SECTORS;
-    header.overhead = (header.gd_at + directory_sectors + tables * TABLE_SECTORS).next_multiple_of(header.grain);
-    (tables_at(header.gd_at), tables_at(header.rgd_at))
+    let len = directory_sectors + tables * TABLE_SECTORS;
+    (header.rgd_at, header.gd_at) = (first, first + len);
+    (tables_at(header.gd_at), tables_at(header.rgd_at), first + (2 * len).next_multiple_of(header.grain))
 }
 
 const DIRECTORY_AT: u64 = super::format::DESCRIPTOR_AT + super::format::DESCRIPTOR_SECTORS;
@@ -236,7 +276,7 @@ mod tests {
                             prop_assert_eq!(a, b);
                             table.load(number as u64, page_of(a));
                         }
-                        let loaded = Grains::load(header, table, directory.clone(), redundant.clone(), grains.end()).expect("the durable table is always legal");
+                        let loaded = Grains::load(header, table, directory.clone(), redundant.clone(), grains.end(), None).expect("the durable table is always legal");
                         durable = (0..2000).filter_map(|n| Some((n, loaded.place_of(n)?))).collect();
                         for n in 0..2000 {
                             prop_assert_eq!(loaded.place_of(n), grains.place_of(n));
@@ -255,7 +295,7 @@ mod tests {
         let load = |entries: [u32; 4]| {
             let mut table = Table::default();
             table.load(0, page_of(&entries.map(u32::to_le_bytes).concat()));
-            Grains::load(header, table, directory.clone(), redundant.clone(), (128 + 3 * 128) * 512).map(|_| ())
+            Grains::load(header, table, directory.clone(), redundant.clone(), (128 + 3 * 128) * 512, None).map(|_| ())
         };
         assert!(load([128, 256, 0, 384]).is_ok());
         assert!(load([128, 128, 0, 0]).is_err(), "two grains in one place");

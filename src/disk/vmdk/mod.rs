@@ -9,6 +9,7 @@ pub mod grains;
 pub mod sparse;
 pub mod stream;
 
+use std::cell::Cell;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -21,18 +22,23 @@ use super::{Disk, DiskError, Image, beneath, open_file};
 use crate::model::Extent;
 use crate::storage::{AlignedBuf, File, OpenMode, Storage};
 
+/// Largest flat disk.
+const FLAT_MAX: u64 = 62 << 40;
+
 /// An open VMDK.
 pub struct Vmdk<F: File> {
     path: PathBuf,
     parts: Vec<Part<F>>,
-    size: u64,
+    size: Cell<u64>,
     descriptor: Descriptor,
     parent: Option<Box<Image<F>>>,
+    /// The descriptor of a flat disk that is written.
+    head: Option<F>,
 }
 
 struct Part<F> {
     /// Where it stands on the disk.
-    extent: Extent,
+    extent: Cell<Extent>,
     body: Body<F>,
 }
 
@@ -65,7 +71,7 @@ impl<F: File> Vmdk<F> {
     /// # Errors
     /// [`DiskError`].
     pub async fn create_flat<S: Storage<File = F>>(storage: &S, path: &Path, kind: Kind, size: u64) -> Result<Self, DiskError> {
-        if size == 0 || !size.is_multiple_of(SECTOR) || size > 62 << 40 {
+        if size == 0 || !size.is_multiple_of(SECTOR) || size > FLAT_MAX {
             return Err(DiskError::Size { size, format: "vmdk-flat", why: "the size must be a positive multiple of 512 up to 62 TiB" });
         }
         let flat = flat_path(path);
@@ -88,7 +94,7 @@ impl<F: File> Vmdk<F> {
         let head = open_file(storage, path, OpenMode::Create).await?;
         put(&head, 0, &text).await.map_err(|e| at(path, e))?;
         head.sync_data().await.map_err(|e| at(path, e))?;
-        Ok(Self::single(path, descriptor, Body::Flat { path: flat, file, offset: 0 }, size))
+        Ok(Self { head: Some(head), ..Self::single(path, descriptor, Body::Flat { path: flat, file, offset: 0 }, size) })
     }
 
     /// Opens a disk of one extent for writing.
@@ -102,11 +108,15 @@ impl<F: File> Vmdk<F> {
             let loaded = Sparse::load(path, file, true).await?;
             let text = loaded.descriptor.as_deref().unwrap_or_default();
             let descriptor = Descriptor::parse(text).map_err(|what| corrupt(path, SECTOR, what))?;
-            if descriptor.has_parent() || descriptor.extents.len() != 1 || descriptor.sectors() * SECTOR != loaded.sparse.size() {
+            let size = loaded.sparse.size();
+            if descriptor.has_parent() || descriptor.extents.len() != 1 || !sizes_agree(&descriptor, &loaded.sparse) {
                 return Err(unsupported("a disk with a parent or several extents is read, not written"));
             }
-            let size = loaded.sparse.size();
-            return Ok(Self::single(path, descriptor, Body::Sparse(Sparse::open(loaded).await?), size));
+            let sparse = Sparse::open(loaded).await?;
+            if descriptor.sectors() * SECTOR != size {
+                sparse.finish_growth().await?;
+            }
+            return Ok(Self::single(path, descriptor, Body::Sparse(sparse), size));
         }
         let text = read_descriptor(&file).await.map_err(|e| at(path, e))?;
         let descriptor = Descriptor::parse(&text).map_err(|what| corrupt(path, 0, what))?;
@@ -125,7 +135,7 @@ impl<F: File> Vmdk<F> {
         let changed = changed.ok_or_else(|| unsupported("the descriptor is shorter than a sector or has no CID in its first one"))?;
         put(&file, 0, &changed).await.map_err(|e| at(path, e))?;
         file.sync_data().await.map_err(|e| at(path, e))?;
-        Ok(Self::single(path, descriptor, Body::Flat { path: flat, file: body, offset: 0 }, size))
+        Ok(Self { head: Some(file), ..Self::single(path, descriptor, Body::Flat { path: flat, file: body, offset: 0 }, size) })
     }
 
     /// Opens a disk of any kind to read it, without its parent. Files that it names must lie beneath its own folder.
@@ -140,7 +150,7 @@ impl<F: File> Vmdk<F> {
                 loaded.descriptor.ok_or_else(|| corrupt(path, 28, "the file has no descriptor: it is one extent of a split disk"))?;
             let descriptor = Descriptor::parse(&text).map_err(|what| corrupt(path, SECTOR, what))?;
             let size = loaded.sparse.size();
-            if descriptor.extents.len() != 1 || descriptor.sectors() * SECTOR != size {
+            if descriptor.extents.len() != 1 || !sizes_agree(&descriptor, &loaded.sparse) {
                 return Err(corrupt(path, SECTOR, "the descriptor and the header disagree about the size"));
             }
             return Ok(Self::single(path, descriptor, Body::Sparse(loaded.sparse), size));
@@ -174,13 +184,14 @@ impl<F: File> Vmdk<F> {
                     Body::Flat { path: named, file, offset }
                 }
             };
-            parts.push(Part { extent, body });
+            parts.push(Part { extent: Cell::new(extent), body });
         }
-        Ok(Self { path: path.to_owned(), parts, size: start, descriptor, parent: None })
+        Ok(Self { path: path.to_owned(), parts, size: Cell::new(start), descriptor, parent: None, head: None })
     }
 
     fn single(path: &Path, descriptor: Descriptor, body: Body<F>, size: u64) -> Self {
-        Self { path: path.to_owned(), parts: vec![Part { extent: Extent::new(0, size), body }], size, descriptor, parent: None }
+        let parts = vec![Part { extent: Cell::new(Extent::new(0, size)), body }];
+        Self { path: path.to_owned(), parts, size: Cell::new(size), descriptor, parent: None, head: None }
     }
 
     pub(super) fn descriptor(&self) -> &Descriptor {
@@ -192,7 +203,7 @@ impl<F: File> Vmdk<F> {
     }
 
     pub(super) fn size(&self) -> u64 {
-        self.size
+        self.size.get()
     }
 
     pub(super) async fn read(&self, extent: Extent) -> Result<AlignedBuf, DiskError> {
@@ -200,12 +211,12 @@ impl<F: File> Vmdk<F> {
             return file.read_at(offset + extent.offset, extent.len as usize).await.map_err(|e| at(path, e));
         }
         let mut out = AlignedBuf::zeroed(extent.len as usize);
-        let first = self.parts.partition_point(|part| part.extent.end() <= extent.offset);
-        for part in self.parts[first..].iter().take_while(|part| part.extent.offset < extent.end()) {
-            let start = extent.offset.max(part.extent.offset);
-            let here = Extent::new(start, extent.end().min(part.extent.end()) - start);
+        let first = self.parts.partition_point(|part| part.extent.get().end() <= extent.offset);
+        for part in self.parts[first..].iter().take_while(|part| part.extent.get().offset < extent.end()) {
+            let start = extent.offset.max(part.extent.get().offset);
+            let here = Extent::new(start, extent.end().min(part.extent.get().end()) - start);
             let target = &mut out[(start - extent.offset) as usize..][..here.len as usize];
-            let within = Extent::new(start - part.extent.offset, here.len);
+            let within = Extent::new(start - part.extent.get().offset, here.len);
             match &part.body {
                 Body::Flat { path, file, offset } => {
                     let bytes = file.read_at(offset + within.offset, within.len as usize).await.map_err(|e| at(path, e))?;
@@ -214,7 +225,7 @@ impl<F: File> Vmdk<F> {
                 Body::Sparse(sparse) => {
                     for absent in sparse.read(within, target).await? {
                         let piece = &mut target[(absent.offset - within.offset) as usize..][..absent.len as usize];
-                        super::read_parent(self.parent.as_deref(), Extent::new(absent.offset + part.extent.offset, absent.len), piece)
+                        super::read_parent(self.parent.as_deref(), Extent::new(absent.offset + part.extent.get().offset, absent.len), piece)
                             .await?;
                     }
                 }
@@ -263,9 +274,27 @@ impl<F: File> Vmdk<F> {
     }
 
     pub(super) async fn grow(&self, size: u64) -> Result<(), DiskError> {
-        let _ = size;
-        let what = "a VMDK does not grow in place in this version: replicate the larger disk anew, or keep it as raw or vhdx";
-        Err(DiskError::Unsupported { path: self.path.clone(), what })
+        match self.body()? {
+            Body::Sparse(sparse) => sparse.grow(size).await?,
+            Body::Flat { path, file, .. } => {
+                let refuse = |why| DiskError::Size { size, format: "vmdk-flat", why };
+                if size < self.size() || !size.is_multiple_of(SECTOR) || size > FLAT_MAX {
+                    return Err(refuse("a disk cannot shrink, and grows by multiples of 512 up to 62 TiB"));
+                }
+                // The bytes first, then the one sector that says how many they are: a longer file is in order at any time.
+                let head = self.head.as_ref().ok_or_else(|| refuse("the descriptor is not open for writing"))?;
+                let sector = head.read_at(0, SECTOR as usize).await.map_err(|e| at(&self.path, e))?;
+                let changed = descriptor::with_sectors(&sector, size / SECTOR);
+                let changed = changed.ok_or_else(|| refuse("its descriptor has no room for a longer number of sectors"))?;
+                file.set_len(size).map_err(|e| at(path, e))?;
+                file.sync_data().await.map_err(|e| at(path, e))?;
+                put(head, 0, &changed).await.map_err(|e| at(&self.path, e))?;
+                head.sync_data().await.map_err(|e| at(&self.path, e))?;
+            }
+        }
+        self.size.set(size);
+        self.parts[0].extent.set(Extent::new(0, size));
+        Ok(())
     }
 
     pub(super) fn next_data(&self, offset: u64) -> Result<Option<Extent>, DiskError> {
@@ -274,9 +303,9 @@ impl<F: File> Vmdk<F> {
             _ => None,
         };
         let mut own = None;
-        let first = self.parts.partition_point(|part| part.extent.end() <= offset);
+        let first = self.parts.partition_point(|part| part.extent.get().end() <= offset);
         for part in &self.parts[first..] {
-            let from = offset.max(part.extent.offset) - part.extent.offset;
+            let from = offset.max(part.extent.get().offset) - part.extent.get().offset;
             let found = match &part.body {
                 Body::Sparse(sparse) => sparse.next_data(from)?,
                 Body::Flat { path, file, offset: base } => {
@@ -284,15 +313,21 @@ impl<F: File> Vmdk<F> {
                     next.map(|(start, end)| Extent::new(start - base, end - start))
                 }
             };
-            if let Some(found) = found.filter(|f| f.offset < part.extent.len) {
-                let end = found.end().min(part.extent.len);
-                own = Some(Extent::new(part.extent.offset + found.offset, end - found.offset));
+            if let Some(found) = found.filter(|f| f.offset < part.extent.get().len) {
+                let end = found.end().min(part.extent.get().len);
+                own = Some(Extent::new(part.extent.get().offset + found.offset, end - found.offset));
                 break;
             }
         }
-        let earliest = [own, inherited].into_iter().flatten().min_by_key(|e| e.offset).filter(|e| e.offset < self.size);
-        Ok(earliest.map(|e| Extent::new(e.offset, e.end().min(self.size) - e.offset)))
+        let earliest = [own, inherited].into_iter().flatten().min_by_key(|e| e.offset).filter(|e| e.offset < self.size.get());
+        Ok(earliest.map(|e| Extent::new(e.offset, e.end().min(self.size.get()) - e.offset)))
     }
+}
+
+/// Whether descriptor and header say the same size, or a crash while the disk grew left the descriptor behind.
+pub(super) fn sizes_agree<F: File>(descriptor: &Descriptor, sparse: &Sparse<F>) -> bool {
+    let said = descriptor.sectors() * SECTOR;
+    said == sparse.size() || sparse.is_unclean() && said < sparse.size()
 }
 
 pub(super) async fn is_sparse<F: File>(file: &F) -> io::Result<bool> {

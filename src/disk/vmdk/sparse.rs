@@ -19,7 +19,7 @@ use super::format::{
     TABLE_SECTORS,
 };
 use super::format::{decode_entries, decode_grain_marker};
-use super::grains::{Grains, layout, page_of};
+use super::grains::{Grains, layout, layout_at, page_of};
 use crate::disk::places::Table;
 use crate::disk::{DiskError, ready_place};
 use crate::model::Extent;
@@ -41,7 +41,7 @@ const TABLE_STEP: u64 = 2048;
 pub struct Sparse<F> {
     path: PathBuf,
     file: F,
-    header: Header,
+    header: Cell<Header>,
     grains: RefCell<Grains>,
     grown_to: Cell<u64>,
     /// Held while a grain is placed, so that two writes to a new grain find one place.
@@ -89,7 +89,8 @@ impl<F: File> Sparse<F> {
         embedded.resize((DESCRIPTOR_SECTORS * SECTOR) as usize, 0);
         let data_at = header.overhead * SECTOR;
         let grains = RefCell::new(Grains::new(header, directory.clone(), redundant.clone()));
-        let sparse = Self { path: path.to_owned(), file, header, grains, grown_to: Cell::new(data_at), placing: Mutex::new(()) };
+        let (grown_to, placing) = (Cell::new(data_at), Mutex::new(()));
+        let sparse = Self { path: path.to_owned(), file, header: Cell::new(header), grains, grown_to, placing };
         let file = &sparse.file;
         let written = async {
             file.allocate(0, data_at).await?;
@@ -115,12 +116,12 @@ impl<F: File> Sparse<F> {
         let found = survey_tables(path, &file, both).await?;
         let file_len = file.len().map_err(|source| DiskError::Io { path: path.to_owned(), source })?;
         let entry_at = |grain| found.entry_at(grain);
-        let grains = Grains::load(found.header, found.table.clone(), found.directory.clone(), found.redundant.clone(), file_len);
+        let grains = Grains::load(found.header, found.table.clone(), found.directory.clone(), found.redundant.clone(), file_len, found.moved);
         let grains = grains.map_err(|bad| DiskError::Corrupt { path: path.to_owned(), offset: entry_at(bad.grain), what: bad.what })?;
         let grown_to = Cell::new(grains.end());
-        let (header, placing) = (found.header, Mutex::new(()));
+        let (header, placing) = (Cell::new(found.header), Mutex::new(()));
         let sparse = Self { path: path.to_owned(), file, header, grains: RefCell::new(grains), grown_to, placing };
-        let scattered = found.structures_end > header.overhead;
+        let scattered = found.structures_end > found.header.overhead && found.moved.is_none();
         Ok(Loaded { sparse, descriptor: found.descriptor, stale_copies: found.stale_copies, scattered })
     }
 
@@ -132,7 +133,7 @@ impl<F: File> Sparse<F> {
     pub async fn open(loaded: Loaded<F>) -> Result<Self, DiskError> {
         let sparse = loaded.sparse;
         let unsupported = |what| DiskError::Unsupported { path: sparse.path.clone(), what };
-        let header = sparse.header;
+        let header = sparse.header.get();
         if header.compressed() || header.version == 3 {
             return Err(unsupported("stream-optimised and version 3 images are read, not written: convert it to another format"));
         }
@@ -163,7 +164,7 @@ impl<F: File> Sparse<F> {
     pub(super) async fn finish(&self) -> Result<(), DiskError> {
         let done = async {
             self.cut().await?;
-            put(&self.file, 0, &Header { unclean: false, ..self.header }.encode()).await?;
+            put(&self.file, 0, &Header { unclean: false, ..self.header.get() }.encode()).await?;
             self.file.sync_data().await
         };
         done.await.map_err(|e| self.io(e))
@@ -176,8 +177,93 @@ impl<F: File> Sparse<F> {
         self.file.sync_data().await
     }
 
+    /// Makes the disk larger. Tables that do not fit where they are move, with those that they were, behind the last grain; their
+    /// old place is used for grains after the next opening. If power goes
+    /// - before the header is written: what was written behind the last grain is a leak;
+    /// - after it, before the descriptor is: the header counts, the next opening corrects the descriptor.
+    pub(super) async fn grow(&self, size: u64) -> Result<(), DiskError> {
+        let header = self.header.get();
+        let refuse = |why| DiskError::Size { size, format: "vmdk", why };
+        if size < self.size() || !size.is_multiple_of(SECTOR) {
+            return Err(refuse("a disk cannot shrink, and grows by multiples of 512"));
+        }
+        let mut larger = Header { capacity: size / SECTOR, unclean: true, ..header };
+        self.barrier().await?;
+        let area = self.grains.borrow().end() / SECTOR;
+        let area = header.overhead + (area - header.overhead).next_multiple_of(header.grain);
+        let moves = larger.tables() > header.tables();
+        let (directory, redundant, end) =
+            if moves { layout_at(&mut larger, area) } else { (self.grains.borrow().directory().to_vec(), Vec::new(), area) };
+        if end + larger.grains() * larger.grain > u64::from(u32::MAX) {
+            return Err(refuse("a file of this kind holds up to about 2 TiB; use vmdk-flat for larger disks"));
+        }
+        let done = async {
+            self.cut().await?;
+            let short = header.capacity % header.grain * SECTOR;
+            let last = self.grains.borrow().place_of(header.grains() - 1).filter(|_| short > 0);
+            if let Some(last) = last {
+                // What lies behind the old end was nobody's and must read as zeroes now.
+                self.file.allocate(last, self.grain_bytes()).await?;
+                self.file.punch(last + short, self.grain_bytes() - short).await?;
+                self.file.allocate(last, self.grain_bytes()).await?;
+            }
+            if moves {
+                self.file.allocate(area * SECTOR, (end - area) * SECTOR).await?;
+                for (at, tables) in [(larger.rgd_at, &redundant), (larger.gd_at, &directory)] {
+                    let mut bytes: Vec<u8> = tables.iter().flat_map(|&t| (t as u32).to_le_bytes()).collect();
+                    bytes.resize(bytes.len().next_multiple_of(SECTOR as usize), 0);
+                    put(&self.file, at * SECTOR, &bytes).await?;
+                    for number in 0..header.tables() {
+                        let page = self.grains.borrow().page(number);
+                        if let Some(page) = page {
+                            put(&self.file, tables[number as usize] * SECTOR, &page).await?;
+                        }
+                    }
+                }
+            }
+            self.file.sync_data().await?;
+            put(&self.file, 0, &larger.encode()).await?;
+            self.file.sync_data().await?;
+            self.correct_descriptor(&larger).await?;
+            self.file.sync_data().await
+        };
+        done.await.map_err(|e| self.io(e))?;
+        self.header.set(larger);
+        let mut grains = self.grains.borrow_mut();
+        if moves {
+            grains.places().skip_to(end * SECTOR);
+            grains.grow(larger, directory, redundant);
+            self.grown_to.set(end * SECTOR);
+        } else {
+            grains.resize(larger);
+        }
+        Ok(())
+    }
+
+    /// Makes the descriptor say the size that the header says.
+    async fn correct_descriptor(&self, header: &Header) -> io::Result<()> {
+        let at = header.descriptor_at * SECTOR;
+        let sector = self.file.read_at(at, SECTOR as usize).await?;
+        let changed = descriptor::with_sectors(&sector, header.capacity)
+            .ok_or_else(|| io::Error::other("the number of sectors in the descriptor cannot be changed within one sector"))?;
+        put(&self.file, at, &changed).await
+    }
+
+    /// Corrects a descriptor that a crash while the disk grew left behind.
+    pub(super) async fn finish_growth(&self) -> Result<(), DiskError> {
+        let done = async {
+            self.correct_descriptor(&self.header.get()).await?;
+            self.file.sync_data().await
+        };
+        done.await.map_err(|e| self.io(e))
+    }
+
+    pub(super) fn is_unclean(&self) -> bool {
+        self.header.get().unclean
+    }
+
     pub(super) fn size(&self) -> u64 {
-        self.header.capacity * SECTOR
+        self.header.get().capacity * SECTOR
     }
 
     /// Reads an extent; what is not here stays as it is in `target`, and is told as extents.
@@ -186,7 +272,7 @@ impl<F: File> Sparse<F> {
         for (run, at) in self.runs(extent, |grain| self.grains.borrow().place_of(grain)) {
             let piece = &mut target[(run.offset - extent.offset) as usize..][..run.len as usize];
             match at {
-                Some(at) if self.header.compressed() => self.inflate(at, run, piece).await?,
+                Some(at) if self.header.get().compressed() => self.inflate(at, run, piece).await?,
                 Some(at) => piece.copy_from_slice(&self.file.read_at(at, run.len as usize).await.map_err(|e| self.io(e))?),
                 None if self.grains.borrow().is_zero(run.offset / self.grain_bytes()) => piece.fill(0),
                 None => absent.push(run),
@@ -202,7 +288,7 @@ impl<F: File> Sparse<F> {
         let grain = run.offset / self.grain_bytes();
         let head = read_up_to(&self.file, at, 512, file_len).await.map_err(|e| self.io(e))?;
         let (sector, len) = decode_grain_marker(&head).ok_or_else(|| corrupt("a grain marker is cut off"))?;
-        if sector != grain * self.header.grain {
+        if sector != grain * self.header.get().grain {
             return Err(corrupt("a grain marker names another grain"));
         }
         if u64::from(len) > 2 * self.grain_bytes() || at + 12 + u64::from(len) > file_len {
@@ -279,14 +365,14 @@ impl<F: File> Sparse<F> {
         {
             let Some(at) = grains.place_of(first) else { return Ok(None) };
             let mut after = first + 1;
-            if !self.header.compressed() {
+            if !self.header.get().compressed() {
                 while after - first < RUN_GRAINS && grains.place_of(after) == Some(at + (after - first) * grain_bytes) {
                     after += 1;
                 }
             }
             let start = from.max(first * grain_bytes);
             let end = (after * grain_bytes).min(self.size());
-            if self.header.compressed() {
+            if self.header.get().compressed() {
                 return Ok(Some(Extent::new(start, end - start)));
             }
             let place = at + (start - first * grain_bytes);
@@ -302,7 +388,7 @@ impl<F: File> Sparse<F> {
     }
 
     fn grain_bytes(&self) -> u64 {
-        self.header.grain * SECTOR
+        self.header.get().grain * SECTOR
     }
 
     /// Cuts an extent where what follows on the disk does not follow in the file.
@@ -313,9 +399,9 @@ impl<F: File> Sparse<F> {
         while at < extent.end() {
             let len = (grain_bytes - at % grain_bytes).min(extent.end() - at);
             let here = place(at / grain_bytes);
-            let here = if self.header.compressed() { here } else { here.map(|p| p + at % grain_bytes) };
+            let here = if self.header.get().compressed() { here } else { here.map(|p| p + at % grain_bytes) };
             match runs.last_mut() {
-                Some((run, Some(first))) if !self.header.compressed() && here == Some(*first + run.len) => run.len += len,
+                Some((run, Some(first))) if !self.header.get().compressed() && here == Some(*first + run.len) => run.len += len,
                 _ => runs.push((Extent::new(at, len), here)),
             }
             at += len;
@@ -356,6 +442,8 @@ pub(in crate::disk) struct Survey {
     pub stale_copies: Vec<u64>,
     /// First sector after header, descriptor, directories and tables.
     pub structures_end: u64,
+    /// Directories and tables stand together behind grains, where growing put them: first byte and end, in whole grains.
+    pub moved: Option<(u64, u64)>,
 }
 
 impl Survey {
@@ -433,7 +521,12 @@ async fn survey_tables<F: File>(path: &Path, file: &F, both: bool) -> Result<Sur
         return Err(corrupt(pair[1].0 * SECTOR, "two structures of the file overlap"));
     }
     let structures_end = structures.last().map_or(0, |&(at, len)| at + len);
-    Ok(Survey { header, descriptor, table, directory, redundant, stale_copies, structures_end })
+    let moved = structures.iter().find(|&&(at, _)| at >= header.overhead).map(|&(at, _)| at).filter(|&start| {
+        let own = |&&(at, _): &&(u64, u64)| at == 0 || at == header.descriptor_at;
+        (start - header.overhead).is_multiple_of(header.grain) && structures.iter().filter(|s| !own(s)).all(|&(at, _)| at >= start)
+    });
+    let moved = moved.map(|start| (start * SECTOR, (start + (structures_end - start).next_multiple_of(header.grain)) * SECTOR));
+    Ok(Survey { header, descriptor, table, directory, redundant, stale_copies, structures_end, moved })
 }
 
 /// The descriptor of a disk with one extent: the file of the descriptor itself, or its flat neighbour.

@@ -131,6 +131,8 @@ struct OpenView {
     view: Rc<View<Uring>>,
     replica: Rc<Replica>,
     point: PointId,
+    /// Bytes of the disk at the point; the replica may have grown since.
+    size: u64,
 }
 
 /// What the thread is given.
@@ -185,8 +187,10 @@ impl Apply {
             Command::OpenView { point, disk, done } => drop(done.send(self.open_view(point, disk).await)),
             Command::Read { view, extent, done } => drop(done.send(self.read(view, extent).await)),
             Command::NextData { view, offset, done } => {
-                let found =
-                    self.with_view(view).and_then(|(view, replica)| view.next_data(&replica.image, offset).map_err(|e| e.to_string()));
+                let found = self.with_view(view).and_then(|(view, replica, size)| {
+                    let next = view.next_data(&replica.image, offset).map_err(|e| e.to_string())?;
+                    Ok(next.filter(|e| e.offset < size).map(|e| Extent::new(e.offset, e.end().min(size) - e.offset)))
+                });
                 let _ = done.send(found);
             }
             Command::CloseView { view } => {
@@ -198,27 +202,28 @@ impl Apply {
         }
     }
 
-    fn with_view(&self, number: u64) -> Result<(Rc<View<Uring>>, Rc<Replica>), String> {
+    fn with_view(&self, number: u64) -> Result<(Rc<View<Uring>>, Rc<Replica>, u64), String> {
         let views = self.views.borrow();
         let open = views.get(&number).ok_or("the view was closed")?;
-        Ok((open.view.clone(), open.replica.clone()))
+        Ok((open.view.clone(), open.replica.clone(), open.size))
     }
 
     async fn read(&self, view: u64, extent: Extent) -> Result<Bytes, String> {
-        let (view, replica) = self.with_view(view)?;
-        if !extent.fits(replica.image.size()) {
+        let (view, replica, size) = self.with_view(view)?;
+        if !extent.fits(size) {
             return Err("the read lies outside the disk".to_owned());
         }
         view.read(&replica.image, extent).await.map(crate::storage::AlignedBuf::freeze).map_err(|e| e.to_string())
     }
 
     async fn open_view(&self, point: PointId, disk: DiskId) -> Result<(u64, u64), String> {
-        let position = {
+        let (position, size) = {
             let mut book = self.shared.book();
             let found = book.get(point).ok_or_else(|| format!("there is no recovery point {point}: see `tidegate point list`"))?;
             let position = found.disks.get(&disk).copied().ok_or("the point does not have this disk")?;
+            let size = found.sizes.get(&disk).copied();
             book.pin(point);
-            position
+            (position, size)
         };
         let opened = async {
             let replica = self.replicas.borrow().get(&disk).cloned().ok_or("the replica of this disk is not open")?;
@@ -227,9 +232,10 @@ impl Apply {
         };
         match opened.await {
             Ok((view, replica)) => {
-                let (number, size) = (self.next_view.get(), replica.image.size());
+                let whole = replica.image.size();
+                let (number, size) = (self.next_view.get(), size.map_or(whole, |size| size.min(whole)));
                 self.next_view.set(number + 1);
-                self.views.borrow_mut().insert(number, OpenView { view, replica, point });
+                self.views.borrow_mut().insert(number, OpenView { view, replica, point, size });
                 Ok((number, size))
             }
             Err(e) => {
@@ -273,6 +279,7 @@ impl Apply {
             }
             last = clock::now();
             let items = disk.take(2 * bytes);
+            let _alone = replica.changing.lock().await;
             checkpoint::run(self, replica, items).await?;
             crate::observe::metrics::observe(crate::observe::metrics::CHECKPOINT, clock::now().since(last));
         }

@@ -71,6 +71,7 @@ mod tests {
                 machine: MachineId(Uuid::nil()),
                 kind: PointKind::Crash,
                 disks: vec![DiskId(Uuid::nil())],
+                sizes: vec![1 << 20],
                 label: None,
                 wall_ms: 0,
                 hold_us: 0,

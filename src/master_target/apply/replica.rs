@@ -11,14 +11,14 @@ use super::{Apply, Prepared, Refusal};
 use crate::config::units::show_size;
 use crate::crypto::keyring::DataKey;
 use crate::crypto::seal::{Opener, Purpose};
-use crate::disk::{Disk, Image};
+use crate::disk::{Disk, DiskError, Image};
 use crate::master_target::catalogue::ReplicaRecord;
 use crate::master_target::journal::{self, Found};
 use crate::master_target::retain::{Retention, Subject};
 use crate::master_target::shared::{DiskShared, Item, Travel};
 use crate::model::{DiskId, PointId, Position, SECTOR};
 use crate::storage::log::random_u64;
-use crate::storage::uring::{Uring, UringFile, create_dir_durable};
+use crate::storage::uring::{Uring, UringFile, create_dir_durable, is_full};
 
 /// An open replica.
 pub struct Replica {
@@ -34,6 +34,8 @@ pub struct Replica {
     pub last_marker: Cell<Option<Position>>,
     /// How markers travelled whose points are not listed yet.
     pub arrived: RefCell<HashMap<PointId, Travel>>,
+    /// Held while a checkpoint changes the image, and while the image grows.
+    pub changing: tokio::sync::Mutex<()>,
     key: DataKey,
     generation: u64,
 }
@@ -85,7 +87,7 @@ impl Apply {
         tracing::info!(disk = disk.label, checkpoint = %record.checkpoint, %journaled, "replica opened");
         {
             let mut condition = disk.condition();
-            (condition.received, condition.journaled, condition.size) = (journaled, journaled, record.size);
+            (condition.received, condition.journaled, condition.size) = (journaled, journaled, replica.image.size());
             (condition.applied, condition.checkpointed) = (record.checkpoint, record.checkpoint);
             condition.retained_bytes = replica.retention.bytes();
         }
@@ -103,7 +105,7 @@ impl Apply {
         key: DataKey,
         record: &ReplicaRecord,
     ) -> Result<Replica, String> {
-        let subject = Subject { disk: disk.id, generation: record.generation, key: key.clone(), size: record.size };
+        let subject = Subject { disk: disk.id, generation: record.generation, key: key.clone(), size: image.size() };
         let dir = self.settings.state.join("retain").join(disk.id.to_string()).join(format!("{:016x}", record.generation));
         let retention = Retention::open(self.storage.clone(), &dir, subject, record.last_marker).await.map_err(|e| e.to_string())?;
         let opener = Opener::new(key.clone(), Purpose::Stream, disk.id, record.generation);
@@ -114,6 +116,7 @@ impl Apply {
             opener: Arc::new(Mutex::new(opener)),
             last_marker: Cell::new(record.last_marker),
             arrived: RefCell::default(),
+            changing: tokio::sync::Mutex::new(()),
             key,
             generation: record.generation,
         })
@@ -146,8 +149,11 @@ impl Apply {
             self.adopt(replica);
         }
         let replica = self.replicas.borrow().get(&id).cloned().expect("opened or made above");
+        if let Some(configured) = disk.configured_size.filter(|&configured| size > configured) {
+            return Err(too_large(disk, size, configured));
+        }
         if size > replica.image.size() {
-            return Err(too_large(disk, size, replica.image.size()));
+            grow(self, &replica, disk.configured_size.unwrap_or(size)).await?;
         }
         if size > 0 && size < replica.image.size() && disk.configured_size.is_none() {
             return Err(Refusal {
@@ -246,6 +252,29 @@ impl Replica {
         item.body = Some(opened);
         Ok(())
     }
+}
+
+/// The source disk has grown: so does the image, durably, before anything of the new part is accepted. The catalogue learns
+/// of it last; a crash before that leaves an image that is larger than its record, which is in order.
+async fn grow(apply: &Apply, replica: &Replica, size: u64) -> Result<(), Refusal> {
+    let disk = &replica.shared;
+    let refused = |retry, e: &dyn std::fmt::Display| Refusal {
+        retry,
+        message: format!("the replica of {} cannot grow to {}: {e}", disk.label, show_size(size)),
+    };
+    let _alone = replica.changing.lock().await;
+    let before = replica.image.size();
+    match replica.image.grow(size).await {
+        Err(DiskError::Io { source, .. }) if is_full(&source) => return Err(refused(true, &"the file system is full, free space or enlarge it")),
+        other => other.map_err(|e| refused(false, &e))?,
+    }
+    replica.retention.grow(size);
+    let (records, id) = (apply.records.clone(), disk.id);
+    let noted = tokio::task::spawn_blocking(move || records.grow_replica(id, size)).await;
+    noted.map_err(|e| refused(true, &e))?.map_err(|e| refused(false, &e))?;
+    disk.condition().size = size;
+    tracing::info!(disk = disk.label, from = before, to = size, "the replica has grown with its disk");
+    Ok(())
 }
 
 fn too_large(disk: &DiskShared, source: u64, replica: u64) -> Refusal {

@@ -83,7 +83,7 @@ pub struct Subject {
     pub generation: u64,
     /// Its data key.
     pub key: DataKey,
-    /// Bytes.
+    /// Bytes at first; see [`Retention::grow`].
     pub size: u64,
 }
 
@@ -92,6 +92,7 @@ pub struct Retention<S: Storage> {
     storage: S,
     dir: PathBuf,
     subject: Subject,
+    size: Cell<u64>,
     session: Arc<SealingSession>,
     opener: RefCell<Opener>,
     /// Begin of every interval that has a file, and its bytes.
@@ -123,6 +124,7 @@ impl<S: Storage> Retention<S> {
             touched: RefCell::default(),
             views: RefCell::default(),
             storage,
+            size: Cell::new(subject.size),
             subject,
         };
         for name in retention.storage.list(dir).map_err(io)? {
@@ -228,6 +230,11 @@ impl<S: Storage> Retention<S> {
         self.storage.sync_dir(&self.dir).map_err(|source| RetainError::Io { path: self.dir.clone(), source })
     }
 
+    /// The replica has grown to `size` bytes. Points before that do not need what is new: they know their own size.
+    pub fn grow(&self, size: u64) {
+        self.size.set(size);
+    }
+
     /// Bytes of all intervals.
     pub fn bytes(&self) -> u64 {
         self.files.borrow().values().sum()
@@ -265,7 +272,7 @@ impl<S: Storage> Retention<S> {
                         asked.insert(block);
                     }
                     let offset = start * BLOCK;
-                    fresh.push(Extent::new(offset, (count * BLOCK).min(self.subject.size - offset)));
+                    fresh.push(Extent::new(offset, (count * BLOCK).min(self.size.get() - offset)));
                 }
             }
         }

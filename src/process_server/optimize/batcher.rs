@@ -109,6 +109,7 @@ mod tests {
             machine: MachineId(uuid::Uuid::nil()),
             kind: PointKind::Crash,
             disks: vec![],
+            sizes: vec![1 << 20],
             label: None,
             wall_ms: 0,
             hold_us: 0,
