@@ -285,3 +285,89 @@ fn a_disk_grows_while_it_is_replicated_and_every_point_keeps_its_own_size() {
         check_point(&cluster, &points[4].0, &points[4].1, sizes[4]);
     }
 }
+
+/// A cluster whose disks are images, each given as (path, further keys of the disk).
+fn of_images(images: &[(&str, &str)], make: impl FnOnce(&Path)) -> Cluster {
+    let mut cluster = Cluster::prepare(Options { disks: images.len(), format: "raw", ..Options::default() });
+    make(cluster.dir.path());
+    let mut text = fs::read_to_string(cluster.config("agent")).unwrap();
+    for (index, (name, keys)) in images.iter().enumerate() {
+        text = text.replace(&format!("path = {:?}\n", cluster.disk(index)), &format!("path = {:?}\n{keys}\n", cluster.path(name)));
+    }
+    fs::write(cluster.config("agent"), text).unwrap();
+    for role in ["master-target", "process-server", "agent"] {
+        cluster.start_role(role);
+    }
+    cluster
+}
+
+#[test]
+fn images_of_hypervisors_are_protected_while_they_are_written() {
+    let images = [("a.vhdx", "format = \"vhdx\""), ("b.vmdk", "format = \"vmdk\""), ("c.vmdk", "format = \"vmdk-flat\"")];
+    let mut cluster = of_images(&images, |dir| {
+        for (name, options) in [("a.vhdx", "subformat=dynamic"), ("b.vmdk", "subformat=monolithicSparse"), ("c.vmdk", "subformat=monolithicFlat")] {
+            let (path, kind) = (dir.join(name), &name[2..]);
+            tool("qemu-img", &["create", "-q", "-f", kind, "-o", options, s(&path), "48M"]);
+            tool("qemu-io", &["-f", kind, "-c", "write -P 0x5a 1M 9M", "-c", "write -P 0x5b 40M 3M", s(&path)]);
+        }
+    });
+    for index in 0..3 {
+        assert!(tool("nbdinfo", &["--map", &cluster.nbd_uri(index)]).contains("hole"));
+        tool("qemu-io", &["-f", "raw", "-c", "read -P 0x5a 1M 9M", "-c", "write -P 1 4M 100k", "-c", "write -P 2 20M 5M", "-c", "flush", &cluster.nbd_uri(index)]);
+    }
+    cluster.wait_for_delta();
+    let early = cluster.mark("early");
+    cluster.kill("agent");
+    cluster.start_role("agent");
+    for index in 0..3 {
+        tool("qemu-io", &["-f", "raw", "-c", "write -z 0 3M", "-c", "discard 41M 1M", "-c", "write -P 3 30000k 3M", "-c", "write -P 4 47M 1M", &cluster.nbd_uri(index)]);
+    }
+    cluster.wait_for_delta();
+    let late = cluster.mark("late");
+    assert_eq!(cluster.terminate("agent"), Some(0));
+    for (index, (name, keys)) in images.iter().enumerate() {
+        let (source, raw) = (cluster.path(name), cluster.path(&format!("late-{index}.raw")));
+        if index < 2 {
+            tool("qemu-img", &["check", "-f", &name[2..], s(&source)]);
+        }
+        let format = keys.split('"').nth(1).unwrap();
+        assert!(cluster.try_tidegate(&["check", "image", s(&source), "--format", format]).status.success());
+        cluster.export(&late, index, "raw", &raw);
+        tool("qemu-img", &["compare", "-f", &name[2..], "-F", "raw", s(&source), s(&raw)]);
+        let raw = cluster.path(&format!("early-{index}.raw"));
+        cluster.export(&early, index, "raw", &raw);
+        tool("qemu-io", &["-f", "raw", "-c", "read -P 0x5a 1M 3M", "-c", "read -P 1 4M 100k", "-c", "read -P 2 20M 5M", "-c", "read -P 0x5b 40M 3M", s(&raw)]);
+    }
+}
+
+#[test]
+fn images_that_can_only_be_read_are_replicated_as_they_are() {
+    let images = [
+        ("child.vmdk", "format = \"vmdk\"\nread_only = true\nparents = true"),
+        ("split.vmdk", "format = \"vmdk\"\nread_only = true"),
+        ("stream.vmdk", "format = \"vmdk-stream\"\nread_only = true"),
+    ];
+    let mut cluster = of_images(&images, |dir| {
+        let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
+        tool("qemu-img", &["create", "-q", "-f", "vmdk", &path("parent.vmdk"), "32M"]);
+        tool("qemu-io", &["-f", "vmdk", "-c", "write -P 7 0 20M", &path("parent.vmdk")]);
+        std::process::Command::new("qemu-img")
+            .args(["create", "-q", "-f", "vmdk", "-b", "parent.vmdk", "-F", "vmdk", "child.vmdk"])
+            .current_dir(dir)
+            .status()
+            .unwrap();
+        tool("qemu-io", &["-f", "vmdk", "-c", "write -P 8 5M 1M", "-c", "write -P 9 25M 1M", &path("child.vmdk")]);
+        tool("qemu-img", &["convert", "-f", "vmdk", "-O", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", &path("child.vmdk"), &path("split.vmdk")]);
+        tool("qemu-img", &["convert", "-f", "vmdk", "-O", "vmdk", "-o", "subformat=streamOptimized", &path("child.vmdk"), &path("stream.vmdk")]);
+    });
+    cluster.wait_for_delta();
+    let refused = try_tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4k", &cluster.nbd_uri(0)]);
+    assert!(!refused.status.success(), "nobody may write it");
+    let point = cluster.mark("as it is");
+    for index in 0..3 {
+        let raw = cluster.path(&format!("out-{index}.raw"));
+        cluster.export(&point, index, "raw", &raw);
+        tool("qemu-img", &["compare", "-f", "vmdk", "-F", "raw", s(&cluster.path("child.vmdk")), s(&raw)]);
+    }
+    assert_eq!(cluster.terminate("agent"), Some(0));
+}

@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::{Control, Metrics, Settings, in_range, limits, units};
 use crate::crypto::tls::TlsFiles;
+use crate::disk::Format;
 use crate::model::change::{CHANGE_BYTES_MAX, DISKS_PER_MACHINE_MAX};
 use crate::model::{Address, DiskId, MachineId, Name};
 
@@ -118,13 +119,26 @@ pub enum CacheMode {
 pub struct Disk {
     /// Its name on the machine.
     pub name: Name,
-    /// Raw file or block device.
+    /// Raw file or block device, or an image of `format`.
     pub path: PathBuf,
+    /// What `path` is. Never guessed.
+    #[serde(default = "raw")]
+    pub format: Format,
+    /// Replicate it as it is; nobody may write it. Also opens images that can only be read.
+    #[serde(default)]
+    pub read_only: bool,
+    /// The image may have parents, beneath its own folder. Only with `read_only`.
+    #[serde(default)]
+    pub parents: bool,
     /// Where the hypervisor connects.
     pub nbd: Address,
     /// Page cache use.
     #[serde(default)]
     pub cache: CacheMode,
+}
+
+fn raw() -> Format {
+    Format::Raw
 }
 
 impl AgentSettings {
@@ -145,8 +159,16 @@ impl Settings for AgentSettings {
             return Err(format!("a machine needs 1 to {DISKS_PER_MACHINE_MAX} [[disk]] tables, found {}", self.disk.len()));
         }
         for (index, disk) in self.disk.iter().enumerate() {
-            if self.disk[..index].iter().any(|d| d.name == disk.name || d.nbd == disk.nbd || d.path == disk.path) {
+            let files = disk.format.files(&disk.path);
+            let shares = |d: &Disk| d.format.files(&d.path).iter().any(|file| files.contains(file));
+            if self.disk[..index].iter().any(|d| d.name == disk.name || d.nbd == disk.nbd || shares(d)) {
                 return Err(format!("disk {} repeats the name, path or nbd address of another disk", disk.name));
+            }
+            if disk.parents && !disk.read_only {
+                return Err(format!("disk {}: an image with parents is read, not written: set read_only = true, or flatten it first", disk.name));
+            }
+            if disk.format == Format::VmdkStream && !disk.read_only {
+                return Err(format!("disk {}: a vmdk-stream is read, not written: set read_only = true", disk.name));
             }
         }
         in_range("points.interval in seconds", self.points.interval.as_secs_f64(), 1.0, 86400.0)?;

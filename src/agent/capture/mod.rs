@@ -1,6 +1,7 @@
 //! The capture thread: owns the disks of the machine, serves them over NBD, feeds their streams and makes markers.
 
 mod gate;
+mod local;
 mod markers;
 mod resync;
 mod volume;
@@ -161,7 +162,7 @@ impl Capture {
                     self.gate.hold();
                     let _ = tokio::time::timeout(Duration::from_secs(5), self.gate.drained()).await;
                     for volume in &self.volumes {
-                        if let Err(error) = volume.sync().await {
+                        if let Err(error) = volume.close().await {
                             tracing::error!(disk = volume.shared.label, %error, "could not flush the disk at stop");
                         }
                     }

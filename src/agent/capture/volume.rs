@@ -11,20 +11,22 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::gate::Gate;
+use super::local::Local;
 use crate::agent::backlog::Backlog;
 use crate::agent::dirty_map::DirtyMap;
 use crate::agent::locks::{RangeGuard, RangeLocks};
 use crate::agent::regions::Regions;
 use crate::agent::shared::{AgentShared, VolumeShared};
 use crate::clock::{self, Mono, micros};
-use crate::config::agent::{AgentSettings, CacheMode, Disk};
+use crate::config::agent::{AgentSettings, Disk};
+use crate::disk::Format;
 use crate::model::change::{CHANGE_BYTES_MAX, ZERO_BYTES_MAX};
 use crate::model::{BLOCK, ChangeKind, DiskReport, Extent, RegionSet, ReplicationState, SECTOR};
 use crate::nbd::protocol::NbdError;
 use crate::nbd::server::{Allocation, Export, ExportInfo};
 use crate::observe::metrics;
+use crate::storage::AlignedBuf;
 use crate::storage::uring::{Uring, UringFile, breathe, is_full, is_idle};
-use crate::storage::{AlignedBuf, File, OpenMode, Storage};
 
 /// A disk opened, before the machine is put together.
 pub(super) struct Parts {
@@ -32,7 +34,8 @@ pub(super) struct Parts {
     pub shared: Arc<VolumeShared>,
     /// The file system that the disk lives on.
     pub device: u64,
-    file: UringFile,
+    file: Local,
+    read_only: bool,
     map: DirtyMap<UringFile>,
 }
 
@@ -47,18 +50,19 @@ pub(super) async fn open_parts(settings: &AgentSettings, disk: &Disk) -> io::Res
     if !kind.is_file() && !kind.is_block_device() {
         return Err(named(io::Error::other("is neither a file nor a block device")));
     }
-    let storage = if disk.cache == CacheMode::Direct { Uring::direct() } else { Uring::buffered() };
-    let file = storage.open(&disk.path, OpenMode::Write).await.map_err(named)?;
-    let size = file.len().map_err(named)?;
-    if size == 0 || !size.is_multiple_of(SECTOR) {
-        return Err(named(io::Error::other(format!("its size of {size} bytes is not a positive multiple of 512; enlarge the file"))));
+    let looks = disk.path.extension().and_then(|e| e.to_str()).filter(|e| ["vhdx", "vmdk", "vhd", "qcow2"].contains(e));
+    if let (Format::Raw, Some(extension)) = (disk.format, looks) {
+        // Never guessed from the content, which the guest writes.
+        tracing::warn!(disk = %disk.name, extension, "the file is used as a raw disk, byte by byte; if it is an image, set `format` of the disk");
     }
+    let file = Local::open(disk).await.map_err(named)?;
+    let size = file.size().map_err(named)?;
     let id = settings.disk_id(disk);
     let map_path = settings.state.join(format!("{}.dirty-map", disk.name));
     let map = DirtyMap::open(&Uring::direct(), &map_path, id, size, settings.dirty_map.region).await.map_err(named)?;
     let backlog = Backlog::new(map.header().epoch, settings.backlog.memory_max);
     let shared = Arc::new(VolumeShared::new(id, &settings.machine, &disk.name, size, backlog));
-    Ok(Parts { shared, device: metadata.dev(), file, map })
+    Ok(Parts { shared, device: metadata.dev(), file, read_only: disk.read_only, map })
 }
 
 /// One protected disk.
@@ -66,7 +70,8 @@ pub(super) struct Volume {
     /// Shared with the session.
     pub shared: Arc<VolumeShared>,
     agent: Arc<AgentShared>,
-    file: UringFile,
+    file: Local,
+    read_only: bool,
     map: DirtyMap<UringFile>,
     regions: RefCell<Regions>,
     sending: RefCell<HashSet<u64>>,
@@ -106,6 +111,7 @@ impl Volume {
             shared: parts.shared,
             agent,
             file: parts.file,
+            read_only: parts.read_only,
             map: parts.map,
             locks: Rc::new(RangeLocks::default()),
             gate,
@@ -165,7 +171,7 @@ impl Volume {
     /// Looks whether the disk became larger, and then covers what is new by the map before anybody sees it. Clients that
     /// connect from then on see the new size; the replica grows before it is sent anything of it.
     pub(super) async fn look_at_size(&self) {
-        let (known, found) = (self.shared.size(), match self.file.len() {
+        let (known, found) = (self.shared.size(), match self.file.size() {
             Ok(found) => found / SECTOR * SECTOR,
             Err(error) => return tracing::error!(disk = self.shared.label, %error, "cannot tell the size of the disk"),
         });
@@ -222,6 +228,13 @@ impl Volume {
         if before.is_empty() || self.restarting.get() {
             return Ok(());
         }
+        if self.read_only {
+            // Nobody writes it; what is safe is clean.
+            for &region in &before {
+                self.regions.borrow_mut().cleaned(region);
+            }
+            return self.map.clear(&before).await;
+        }
         // What was answered without a flush may still be lost here by a power cut, while the replica has it: only what
         // is durable on the local disk too may be forgotten.
         self.file.sync_data().await?;
@@ -236,12 +249,12 @@ impl Volume {
         self.map.clear(&clean).await
     }
 
-    /// Makes everything answered durable on the local disk.
+    /// Makes everything answered durable on the local disk, at the end.
     ///
     /// # Errors
     /// Those of the disk.
-    pub(super) async fn sync(&self) -> io::Result<()> {
-        self.file.sync_data().await
+    pub(super) async fn close(&self) -> io::Result<()> {
+        if self.read_only { Ok(()) } else { self.file.close().await }
     }
 
     /// How the disk does.
@@ -465,7 +478,7 @@ enum Action {
 
 impl Export for Volume {
     fn info(&self) -> ExportInfo {
-        ExportInfo { name: self.shared.name.to_string(), size: self.shared.size(), read_only: false }
+        ExportInfo { name: self.shared.name.to_string(), size: self.shared.size(), read_only: self.read_only }
     }
 
     async fn read(&self, extent: Extent) -> Result<Bytes, NbdError> {
@@ -518,6 +531,9 @@ impl Export for Volume {
     }
 
     async fn flush(&self) -> Result<(), NbdError> {
+        if self.read_only {
+            return Ok(());
+        }
         self.file.sync_data().await.map_err(|e| self.failed(&e))
     }
 
