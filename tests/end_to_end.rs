@@ -305,7 +305,9 @@ fn of_images(images: &[(&str, &str)], make: impl FnOnce(&Path)) -> Cluster {
 fn images_of_hypervisors_are_protected_while_they_are_written() {
     let images = [("a.vhdx", "format = \"vhdx\""), ("b.vmdk", "format = \"vmdk\""), ("c.vmdk", "format = \"vmdk-flat\"")];
     let mut cluster = of_images(&images, |dir| {
-        for (name, options) in [("a.vhdx", "subformat=dynamic"), ("b.vmdk", "subformat=monolithicSparse"), ("c.vmdk", "subformat=monolithicFlat")] {
+        for (name, options) in
+            [("a.vhdx", "subformat=dynamic"), ("b.vmdk", "subformat=monolithicSparse"), ("c.vmdk", "subformat=monolithicFlat")]
+        {
             let (path, kind) = (dir.join(name), &name[2..]);
             tool("qemu-img", &["create", "-q", "-f", kind, "-o", options, s(&path), "48M"]);
             tool("qemu-io", &["-f", kind, "-c", "write -P 0x5a 1M 9M", "-c", "write -P 0x5b 40M 3M", s(&path)]);
@@ -313,14 +315,44 @@ fn images_of_hypervisors_are_protected_while_they_are_written() {
     });
     for index in 0..3 {
         assert!(tool("nbdinfo", &["--map", &cluster.nbd_uri(index)]).contains("hole"));
-        tool("qemu-io", &["-f", "raw", "-c", "read -P 0x5a 1M 9M", "-c", "write -P 1 4M 100k", "-c", "write -P 2 20M 5M", "-c", "flush", &cluster.nbd_uri(index)]);
+        tool(
+            "qemu-io",
+            &[
+                "-f",
+                "raw",
+                "-c",
+                "read -P 0x5a 1M 9M",
+                "-c",
+                "write -P 1 4M 100k",
+                "-c",
+                "write -P 2 20M 5M",
+                "-c",
+                "flush",
+                &cluster.nbd_uri(index),
+            ],
+        );
     }
     cluster.wait_for_delta();
     let early = cluster.mark("early");
     cluster.kill("agent");
     cluster.start_role("agent");
     for index in 0..3 {
-        tool("qemu-io", &["-f", "raw", "-c", "write -z 0 3M", "-c", "discard 41M 1M", "-c", "write -P 3 30000k 3M", "-c", "write -P 4 47M 1M", &cluster.nbd_uri(index)]);
+        tool(
+            "qemu-io",
+            &[
+                "-f",
+                "raw",
+                "-c",
+                "write -z 0 3M",
+                "-c",
+                "discard 41M 1M",
+                "-c",
+                "write -P 3 30000k 3M",
+                "-c",
+                "write -P 4 47M 1M",
+                &cluster.nbd_uri(index),
+            ],
+        );
     }
     cluster.wait_for_delta();
     let late = cluster.mark("late");
@@ -336,7 +368,22 @@ fn images_of_hypervisors_are_protected_while_they_are_written() {
         tool("qemu-img", &["compare", "-f", &name[2..], "-F", "raw", s(&source), s(&raw)]);
         let raw = cluster.path(&format!("early-{index}.raw"));
         cluster.export(&early, index, "raw", &raw);
-        tool("qemu-io", &["-f", "raw", "-c", "read -P 0x5a 1M 3M", "-c", "read -P 1 4M 100k", "-c", "read -P 2 20M 5M", "-c", "read -P 0x5b 40M 3M", s(&raw)]);
+        tool(
+            "qemu-io",
+            &[
+                "-f",
+                "raw",
+                "-c",
+                "read -P 0x5a 1M 3M",
+                "-c",
+                "read -P 1 4M 100k",
+                "-c",
+                "read -P 2 20M 5M",
+                "-c",
+                "read -P 0x5b 40M 3M",
+                s(&raw),
+            ],
+        );
     }
 }
 
@@ -357,8 +404,14 @@ fn images_that_can_only_be_read_are_replicated_as_they_are() {
             .status()
             .unwrap();
         tool("qemu-io", &["-f", "vmdk", "-c", "write -P 8 5M 1M", "-c", "write -P 9 25M 1M", &path("child.vmdk")]);
-        tool("qemu-img", &["convert", "-f", "vmdk", "-O", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", &path("child.vmdk"), &path("split.vmdk")]);
-        tool("qemu-img", &["convert", "-f", "vmdk", "-O", "vmdk", "-o", "subformat=streamOptimized", &path("child.vmdk"), &path("stream.vmdk")]);
+        tool(
+            "qemu-img",
+            &["convert", "-f", "vmdk", "-O", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", &path("child.vmdk"), &path("split.vmdk")],
+        );
+        tool(
+            "qemu-img",
+            &["convert", "-f", "vmdk", "-O", "vmdk", "-o", "subformat=streamOptimized", &path("child.vmdk"), &path("stream.vmdk")],
+        );
     });
     cluster.wait_for_delta();
     let refused = try_tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4k", &cluster.nbd_uri(0)]);

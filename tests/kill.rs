@@ -151,6 +151,8 @@ fn kill_while_applying(format: Format) {
         let (socket, pause, paused, stop) = (cluster.nbd(0), pause.clone(), paused.clone(), stop.clone());
         std::thread::spawn(move || workload(socket, 7, Extent::new(0, size), pause, paused, stop))
     };
+    // On a slow machine the first kill could come before there is anything to apply to.
+    cluster.wait("the replica is made", Duration::from_secs(60), || cluster.log("master-target").contains("replica made"));
     for kill in 1..=KILLS_PER_FORMAT {
         std::thread::sleep(Duration::from_millis(50 + rng.below(350)));
         cluster.kill("master-target");

@@ -165,7 +165,10 @@ impl Settings for AgentSettings {
                 return Err(format!("disk {} repeats the name, path or nbd address of another disk", disk.name));
             }
             if disk.parents && !disk.read_only {
-                return Err(format!("disk {}: an image with parents is read, not written: set read_only = true, or flatten it first", disk.name));
+                return Err(format!(
+                    "disk {}: an image with parents is read, not written: set read_only = true, or flatten it first",
+                    disk.name
+                ));
             }
             if disk.format == Format::VmdkStream && !disk.read_only {
                 return Err(format!("disk {}: a vmdk-stream is read, not written: set read_only = true", disk.name));

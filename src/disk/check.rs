@@ -12,7 +12,7 @@ use super::vhdx::bat::{self, Geometry, state};
 use super::vhdx::format::{HEADER_AT, HEADER_LEN, Header as VhdxHeader, MIB, Metadata, REGION_AT, REGION_LEN, Regions};
 use super::vhdx::open::{self, Overlay, read_through};
 use super::vmdk::descriptor::{Descriptor, ExtentKind, Kind};
-use super::vmdk::sparse;
+use super::vmdk::{sparse, survey};
 use super::{Disk, DiskError, Format, Image, beneath, open_file, vmdk};
 use crate::model::Extent;
 use crate::storage::{File, OpenMode, Storage};
@@ -349,7 +349,7 @@ async fn vmdk<S: Storage>(storage: &S, path: &Path, report: &mut Report) -> Resu
 
 /// Checks one sparse file. Its size, its descriptor and whether it was not closed, unless it is too damaged.
 async fn vmdk_extent<F: File>(file: F, path: &Path, report: &mut Report) -> Result<Option<(u64, Option<Vec<u8>>, bool)>, DiskError> {
-    let survey = match sparse::survey(path, &file).await {
+    let survey = match survey::survey(path, &file).await {
         Ok(survey) => survey,
         Err(DiskError::Corrupt { path, offset, what }) => {
             report.fault(&path, offset, what);
@@ -369,7 +369,8 @@ async fn vmdk_extent<F: File>(file: F, path: &Path, report: &mut Report) -> Resu
         report.fault(path, 64, "tables or the descriptor stand where grains may be put");
     }
     if !header.compressed() {
-        let mut places: Vec<_> = vmdk::grains::placed(&survey.table, &header).map(|(n, at)| (at, grain_bytes, survey.entry_at(n))).collect();
+        let mut places: Vec<_> =
+            vmdk::grains::placed(&survey.table, &header).map(|(n, at)| (at, grain_bytes, survey.entry_at(n))).collect();
         report.blocks += places.len() as u64;
         places.extend(survey.moved.map(|(start, end)| (start, end - start, 56)));
         overlaps(places, path, report);

@@ -17,6 +17,7 @@ use crate::storage::uring::{Uring, UringFile};
 use crate::storage::{AlignedBuf, File, OpenMode, Storage};
 
 /// An open disk.
+#[allow(clippy::large_enum_variant, reason = "there is one for each disk, not one for each operation")]
 pub(super) enum Local {
     /// Its bytes and nothing else.
     Raw(UringFile),

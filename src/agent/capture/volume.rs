@@ -171,13 +171,18 @@ impl Volume {
     /// Looks whether the disk became larger, and then covers what is new by the map before anybody sees it. Clients that
     /// connect from then on see the new size; the replica grows before it is sent anything of it.
     pub(super) async fn look_at_size(&self) {
-        let (known, found) = (self.shared.size(), match self.file.size() {
-            Ok(found) => found / SECTOR * SECTOR,
-            Err(error) => return tracing::error!(disk = self.shared.label, %error, "cannot tell the size of the disk"),
-        });
+        let (known, found) = (
+            self.shared.size(),
+            match self.file.size() {
+                Ok(found) => found / SECTOR * SECTOR,
+                Err(error) => return tracing::error!(disk = self.shared.label, %error, "cannot tell the size of the disk"),
+            },
+        );
         if found < known && self.shrunk_to.replace(Some(found)) != Some(found) {
             tracing::error!(
-                disk = self.shared.label, known, found,
+                disk = self.shared.label,
+                known,
+                found,
                 "the disk became smaller under the agent, which is refused: what stood behind its new end is lost on this side. The replica and its points stay as they are; give the disk its size back"
             );
         }
@@ -192,7 +197,12 @@ impl Volume {
         } else {
             self.regions.borrow_mut().grow(found);
             self.shared.set_size(found);
-            tracing::info!(disk = self.shared.label, from = known, to = found, "the disk has grown; clients see its new size when they connect again");
+            tracing::info!(
+                disk = self.shared.label,
+                from = known,
+                to = found,
+                "the disk has grown; clients see its new size when they connect again"
+            );
         }
         self.restarting.set(false);
         self.agent.wake.wake();

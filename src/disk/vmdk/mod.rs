@@ -8,6 +8,7 @@ pub mod format;
 pub mod grains;
 pub mod sparse;
 pub mod stream;
+pub(in crate::disk) mod survey;
 
 use std::cell::Cell;
 use std::io;
@@ -225,8 +226,12 @@ impl<F: File> Vmdk<F> {
                 Body::Sparse(sparse) => {
                     for absent in sparse.read(within, target).await? {
                         let piece = &mut target[(absent.offset - within.offset) as usize..][..absent.len as usize];
-                        super::read_parent(self.parent.as_deref(), Extent::new(absent.offset + part.extent.get().offset, absent.len), piece)
-                            .await?;
+                        super::read_parent(
+                            self.parent.as_deref(),
+                            Extent::new(absent.offset + part.extent.get().offset, absent.len),
+                            piece,
+                        )
+                        .await?;
                     }
                 }
             }

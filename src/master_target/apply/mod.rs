@@ -127,6 +127,7 @@ pub struct Apply {
     next_view: std::cell::Cell<u64>,
 }
 
+#[derive(Clone)]
 struct OpenView {
     view: Rc<View<Uring>>,
     replica: Rc<Replica>,
@@ -187,7 +188,7 @@ impl Apply {
             Command::OpenView { point, disk, done } => drop(done.send(self.open_view(point, disk).await)),
             Command::Read { view, extent, done } => drop(done.send(self.read(view, extent).await)),
             Command::NextData { view, offset, done } => {
-                let found = self.with_view(view).and_then(|(view, replica, size)| {
+                let found = self.open_view_of(view).and_then(|OpenView { view, replica, size, .. }| {
                     let next = view.next_data(&replica.image, offset).map_err(|e| e.to_string())?;
                     Ok(next.filter(|e| e.offset < size).map(|e| Extent::new(e.offset, e.end().min(size) - e.offset)))
                 });
@@ -202,14 +203,12 @@ impl Apply {
         }
     }
 
-    fn with_view(&self, number: u64) -> Result<(Rc<View<Uring>>, Rc<Replica>, u64), String> {
-        let views = self.views.borrow();
-        let open = views.get(&number).ok_or("the view was closed")?;
-        Ok((open.view.clone(), open.replica.clone(), open.size))
+    fn open_view_of(&self, number: u64) -> Result<OpenView, String> {
+        Ok(self.views.borrow().get(&number).ok_or("the view was closed")?.clone())
     }
 
     async fn read(&self, view: u64, extent: Extent) -> Result<Bytes, String> {
-        let (view, replica, size) = self.with_view(view)?;
+        let OpenView { view, replica, size, .. } = self.open_view_of(view)?;
         if !extent.fits(size) {
             return Err("the read lies outside the disk".to_owned());
         }

@@ -265,7 +265,9 @@ async fn grow(apply: &Apply, replica: &Replica, size: u64) -> Result<(), Refusal
     let _alone = replica.changing.lock().await;
     let before = replica.image.size();
     match replica.image.grow(size).await {
-        Err(DiskError::Io { source, .. }) if is_full(&source) => return Err(refused(true, &"the file system is full, free space or enlarge it")),
+        Err(DiskError::Io { source, .. }) if is_full(&source) => {
+            return Err(refused(true, &"the file system is full, free space or enlarge it"));
+        }
         other => other.map_err(|e| refused(false, &e))?,
     }
     replica.retention.grow(size);

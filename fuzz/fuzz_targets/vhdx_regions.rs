@@ -1,0 +1,4 @@
+//! A region table of a VHDX.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate_fuzz::vhdx_regions(data));
