@@ -281,7 +281,7 @@ async fn grow(apply: &Apply, replica: &Replica, size: u64) -> Result<(), Refusal
 
 fn too_large(disk: &DiskShared, source: u64, replica: u64) -> Refusal {
     let message = format!(
-        "disk {} has {source} bytes and its replica {replica}: set `size` of the disk at the master target to at least {source} and remove the replica to begin anew, or shrink the disk",
+        "disk {} has {source} bytes, the master target's configuration gives it {replica}: raise `size` of the disk there to at least {source}, or leave it out so that the replica grows with its disk, and restart the master target",
         disk.label
     );
     Refusal { retry: false, message }
