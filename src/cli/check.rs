@@ -60,6 +60,14 @@ fn check_image(file: &Path, format: Option<Format>, content: Option<&Path>, json
             return Err(Usage(format!("{} is neither a file nor a block device", named.display())).into());
         }
     }
+    let flat = file.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix("-flat.vmdk"));
+    if let (None, Some(name)) = (format, flat) {
+        return Err(Usage(format!(
+            "{} holds the bytes of a flat VMDK: check its descriptor {name}.vmdk instead, or say --format raw",
+            file.display()
+        ))
+        .into());
+    }
     let (format, report) = uring::run(async {
         let storage = Uring::direct();
         let format = match format {

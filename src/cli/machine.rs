@@ -145,6 +145,9 @@ fn show(machine: &MachineView, disk: &DiskView) {
         }
     }
     println!("size      {}", disk.size_bytes.map_or_else(|| "-".to_owned(), show_size));
+    if let (Some(format), Some(path)) = (&disk.replica_format, &disk.replica_path) {
+        println!("replica   {path} ({format})");
+    }
     println!("rpo       {}", output::seconds(disk.rpo_seconds));
     println!("missing   {}", show_size(disk.missing_bytes));
     println!("backlog   {}", show_size(disk.backlog_bytes));

@@ -196,6 +196,14 @@ impl Settings for MasterTargetSettings {
                 if disk.size.is_some_and(|s| s == 0 || !s.is_multiple_of(512)) {
                     return Err(format!("size of disk {} of machine {} must be a positive multiple of 512", disk.name, machine.name));
                 }
+                if let Some(size) = disk.size.filter(|&size| size > disk.format.size_max()) {
+                    let (format, most) = (disk.format.as_str(), units::show_size(disk.format.size_max()));
+                    let size = units::show_size(size);
+                    return Err(format!(
+                        "disk {} of machine {}: a {format} replica holds up to {most}, not {size}",
+                        disk.name, machine.name
+                    ));
+                }
             }
         }
         self.control.check()

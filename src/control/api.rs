@@ -127,6 +127,10 @@ pub struct DiskView {
     pub waiting_bytes: u64,
     /// Bytes of old content kept.
     pub retained_bytes: u64,
+    /// Format of the replica image; only the master target knows.
+    pub replica_format: Option<String>,
+    /// Where it is.
+    pub replica_path: Option<String>,
     /// Age of the newest point.
     pub rpo_seconds: Option<f64>,
     /// Where the newest point spent its time: source, gateway, link, apply; seconds.

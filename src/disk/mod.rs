@@ -80,6 +80,16 @@ impl Format {
         self != Format::VmdkStream
     }
 
+    /// Largest disk that it holds, bytes.
+    pub fn size_max(self) -> u64 {
+        match self {
+            Format::Raw => i64::MAX as u64,
+            Format::Vhdx | Format::VhdxFixed => vhdx::format::SIZE_MAX,
+            Format::Vmdk | Format::VmdkStream => 2 << 40,
+            Format::VmdkFlat | Format::Vmfs => vmdk::FLAT_MAX,
+        }
+    }
+
     /// The files of an image at `path`; those that others refer to come first.
     pub fn files(self, path: &Path) -> Vec<PathBuf> {
         match self {

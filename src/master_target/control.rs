@@ -235,6 +235,8 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
         backlog_bytes: report.as_ref().map_or(0, |r| r.backlog_bytes),
         waiting_bytes: disk.waiting_bytes(),
         retained_bytes: condition.retained_bytes,
+        replica_format: condition.image.as_ref().map(|(format, _)| format.as_str().to_owned()),
+        replica_path: condition.image.as_ref().map(|(_, path)| path.display().to_string()),
         rpo_seconds: condition.newest.map(|n| now.since(n.travel.captured()).as_secs_f64()),
         rpo_parts: parts,
         positions: rungs.iter().map(|(r, p)| (r.as_str().to_owned(), p.to_string())).collect(),

@@ -1,6 +1,7 @@
 //! What the network thread and the apply thread share of each disk: the queue of journaled batches, and figures.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -90,6 +91,8 @@ pub struct Condition {
     pub size: u64,
     /// Bytes of old content kept.
     pub retained_bytes: u64,
+    /// The image, once there is one.
+    pub image: Option<(Format, PathBuf)>,
 }
 
 /// One disk.

@@ -24,7 +24,7 @@ use crate::model::Extent;
 use crate::storage::{AlignedBuf, File, OpenMode, Storage};
 
 /// Largest flat disk.
-const FLAT_MAX: u64 = 62 << 40;
+pub(super) const FLAT_MAX: u64 = 62 << 40;
 
 /// An open VMDK.
 pub struct Vmdk<F: File> {

@@ -90,6 +90,7 @@ impl Apply {
             (condition.received, condition.journaled, condition.size) = (journaled, journaled, replica.image.size());
             (condition.applied, condition.checkpointed) = (record.checkpoint, record.checkpoint);
             condition.retained_bytes = replica.retention.bytes();
+            condition.image = Some((record.format, path));
         }
         for item in queue {
             disk.push(item);
@@ -214,7 +215,11 @@ impl Apply {
         let image = Image::create(&self.storage, &path, record.format, size).await.map_err(|e| e.to_string())?;
         let replica = self.assemble(disk, image, key, &record).await?;
         self.records.put_replica(disk.id, &record).map_err(|e| e.to_string())?;
-        disk.condition().size = size;
+        {
+            let mut condition = disk.condition();
+            condition.size = size;
+            condition.image = Some((record.format, path.clone()));
+        }
         tracing::info!(disk = disk.label, path = %path.display(), size, "replica made; initial replication can begin");
         Ok(replica)
     }
