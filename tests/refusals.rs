@@ -117,10 +117,6 @@ fn unknown_disks_and_disks_larger_or_smaller_than_their_replica_are_named() {
     cluster.wait("unknown disk is named", Duration::from_secs(10), || reason(&cluster).contains("not registered"));
     cluster.kill("agent");
     fs::write(cluster.config("agent"), &config).unwrap();
-    tool("truncate", &["-s", "96M", s(&cluster.disk(0))]);
-    cluster.start_role("agent");
-    cluster.wait("the size is named", Duration::from_secs(20), || reason(&cluster).contains("replica"));
-    cluster.kill("agent");
     // A smaller disk under the same name: half of its recovery points would be the other's content.
     tool("truncate", &["-s", "32M", s(&cluster.disk(0))]);
     cluster.start_role("agent");
@@ -129,6 +125,17 @@ fn unknown_disks_and_disks_larger_or_smaller_than_their_replica_are_named() {
     tool("truncate", &["-s", "64M", s(&cluster.disk(0))]);
     cluster.start_role("agent");
     assert_works(&mut cluster, "with the right size");
+    // A bound that the operator set is kept, until it is raised.
+    let config = fs::read_to_string(cluster.config("master-target")).unwrap();
+    for (size, found) in [("64MiB", false), ("96MiB", true)] {
+        cluster.terminate("master-target");
+        fs::write(cluster.config("master-target"), format!("{config}size = \"{size}\"\n")).unwrap();
+        cluster.start_role("master-target");
+        tool("truncate", &["-s", "96M", s(&cluster.disk(0))]);
+        let fits = |cluster: &Cluster| cluster.json("master-target", &["status"])[0]["machines"][0]["disks"][0]["size_bytes"] == 96 << 20;
+        cluster.wait("the size is refused or taken", Duration::from_secs(30), || if found { fits(&cluster) } else { reason(&cluster).contains("raise `size`") });
+    }
+    assert_works(&mut cluster, "with the larger size");
 }
 
 #[test]

@@ -113,6 +113,9 @@ impl Header {
         if header.capacity == 0 || header.capacity > 1 << 37 {
             return Err("the capacity is zero or larger than 64 TiB");
         }
+        if header.overhead > 1 << 47 {
+            return Err("the first grain stands farther in the file than any file is long");
+        }
         Ok(header)
     }
 
