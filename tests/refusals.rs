@@ -133,7 +133,9 @@ fn unknown_disks_and_disks_larger_or_smaller_than_their_replica_are_named() {
         cluster.start_role("master-target");
         tool("truncate", &["-s", "96M", s(&cluster.disk(0))]);
         let fits = |cluster: &Cluster| cluster.json("master-target", &["status"])[0]["machines"][0]["disks"][0]["size_bytes"] == 96 << 20;
-        cluster.wait("the size is refused or taken", Duration::from_secs(30), || if found { fits(&cluster) } else { reason(&cluster).contains("raise `size`") });
+        cluster.wait("the size is refused or taken", Duration::from_secs(30), || {
+            if found { fits(&cluster) } else { reason(&cluster).contains("raise `size`") }
+        });
     }
     assert_works(&mut cluster, "with the larger size");
 }

@@ -176,6 +176,7 @@ struct Site {
     checkpoint: usize,
     /// Points of the durable checkpoint, and the content each must have.
     points: Vec<(Position, Vec<u8>)>,
+    merges: u64,
 }
 
 enum Step {
@@ -229,8 +230,13 @@ impl Site {
                 self.points.append(&mut pending);
                 // Like the policy: the oldest goes now and then, unlisted before its data is removed.
                 if self.points.len() > 4 {
-                    self.points.remove(0);
+                    let which = rng.below(self.points.len() as u64) as usize;
+                    self.points.remove(which);
                     retention.forget_before(self.points.first().map(|(at, _)| *at)).map_err(|e| text(&e))?;
+                    let needed = self.points.iter().map(|(at, _)| *at).collect();
+                    while retention.merge_some(&needed, self.last_marker).await.map_err(|e| text(&e))? {
+                        self.merges += 1;
+                    }
                 }
             }
         }
@@ -280,13 +286,14 @@ fn make_steps(rng: &mut Rng) -> Vec<Step> {
         .collect()
 }
 
-async fn retention_round(seed: u64, format: Format, lying: bool) -> Result<(), String> {
+/// The number of merges.
+async fn retention_round(seed: u64, format: Format, lying: bool) -> Result<u64, String> {
     let mut rng = Rng::new(seed);
     let steps = make_steps(&mut rng);
     let storage = Faulty::default();
     Image::create(&storage, Path::new("/r/image"), format, SIZE).await.map_err(|e| e.to_string())?;
     storage.lying.set(lying);
-    let mut site = Site { storage: storage.clone(), format, last_marker: None, checkpoint: 0, points: Vec::new() };
+    let mut site = Site { storage: storage.clone(), format, last_marker: None, checkpoint: 0, points: Vec::new(), merges: 0 };
     for _life in 0..5 {
         let fault = rng.below(3);
         if fault < 2 {
@@ -299,15 +306,18 @@ async fn retention_round(seed: u64, format: Format, lying: bool) -> Result<(), S
         storage.crash(&mut rng);
     }
     site.apply(&steps, &mut rng).await.map_err(|e| format!("seed {seed}: the last life has no faults: {e}"))?;
-    site.verify(seed).await
+    site.verify(seed).await?;
+    Ok(site.merges)
 }
 
 #[test]
 fn every_listed_point_stays_exact_over_any_crash() {
     for format in [Format::Vhdx, Format::Raw] {
-        for seed in 0..60 {
-            run(retention_round(seed, format, false)).unwrap_or_else(|e| panic!("{format:?}: {e}"));
+        let mut merges = 0;
+        for seed in 0..80 {
+            merges += run(retention_round(seed, format, false)).unwrap_or_else(|e| panic!("{format:?}: {e}"));
         }
+        assert!(merges > 200, "{merges} merges of intervals whose points were dropped from the middle");
     }
 }
 

@@ -5,6 +5,7 @@ mod machine;
 mod output;
 mod pki;
 mod point;
+mod policy;
 mod quickstart;
 mod recover;
 mod servers;
@@ -73,6 +74,9 @@ enum Command {
         after_help = "Examples:\n  tidegate recover mount latest --nbd unix:/tmp/point.sock\n  tidegate recover export 3f2a --disk sda --format vhdx --output /srv/web01.vhdx"
     )]
     Recover(recover::RecoverCommand),
+    /// Which recovery points stay.
+    #[command(subcommand, after_help = "Examples:\n  tidegate policy show\n  tidegate policy dry-run --ladder \"all for 1h, 1/h to 7d\"")]
+    Policy(policy::PolicyCommand),
     /// Certificates.
     #[command(
         subcommand,
@@ -109,6 +113,7 @@ pub fn main() -> ExitCode {
         Command::Disk(command) => machine::disk(command),
         Command::Point(command) => point::run(command),
         Command::Recover(command) => recover::run(command),
+        Command::Policy(command) => policy::run(command),
         Command::Pki(command) => pki::run(command),
         Command::Check(command) => check::run(&command),
         Command::Completions { shell } => {

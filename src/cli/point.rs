@@ -24,6 +24,20 @@ pub(super) enum PointCommand {
         #[command(flatten)]
         ask: Ask,
     },
+    /// Keep a point whatever the policy says, until it is unpinned. Ask the master target.
+    Pin {
+        /// Its id, the beginning of it, or `latest`.
+        point: String,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Leave a point to the policy again. Ask the master target.
+    Unpin {
+        /// Its id, or the beginning of it.
+        point: String,
+        #[command(flatten)]
+        ask: Ask,
+    },
     /// Make a crash-consistent point now. Ask the agent of the machine.
     Mark {
         /// Of which machine.
@@ -38,6 +52,20 @@ pub(super) enum PointCommand {
         #[command(flatten)]
         ask: Ask,
     },
+}
+
+fn pin(point: String, pinned: bool, args: &Ask) -> anyhow::Result<()> {
+    let view: PointView = ask(&args.control, &Request::Pin { point, pinned })?;
+    if args.json {
+        return output::json(&view);
+    }
+    println!(
+        "point {} of {} is {}",
+        view.id,
+        view.machine,
+        if pinned { "pinned: it stays until it is unpinned" } else { "left to the policy" }
+    );
+    Ok(())
 }
 
 /// Runs the command.
@@ -57,10 +85,14 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
                     p.kind.clone(),
                     disks.join(","),
                     format!("{:.1} ms", p.hold_seconds * 1e3),
+                    if p.pinned { "pinned".to_owned() } else { String::new() },
                     p.label.clone().unwrap_or_default(),
                 ]
             };
-            output::table(&["POINT", "MACHINE", "TIME", "KIND", "DISKS", "HELD", "LABEL"], &points.iter().map(row).collect::<Vec<_>>());
+            output::table(
+                &["POINT", "MACHINE", "TIME", "KIND", "DISKS", "HELD", "PINNED", "LABEL"],
+                &points.iter().map(row).collect::<Vec<_>>(),
+            );
             Ok(())
         }
         PointCommand::Show { point, ask: args } => {
@@ -82,12 +114,15 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
             println!("kind     {}", found.kind);
             println!("held     {:.1} ms", found.hold_seconds * 1e3);
             println!("label    {}", found.label.as_deref().unwrap_or("-"));
+            println!("pinned   {}", if found.pinned { "yes" } else { "no" });
             for disk in &found.disks {
                 let size = disk.size_bytes.map_or_else(|| "-".to_owned(), show_size);
                 println!("  disk {} ({}) of {size} at {}", disk.name, disk.id, disk.position);
             }
             Ok(())
         }
+        PointCommand::Pin { point, ask: args } => pin(point, true, &args),
+        PointCommand::Unpin { point, ask: args } => pin(point, false, &args),
         PointCommand::Mark { machine, label, app, ask: args } => {
             let marked: Marked = ask(&args.control, &Request::Mark { machine, label, app })?;
             if args.json {

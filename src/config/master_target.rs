@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::{Control, Keys, Metrics, Settings, in_range, process_server::default_mtu, units};
 use crate::crypto::tls::TlsFiles;
 use crate::disk::Format;
-use crate::model::{DiskId, MachineId, Name};
+use crate::model::{DiskId, Ladder, MachineId, Name, Policy};
 
 /// Settings of a master target.
 #[derive(Clone, Debug, Deserialize)]
@@ -102,20 +102,40 @@ impl Default for Apply {
     }
 }
 
-/// `[retain]`: points beyond either bound are dropped, the oldest first; one always stays.
+/// `[retain]`: which recovery points stay. See [`crate::model::policy`].
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Retain {
+    /// Fewer points the older they get.
+    pub ladder: Ladder,
     /// Most points of a machine.
     pub points_max: usize,
+    /// So many of the newest stay, whatever the rest says.
+    pub points_min: usize,
     /// Points older than this are dropped.
-    #[serde(deserialize_with = "units::duration")]
-    pub span: Duration,
+    #[serde(deserialize_with = "units::duration_option")]
+    pub span: Option<Duration>,
+    /// Most bytes of old content of a machine.
+    #[serde(deserialize_with = "units::size_option")]
+    pub space_max: Option<u64>,
+}
+
+impl Retain {
+    /// As the rules want it.
+    pub fn policy(&self) -> Policy {
+        Policy {
+            ladder: self.ladder.clone(),
+            points_max: self.points_max,
+            points_min: self.points_min,
+            span: self.span,
+            space_max: self.space_max,
+        }
+    }
 }
 
 impl Default for Retain {
     fn default() -> Self {
-        Self { points_max: 720, span: Duration::from_secs(86400) }
+        Self { ladder: Ladder::default(), points_max: 10_000, points_min: 1, span: None, space_max: None }
     }
 }
 
@@ -171,6 +191,7 @@ impl Settings for MasterTargetSettings {
         in_range("apply.checkpoint_bytes", self.apply.checkpoint_bytes, 1 << 20, 4 << 30)?;
         in_range("apply.memory_max", self.apply.memory_max, 16 << 20, 1 << 40)?;
         in_range("retain.points_max", self.retain.points_max, 1, 100_000)?;
+        in_range("retain.points_min", self.retain.points_min, 1, self.retain.points_max)?;
         if !self.journal.segment.is_multiple_of(4096) {
             return Err("journal.segment must be a multiple of 4096".to_owned());
         }

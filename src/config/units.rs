@@ -74,6 +74,14 @@ pub fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, 
         .map_err(|_| de::Error::custom(format!("{text:?} is not a duration: write for example \"5s\", \"200ms\" or \"2h\"")))
 }
 
+/// For `#[serde(deserialize_with)]`: a duration that may be absent.
+///
+/// # Errors
+/// See [`duration`].
+pub fn duration_option<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    duration(deserializer).map(Some)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

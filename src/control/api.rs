@@ -44,6 +44,20 @@ pub enum Request {
         /// Absolute path on the master target's host.
         output: String,
     },
+    /// Keep a point whatever the policy says, or leave it to the policy again: [`PointView`].
+    Pin {
+        /// As in `Mount`.
+        point: String,
+        /// Keep it.
+        pinned: bool,
+    },
+    /// The policy, and what would go now: [`PolicyView`].
+    Policy {
+        /// Of one machine only.
+        machine: Option<String>,
+        /// With this ladder instead.
+        ladder: Option<String>,
+    },
     /// Mounts and exports: [`RecoveryView`].
     Recoveries,
     /// End a mount, or forget a finished export.
@@ -154,8 +168,57 @@ pub struct PointView {
     pub time: String,
     /// How long writes were held, seconds.
     pub hold_seconds: f64,
+    /// Somebody wants it kept.
+    pub pinned: bool,
     /// Its disks.
     pub disks: Vec<PointDisk>,
+}
+
+/// Which points stay.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PolicyView {
+    /// Fewer points the older they get.
+    pub ladder: String,
+    /// So many of the newest stay.
+    pub points_min: usize,
+    /// Most points of a machine.
+    pub points_max: usize,
+    /// Points older than this go.
+    pub span_seconds: Option<u64>,
+    /// Most bytes of old content of a machine.
+    pub space_max_bytes: Option<u64>,
+    /// What it means for each machine now.
+    pub machines: Vec<PolicyMachine>,
+}
+
+/// What the policy means for a machine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PolicyMachine {
+    /// Its name.
+    pub machine: String,
+    /// Its listed points.
+    pub points: usize,
+    /// How many of them are pinned.
+    pub pinned: usize,
+    /// Bytes of old content.
+    pub retained_bytes: u64,
+    /// Points that would go, the oldest first for each reason.
+    pub gone: Vec<PolicyGone>,
+    /// About what that gives back.
+    pub frees_bytes_about: u64,
+}
+
+/// A point that would go.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PolicyGone {
+    /// Its id.
+    pub point: String,
+    /// RFC 3339, the source's clock.
+    pub time: String,
+    /// What a person called it.
+    pub label: Option<String>,
+    /// Why.
+    pub reason: String,
 }
 
 /// A disk at a point.

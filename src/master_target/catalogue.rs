@@ -176,6 +176,14 @@ impl Records {
         })
     }
 
+    /// Changes a listed point, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn put_point(&self, point: &RecoveryPoint) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| batch.put(POINTS, point.id.0.as_bytes(), point))
+    }
+
     /// Takes points off the list, durably.
     ///
     /// # Errors

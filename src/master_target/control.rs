@@ -10,14 +10,17 @@ use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
 
 use super::MasterTarget;
+use super::catalogue::Records;
 use super::journal::JournalHandle;
 use super::recover::{self, Recoveries, Target};
 use super::shared::{Condition, DiskShared, TargetShared};
 use crate::clock::{self, Mono};
-use crate::control::api::{ApiError, DiskView, MachineView, PointDisk, PointView, RecoveryView, Request, RoleStatus};
+use crate::control::api::{
+    ApiError, DiskView, MachineView, PointDisk, PointView, PolicyGone, PolicyMachine, PolicyView, RecoveryView, Request, RoleStatus,
+};
 use crate::control::server::{Answer, Role};
 use crate::disk::Format;
-use crate::model::{DiskId, Health, MachineId, PointId, Position, RecoveryPoint, ReplicationState, Rung};
+use crate::model::{DiskId, Health, MachineId, PointId, Policy, Position, RecoveryPoint, ReplicationState, Rung};
 use crate::observe::metrics;
 
 const FIGURES_EVERY: Duration = Duration::from_secs(1);
@@ -30,6 +33,8 @@ pub struct Control {
     recoveries: Recoveries,
     recover: mpsc::Sender<recover::Command>,
     name: String,
+    records: Records,
+    policy: Policy,
 }
 
 impl MasterTarget {
@@ -40,6 +45,8 @@ impl MasterTarget {
             recoveries: self.recoveries.clone(),
             recover: self.recover.clone(),
             name: self.name.clone(),
+            records: self.records.clone(),
+            policy: self.policy.clone(),
         })
     }
 }
@@ -75,6 +82,8 @@ impl Role for Control {
                     }
                     Err(message) => Err(message),
                 },
+                Request::Pin { point, pinned } => self.pin(point, *pinned).await.and_then(|point| to_value(&point)),
+                Request::Policy { machine, ladder } => self.policy(machine.as_deref(), ladder.as_deref()).and_then(|view| to_value(&view)),
                 Request::Recoveries => to_value(&self.recoveries.list()),
                 Request::Unmount { name } => self.unmount(name).await.and_then(|()| to_value(&())),
                 Request::Status | Request::Mark { .. } => return None,
@@ -117,6 +126,7 @@ impl Control {
             machine: names.get(&point.machine).cloned().unwrap_or_else(|| point.machine.to_string()),
             kind: point.kind.as_str().to_owned(),
             label: point.label.clone(),
+            pinned: point.pinned,
             time: clock::rfc3339(point.wall_ms),
             hold_seconds: Duration::from_micros(point.hold_us).as_secs_f64(),
             disks: point.disks.iter().map(disk).collect(),
@@ -154,6 +164,64 @@ impl Control {
             (Some(name), _) => disks.iter().copied().find(|d| d.name.as_str() == name || d.id.to_string() == name),
         };
         found.map(|d| (d.id, d.label.clone())).ok_or_else(|| format!("the point has no disk {}", name.unwrap_or_default()))
+    }
+
+    /// Durable when it returns.
+    async fn pin(&self, point: &str, pinned: bool) -> Result<PointView, String> {
+        // Nothing expires meanwhile.
+        let _alone = self.shared.noting.lock().await;
+        let point = RecoveryPoint { pinned, ..self.find_point(point)? };
+        let (records, changed) = (self.records.clone(), point.clone());
+        let noted = tokio::task::spawn_blocking(move || records.put_point(&changed)).await;
+        noted.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+        tracing::info!(point = %point.id, pinned, "a point was pinned or unpinned");
+        let view = self.view(&point, &self.machine_names());
+        self.shared.book().replace(point);
+        Ok(view)
+    }
+
+    fn policy(&self, machine: Option<&str>, ladder: Option<&str>) -> Result<PolicyView, String> {
+        let mut policy = self.policy.clone();
+        if let Some(ladder) = ladder {
+            policy.ladder = ladder.parse()?;
+        }
+        let mut machines: Vec<(MachineId, String)> = self.machine_names().into_iter().collect();
+        machines.sort_by(|a, b| a.1.cmp(&b.1));
+        if machine.is_some_and(|wanted| machines.iter().all(|(_, name)| name != wanted)) {
+            return Err(format!("machine {} is not known here: see `tidegate machine list`", machine.unwrap_or_default()));
+        }
+        machines.retain(|(_, name)| machine.is_none_or(|wanted| wanted == name));
+        let (book, clock) = (self.shared.book(), self.shared.clock());
+        let of_machine = |(id, name): (MachineId, String)| {
+            let (points, used) = (book.of(id), self.shared.retained_bytes(id));
+            let gone = book.expired(id, &policy, clock, used);
+            PolicyMachine {
+                machine: name,
+                points: points.len(),
+                pinned: points.iter().filter(|p| p.pinned).count(),
+                retained_bytes: used,
+                // Each point's own interval holds about as much as another's.
+                frees_bytes_about: used / points.len().max(1) as u64 * gone.len() as u64,
+                gone: gone
+                    .iter()
+                    .filter_map(|(id, reason)| Some((book.get(*id)?, reason)))
+                    .map(|(p, reason)| PolicyGone {
+                        point: p.id.to_string(),
+                        time: clock::rfc3339(p.wall_ms),
+                        label: p.label.clone(),
+                        reason: reason.as_str().to_owned(),
+                    })
+                    .collect(),
+            }
+        };
+        Ok(PolicyView {
+            machines: machines.into_iter().map(of_machine).collect(),
+            ladder: policy.ladder.to_string(),
+            points_min: policy.points_min,
+            points_max: policy.points_max,
+            span_seconds: policy.span.map(|s| s.as_secs()),
+            space_max_bytes: policy.space_max,
+        })
     }
 
     async fn start(&self, point: &str, disk: Option<&str>, target: Target) -> Result<RecoveryView, String> {

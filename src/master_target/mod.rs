@@ -36,6 +36,7 @@ use crate::crypto::keyring::{KeyEncryptionKey, KeyError};
 use crate::crypto::pki::Role;
 use crate::crypto::quic;
 use crate::crypto::tls::{Credentials, TlsError};
+use crate::model::Policy;
 use crate::observe::http::Readiness;
 use crate::observe::metrics;
 use crate::storage::catalogue::CatalogueError;
@@ -79,6 +80,8 @@ pub struct MasterTarget {
     pub readiness: Readiness,
     /// Where it listens for process servers.
     pub listen: SocketAddr,
+    records: Records,
+    policy: Policy,
     name: String,
     stop: Arc<Notify>,
     thread: JoinHandle<()>,
@@ -128,6 +131,7 @@ impl MasterTarget {
         let (readiness, stop) = (Readiness::default(), Arc::new(Notify::new()));
         let parts = (readiness.clone(), stop.clone(), shared.clone());
         let (bound_tx, bound_rx) = std::sync::mpsc::sync_channel(1);
+        let (policy, for_control) = (settings.retain.policy(), records.clone());
         let thread = std::thread::Builder::new().name("master-target".to_owned()).spawn(move || {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime on one thread can always be built");
@@ -136,7 +140,7 @@ impl MasterTarget {
             runtime.block_on(tokio::task::LocalSet::new().run_until(work));
         })?;
         let listen = bound_rx.recv().map_err(|_| io::Error::other("the master target's thread ended while starting"))??;
-        Ok(Self { shared, recoveries, recover, readiness, listen, name, stop, thread })
+        Ok(Self { shared, recoveries, recover, readiness, listen, records: for_control, policy, name, stop, thread })
     }
 
     /// Stops receiving and ends; what is journaled is applied by the next start.

@@ -1,10 +1,11 @@
 //! The book of recovery points: which markers have arrived, which points are complete, which go. Pure.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::policy::{self, Candidate, Policy, Reason};
 use crate::model::{DiskId, MachineId, Marker, PointId, Position, RecoveryPoint};
 
 /// A point of which not every disk has the marker.
@@ -87,6 +88,7 @@ impl Book {
             hold_us: marker.hold_us,
             order: self.next_order,
             listed_clock: clock,
+            pinned: false,
             sizes: marker.disks.iter().copied().zip(marker.sizes.iter().copied()).collect(),
             disks: pending.arrived,
         });
@@ -107,15 +109,16 @@ impl Book {
         }
     }
 
-    /// Points of a machine beyond the policy, the oldest first. Never the newest, never one in use.
-    pub fn expired(&self, machine: MachineId, points_max: usize, span: Duration, clock: u64) -> Vec<PointId> {
-        let points = self.of(machine);
-        let keep_from = points.len().saturating_sub(points_max);
-        let Some((_newest, older)) = points.split_last() else { return Vec::new() };
-        let old = |p: &RecoveryPoint| clock.saturating_sub(p.listed_clock) > span.as_secs();
-        let gone: Vec<_> =
-            older.iter().enumerate().take_while(|(index, p)| (*index < keep_from || old(p)) && !self.in_use.contains_key(&p.id)).collect();
-        gone.into_iter().map(|(_, p)| p.id).collect()
+    /// What the policy drops of a machine's points, with the reason. `used` are the bytes of its old content.
+    pub fn expired(&self, machine: MachineId, policy: &Policy, clock: u64, used: u64) -> Vec<(PointId, Reason)> {
+        let candidate = |p: &&RecoveryPoint| Candidate {
+            id: p.id,
+            kind: p.kind,
+            listed: p.listed_clock,
+            held: p.pinned || self.in_use.contains_key(&p.id),
+        };
+        let points: Vec<Candidate> = self.of(machine).iter().map(candidate).collect();
+        policy::judge(&points, policy, clock, used)
     }
 
     /// Points of a machine that wait for a disk beyond the policy, the oldest first: a disk that never sends its markers
@@ -166,7 +169,21 @@ impl Book {
         self.incomplete
     }
 
-    /// Keeps a point from expiring. False if it is not listed.
+    /// Positions of a disk that a listed or pending point needs.
+    pub fn needed(&self, disk: DiskId) -> BTreeSet<Position> {
+        let listed = self.listed.values().filter_map(|p| p.disks.get(&disk));
+        let pending = self.pending.values().filter_map(|p| p.arrived.get(&disk));
+        listed.chain(pending).copied().collect()
+    }
+
+    /// Replaces a listed point, whose record has changed durably.
+    pub fn replace(&mut self, point: RecoveryPoint) {
+        if let Some(known) = self.listed.get_mut(&point.id) {
+            *known = point;
+        }
+    }
+
+    /// Keeps a point from expiring while it is in use. False if it is not listed.
     pub fn pin(&mut self, id: PointId) -> bool {
         let listed = self.listed.contains_key(&id);
         if listed {
@@ -275,20 +292,22 @@ mod tests {
     }
 
     #[test]
-    fn policy_drops_the_oldest_but_never_the_newest_or_one_in_use() {
+    fn points_in_use_and_pinned_points_do_not_expire() {
         let mut book = Book::default();
         let disks = [disk(1)];
         for n in 1..=5 {
             arrive(&mut book, disks[0], n, &marker(u128::from(n), &disks), n * 100);
         }
         let machine = MachineId(Uuid::from_u128(1));
-        let day = Duration::from_secs(86400);
-        assert_eq!(book.expired(machine, 3, day, 500).len(), 2);
-        assert_eq!(book.expired(machine, 100, Duration::from_secs(150), 1_000_000).len(), 4, "all but the newest");
-        let second = book.of(machine)[1].id;
+        let policy = Policy { ladder: "all for 1d".parse().unwrap(), points_max: 1, points_min: 1, span: None, space_max: None };
+        assert_eq!(book.expired(machine, &policy, 500, 0).len(), 4);
+        let (first, second) = (book.of(machine)[0].clone(), book.of(machine)[1].id);
         assert!(book.pin(second));
-        assert_eq!(book.expired(machine, 1, day, 500).len(), 1, "nothing behind a point in use goes");
+        book.replace(RecoveryPoint { pinned: true, ..first.clone() });
+        assert_eq!(book.expired(machine, &policy, 500, 0).len(), 2);
         book.unpin(second);
-        assert_eq!(book.expired(machine, 1, day, 500).len(), 4);
+        book.replace(first);
+        assert_eq!(book.expired(machine, &policy, 500, 0).len(), 4);
+        assert_eq!(book.needed(disks[0]).len(), 5);
     }
 }

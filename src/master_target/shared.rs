@@ -227,6 +227,11 @@ impl TargetShared {
         self.disks.iter().find(|d| d.id == id)
     }
 
+    /// Bytes of old content kept for all disks of a machine.
+    pub fn retained_bytes(&self, machine: MachineId) -> u64 {
+        self.disks.iter().filter(|d| d.machine == machine).map(|d| d.condition().retained_bytes).sum()
+    }
+
     /// The disks of a machine.
     pub fn disks_of(&self, machine: MachineId) -> Vec<DiskId> {
         self.disks.iter().filter(|d| d.machine == machine).map(|d| d.id).collect()

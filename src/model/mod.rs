@@ -6,6 +6,7 @@ pub mod change;
 pub mod extent;
 pub mod ids;
 pub mod point;
+pub mod policy;
 pub mod position;
 pub mod state;
 
@@ -15,6 +16,7 @@ pub use change::{Change, ChangeKind, Marker};
 pub use extent::{Extent, OverlayMap, Piece};
 pub use ids::{DiskId, MachineId, Name, NameError, PointId};
 pub use point::{PointKind, RecoveryPoint};
+pub use policy::{Ladder, Policy};
 pub use position::{Position, Rung};
 pub use state::{DiskReport, Health, ReplicationState};
 

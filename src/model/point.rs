@@ -47,6 +47,8 @@ pub struct RecoveryPoint {
     pub listed_clock: u64,
     /// The marker's place in each disk's stream.
     pub disks: BTreeMap<DiskId, Position>,
+    /// Somebody wants it kept, whatever the policy says.
+    pub pinned: bool,
     /// Bytes of each disk at the point.
     pub sizes: BTreeMap<DiskId, u64>,
 }

@@ -78,7 +78,10 @@ pub trait Storage: Clone + 'static {
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
     /// Removes a file. Durable after `sync_dir`.
     fn remove(&self, path: &Path) -> io::Result<()>;
-    /// Makes creations and removals in a folder durable.
+    /// Gives a file another name in its folder, in place of the file that has it, if any: one step, before or after which a
+    /// crash leaves everything. Durable after `sync_dir`.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Makes creations, renames and removals in a folder durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 }
 

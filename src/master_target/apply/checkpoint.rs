@@ -161,6 +161,7 @@ async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arr
     let (records, id, last_marker, batch) = (apply.records.clone(), disk.id, replica.last_marker.get(), changes.clone());
     let noted = tokio::task::spawn_blocking(move || records.checkpoint(id, end, last_marker, &batch, clock_now)).await;
     noted.map_err(|e| io::Error::other(e.to_string()))??;
+    replica.noted_marker.set(last_marker);
     let now = clock::now();
     {
         let mut book = apply.shared.book();
@@ -207,11 +208,13 @@ impl Apply {
 /// Drops points beyond the policy, then what only they needed.
 async fn expire(apply: &Apply, replica: &Replica) -> Result<(), ApplyError> {
     let _alone = apply.shared.noting.lock().await;
-    let retain = &apply.settings.retain;
-    let (gone, hopeless) = {
-        let (book, machine, clock) = (apply.shared.book(), replica.shared.machine, apply.shared.clock());
-        let gone = book.expired(machine, retain.points_max, retain.span, clock);
-        (gone, book.hopeless(machine, retain.points_max, retain.span, clock))
+    let policy = apply.settings.retain.policy();
+    let (gone, hopeless): (Vec<_>, _) = {
+        let machine = replica.shared.machine;
+        let used = apply.shared.retained_bytes(machine);
+        let (book, clock) = (apply.shared.book(), apply.shared.clock());
+        let gone = book.expired(machine, &policy, clock, used).into_iter().map(|(id, _)| id).collect();
+        (gone, book.hopeless(machine, policy.points_max, policy.span.unwrap_or(policy.ladder.span()), clock))
     };
     if !gone.is_empty() || !hopeless.is_empty() {
         let (records, points) = (apply.records.clone(), [&gone[..], &hopeless].concat());

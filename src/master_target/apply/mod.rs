@@ -35,6 +35,8 @@ use crate::disk::Disk;
 use crate::model::{DiskId, Extent, PointId, Position};
 use crate::storage::uring::Uring;
 
+/// How often dropped points are looked for.
+const THIN_EVERY: Duration = Duration::from_secs(2);
 /// A checkpoint that brings a marker comes this soon after the one before.
 const MARKER_CHECKPOINT: Duration = Duration::from_millis(100);
 
@@ -181,6 +183,30 @@ pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: st
     }
 }
 
+/// Gives back the space of points that were dropped from the middle, beside everything else.
+async fn thin(shared: Arc<TargetShared>, replica: Rc<Replica>) {
+    let disk = &replica.shared;
+    let mut told = String::new();
+    loop {
+        tokio::time::sleep(THIN_EVERY).await;
+        loop {
+            let needed = shared.book().needed(disk.id);
+            match replica.retention.merge_some(&needed, replica.noted_marker.get()).await {
+                Ok(false) => break,
+                Ok(true) => disk.condition().retained_bytes = replica.retention.bytes(),
+                Err(error) => {
+                    let error = error.to_string();
+                    if error != told {
+                        tracing::error!(disk = disk.label, error, "space of dropped points cannot be given back now; it is tried again");
+                        told = error;
+                    }
+                    break;
+                }
+            }
+        }
+    }
+}
+
 impl Apply {
     async fn handle(self: Rc<Self>, command: Command) {
         match command {
@@ -249,6 +275,7 @@ impl Apply {
         let replica = Rc::new(replica);
         self.replicas.borrow_mut().insert(replica.shared.id, replica.clone());
         let apply = self.clone();
+        tokio::task::spawn_local(thin(self.shared.clone(), replica.clone()));
         tokio::task::spawn_local(async move {
             let disk = replica.shared.clone();
             if let Err(error) = apply.keep_applying(&replica).await {

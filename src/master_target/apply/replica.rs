@@ -32,6 +32,8 @@ pub struct Replica {
     pub opener: Arc<Mutex<Opener>>,
     /// The newest marker applied.
     pub last_marker: Cell<Option<Position>>,
+    /// The newest marker whose checkpoint is noted: the points up to it are listed, or wait, or are given up.
+    pub noted_marker: Cell<Option<Position>>,
     /// How markers travelled whose points are not listed yet.
     pub arrived: RefCell<HashMap<PointId, Travel>>,
     /// Held while a checkpoint changes the image, and while the image grows.
@@ -116,6 +118,7 @@ impl Apply {
             retention,
             opener: Arc::new(Mutex::new(opener)),
             last_marker: Cell::new(record.last_marker),
+            noted_marker: Cell::new(record.last_marker),
             arrived: RefCell::default(),
             changing: tokio::sync::Mutex::new(()),
             key,

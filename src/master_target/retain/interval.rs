@@ -52,7 +52,17 @@ pub(super) struct Interval<F> {
 impl<F: File> Interval<F> {
     /// Makes the file, durably.
     pub(super) async fn create<S: Storage<File = F>>(storage: &S, dir: &Path, start: Position) -> Result<Self, RetainError> {
-        let path = dir.join(file_name(start));
+        Self::create_at(storage, dir, &dir.join(file_name(start)), start).await
+    }
+
+    /// Makes the file under another name in `dir`, durably.
+    pub(super) async fn create_at<S: Storage<File = F>>(
+        storage: &S,
+        dir: &Path,
+        path: &Path,
+        start: Position,
+    ) -> Result<Self, RetainError> {
+        let path = path.to_owned();
         let made = async {
             let file = storage.open(&path, OpenMode::Create).await?;
             let interval = Self::new(start, path.clone(), file, random_u64(), FIRST_RECORD);

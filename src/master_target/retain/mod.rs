@@ -16,6 +16,7 @@
 
 pub mod index;
 mod interval;
+mod merge;
 mod view;
 
 use std::cell::{Cell, RefCell};
@@ -101,6 +102,8 @@ pub struct Retention<S: Storage> {
     current_start: Cell<Option<Position>>,
     touched: RefCell<BlockSet>,
     views: RefCell<Vec<Weak<View<S>>>>,
+    /// Changes whenever files go, so that whoever reads several of them with pauses in between sees that.
+    shape: Cell<u64>,
 }
 
 impl<S: Storage> Retention<S> {
@@ -123,6 +126,7 @@ impl<S: Storage> Retention<S> {
             current_start: Cell::new(None),
             touched: RefCell::default(),
             views: RefCell::default(),
+            shape: Cell::new(0),
             storage,
             size: Cell::new(subject.size),
             subject,
@@ -131,6 +135,9 @@ impl<S: Storage> Retention<S> {
             if let Some(start) = parse_name(&name) {
                 let bytes = Interval::<S::File>::file_len(&retention.storage, &dir.join(&name)).await?;
                 retention.files.borrow_mut().insert(start, bytes);
+            } else if merge::is_left_over(&name) {
+                let path = dir.join(&name);
+                retention.storage.remove(&path).map_err(|source| RetainError::Io { path, source })?;
             }
         }
         if let Some(start) = last_marker {
@@ -219,6 +226,9 @@ impl<S: Storage> Retention<S> {
         let Some(keep_from) = keep_from else { return Ok(()) };
         let gone: Vec<Position> =
             self.files.borrow().range(..keep_from).map(|(p, _)| *p).filter(|p| Some(*p) != self.current_start.get()).collect();
+        if !gone.is_empty() {
+            self.shape.set(self.shape.get() + 1);
+        }
         for start in &gone {
             let path = self.dir.join(file_name(*start));
             self.storage.remove(&path).map_err(|source| RetainError::Io { path, source })?;

@@ -42,6 +42,17 @@ impl<S: Storage> Retention<S> {
     /// # Errors
     /// [`RetainError`].
     pub async fn view(&self, position: Position) -> Result<Rc<View<S>>, RetainError> {
+        loop {
+            let shape = self.shape.get();
+            let view = self.load_view(position).await;
+            // A file that went while they were read was merged into another, which must be read then.
+            if self.shape.get() == shape {
+                return view;
+            }
+        }
+    }
+
+    async fn load_view(&self, position: Position) -> Result<Rc<View<S>>, RetainError> {
         let current = self.current_start.get();
         let starts: Vec<Position> = self.files.borrow().range(position..).map(|(p, _)| *p).filter(|p| Some(*p) != current).collect();
         let opener =
@@ -69,7 +80,7 @@ impl<S: Storage> Retention<S> {
         }
         if self.current_start.get() != current {
             // A marker was passed while the files were read; what was current then is closed now.
-            return Box::pin(self.view(position)).await;
+            return Box::pin(self.load_view(position)).await;
         }
         if let Some(current) = &*self.current.borrow() {
             view.add_live(current.clone());

@@ -1,0 +1,178 @@
+//! Gives back the space of points that were dropped from the middle: the intervals between two points that are left become
+//! one, which keeps for each block only its oldest content, the only one that anybody can still ask for.
+//!
+//! The merged interval is written beside the others, complete and durable, then renamed over the first of them; then the
+//! others are removed. If power goes
+//! - before the rename: a file `*.merge` that nobody reads; removed when the journal is opened;
+//! - between rename and removal: the others hold what the merged one hides from them; they are merged again.
+//!
+//! Nothing waits for a merge: the interval that grows is never part of one, and views keep the files they opened.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+use super::index::Source;
+use super::interval::{Interval, file_name};
+use super::{RetainError, Retention};
+use crate::crypto::seal::{Opener, Purpose};
+use crate::model::{Extent, OverlayMap, Position};
+use crate::storage::{AlignedBuf, Storage};
+use crate::wire::batch::{BATCH_DATA_TARGET, BATCH_EXTENTS_MAX};
+
+/// Intervals that are merged at once: each is an open file with its index in memory.
+const MERGE_MAX: usize = 256;
+/// With so many dropped intervals behind a point they are merged however little they hold.
+const MANY: usize = 64;
+
+/// Intervals that become one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Plan {
+    /// Their begins, in order. The first is the begin of the merged one.
+    starts: Vec<Position>,
+}
+
+/// The next merge that is worth its work: the intervals after a dropped point hold at least half of what the one they join
+/// does, or are many. So each byte is copied a number of times that grows with the logarithm of what is merged. Pure.
+fn plan(files: impl Iterator<Item = (Position, u64)>, before: Option<Position>, needed: &BTreeSet<Position>) -> Option<Plan> {
+    let mut groups: Vec<Vec<(Position, u64)>> = Vec::new();
+    for (start, bytes) in files.take_while(|(start, _)| before.is_some_and(|before| *start < before)) {
+        match groups.last_mut() {
+            // No point that is left lies between the two: what begins here serves the same points.
+            Some(group)
+                if group.len() < MERGE_MAX
+                    && group.last().is_some_and(|(last, _)| {
+                        needed.range((std::ops::Bound::Excluded(*last), std::ops::Bound::Included(start))).next().is_none()
+                    }) =>
+            {
+                group.push((start, bytes));
+            }
+            _ => groups.push(vec![(start, bytes)]),
+        }
+    }
+    let worth = |group: &&Vec<(Position, u64)>| {
+        let dropped: u64 = group[1..].iter().map(|(_, bytes)| bytes).sum();
+        group.len() > 1 && (dropped * 2 >= group[0].1 || group.len() > MANY)
+    };
+    groups.iter().find(worth).map(|group| Plan { starts: group.iter().map(|(start, _)| *start).collect() })
+}
+
+impl<S: Storage> Retention<S> {
+    /// Merges one run of intervals that no longer have a point between them, if that is worth it. `needed` are the positions
+    /// of all points that are listed or may be, as far as markers are noted durably, which is through `noted`: what begins
+    /// there or later is left alone, because its points are not in `needed` yet. True if there was something to do: call it again then.
+    ///
+    /// # Errors
+    /// [`RetainError`]; the journal is as it was, or holds the merged interval and what it hides.
+    pub async fn merge_some(&self, needed: &BTreeSet<Position>, noted: Option<Position>) -> Result<bool, RetainError> {
+        let before = self.current_start.get().zip(noted).map(|(current, noted)| current.min(noted));
+        let plan = plan(self.files.borrow().iter().map(|(start, bytes)| (*start, *bytes)), before, needed);
+        let Some(plan) = plan else { return Ok(false) };
+        let shape = self.shape.get();
+        let first = plan.starts[0];
+        let merged = self.write_merged(&plan).await?;
+        let beside = self.dir.join(merge_name(first));
+        if self.shape.get() != shape {
+            // Files went meanwhile; what was merged may be stale. The next attempt begins with what is left.
+            return self.storage.remove(&beside).map(|()| true).map_err(|source| RetainError::Io { path: beside.clone(), source });
+        }
+        // From here to the end nothing waits, so nobody sees a state in between.
+        self.shape.set(shape + 1);
+        let io = |source| RetainError::Io { path: beside.clone(), source };
+        self.storage.rename(&beside, &self.dir.join(file_name(first))).map_err(io)?;
+        self.storage.sync_dir(&self.dir).map_err(io)?;
+        self.files.borrow_mut().insert(first, merged);
+        for start in &plan.starts[1..] {
+            let path = self.dir.join(file_name(*start));
+            self.storage.remove(&path).map_err(|source| RetainError::Io { path, source })?;
+            self.files.borrow_mut().remove(start);
+        }
+        self.storage.sync_dir(&self.dir).map_err(io)?;
+        Ok(true)
+    }
+
+    /// Writes the merged interval beside the others, durably. Its length in bytes.
+    async fn write_merged(&self, plan: &Plan) -> Result<u64, RetainError> {
+        let subject = &self.subject;
+        let opener = RefCell::new(Opener::new(subject.key.clone(), Purpose::Retention, subject.disk, subject.generation));
+        let mut sources = Vec::new();
+        let mut map: OverlayMap<(usize, Source)> = OverlayMap::default();
+        for &start in &plan.starts {
+            let interval = Interval::load(&self.storage, &self.dir, start, &opener, true).await?;
+            for (extent, source) in interval.entries() {
+                map.insert_below(extent, (sources.len(), source));
+            }
+            sources.push(interval);
+        }
+        let beside = self.dir.join(merge_name(plan.starts[0]));
+        if self.storage.list(&self.dir).is_ok_and(|names| names.contains(&merge_name(plan.starts[0]))) {
+            // Of an attempt that failed.
+            self.storage.remove(&beside).map_err(|source| RetainError::Io { path: beside.clone(), source })?;
+        }
+        let merged = Interval::create_at(&self.storage, &self.dir, &beside, plan.starts[0]).await?;
+        // In the order in which they stand in the files, so that each record is opened once.
+        let mut pieces: Vec<(Extent, usize, Source)> = map
+            .iter()
+            .map(|p| {
+                let (from, source) = p.source;
+                (p.extent, from, Source { data_at: source.data_at.map(|at| at + p.skip as u32), ..source })
+            })
+            .collect();
+        pieces.sort_by_key(|(extent, from, source)| (*from, source.record_at, extent.offset));
+        let mut kept: Option<(usize, u64, std::rc::Rc<AlignedBuf>)> = None;
+        let mut todo = pieces.into_iter().peekable();
+        while todo.peek().is_some() {
+            let mut body = Vec::new();
+            let mut parts = Vec::new();
+            while let Some((extent, from, source)) = todo.peek().copied() {
+                let bytes = if source.data_at.is_some() { extent.len as usize } else { 0 };
+                if !parts.is_empty() && (body.len() + bytes > BATCH_DATA_TARGET || parts.len() == BATCH_EXTENTS_MAX) {
+                    break;
+                }
+                if let Some(at) = source.data_at {
+                    let opened = match &kept {
+                        Some((i, r, body)) if (*i, *r) == (from, source.record_at) => body.clone(),
+                        _ => sources[from].read(source, &opener).await?,
+                    };
+                    let content = opened.get(at as usize..at as usize + extent.len as usize);
+                    body.extend_from_slice(content.ok_or_else(|| sources[from].damaged(source))?);
+                    kept = Some((from, source.record_at, opened));
+                }
+                parts.push((extent, source.data_at.is_none()));
+                todo.next();
+            }
+            merged.append(subject, &self.session, body, &parts).await?;
+        }
+        merged.publish();
+        merged.close().await?;
+        Ok(merged.bytes())
+    }
+}
+
+/// Name of a merged interval while it is written.
+fn merge_name(start: Position) -> String {
+    format!("{}.merge", file_name(start))
+}
+
+/// Whether a file is left of a merge that a crash cut off.
+pub(super) fn is_left_over(name: &str) -> bool {
+    name.ends_with(".merge")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_has_no_point_between_is_merged_and_only_when_it_pays() {
+        let at = |n| Position::new(1, n);
+        let needed: BTreeSet<Position> = [10, 40, 70].map(at).into();
+        let planned = |files: &[(u64, u64)]| plan(files.iter().map(|&(s, b)| (at(s), b)), Some(at(90)), &needed).map(|p| p.starts);
+        assert_eq!(planned(&[(10, 100), (40, 100), (70, 100), (90, 100)]), None, "every interval has its point");
+        assert_eq!(planned(&[(10, 100), (20, 100), (40, 100)]), Some(vec![at(10), at(20)]));
+        assert_eq!(planned(&[(10, 1000), (20, 100), (40, 100)]), None, "not worth it yet");
+        assert_eq!(planned(&[(20, 10), (30, 10), (40, 10)]), Some(vec![at(20), at(30)]), "the point's own interval is empty");
+        assert_eq!(planned(&[(70, 10), (80, 10), (90, 10)]), Some(vec![at(70), at(80)]), "never the one that grows");
+        let many: Vec<(u64, u64)> = (10..40).map(|n| (n, if n == 10 { 1 << 30 } else { 1 })).collect();
+        assert_eq!(planned(&many), None);
+    }
+}
