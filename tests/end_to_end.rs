@@ -424,3 +424,48 @@ fn images_that_can_only_be_read_are_replicated_as_they_are() {
     }
     assert_eq!(cluster.terminate("agent"), Some(0));
 }
+
+#[test]
+fn a_disk_that_lost_a_part_or_was_replaced_is_noticed_and_sent_again() {
+    let mut cluster = Cluster::start(Options::default());
+    write_at(&cluster, 9, 20 << 20, 30 << 20);
+    cluster.wait_for_delta();
+    let exact = |cluster: &Cluster, label: &str| {
+        let point = cluster.mark(label);
+        let raw = cluster.path(&format!("{label}.raw"));
+        cluster.export(&point, 0, "raw", &raw);
+        assert!(same_bytes(&raw, &cluster.disk(0)), "{label}: the point differs from the disk");
+    };
+    exact(&cluster, "before");
+    for size in [32 << 20, 30 << 20] {
+        fs::File::options().write(true).open(cluster.disk(0)).unwrap().set_len(size).unwrap();
+        cluster.wait("it is critical", Duration::from_secs(10), || {
+            let status = cluster.json("master-target", &["status"]).to_string();
+            cluster.agent_disk(0)["state"] == "error" && status.contains("became smaller")
+        });
+        let marked = cluster.try_tidegate(&["point", "mark", "--machine", "m1", "--control", &cluster.control("agent")]);
+        assert_eq!(marked.status.code(), Some(1), "no points of a disk that lost a part");
+    }
+    fs::File::options().write(true).open(cluster.disk(0)).unwrap().set_len(64 << 20).unwrap();
+    cluster.wait_for_delta();
+    exact(&cluster, "after");
+    // A second agent with a state folder of its own.
+    let text = fs::read_to_string(cluster.config("agent")).unwrap();
+    let second = cluster.path("second.toml");
+    let text = text.replace(s(&cluster.path("agent")), s(&cluster.path("second"))).replace(".sock", ".sock2");
+    let text = text.replace(&cluster.metrics_port("agent").to_string(), "0");
+    fs::write(&second, text).unwrap();
+    let refused = cluster.try_tidegate(&["agent", "--config", s(&second)]);
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && error.contains("another agent"), "{error}");
+    // Another file of the same size in its place.
+    assert_eq!(cluster.terminate("agent"), Some(0));
+    let other = cluster.path("other.raw");
+    fs::copy(cluster.disk(0), &other).unwrap();
+    tool("qemu-io", &["-f", "raw", "-c", "write -P 0x77 45M 1M", s(&other)]);
+    fs::rename(&other, cluster.disk(0)).unwrap();
+    cluster.start_role("agent");
+    cluster.wait("all of it is compared again", Duration::from_secs(20), || cluster.log("agent").contains("another file or device"));
+    cluster.wait_for_delta();
+    exact(&cluster, "replaced");
+}

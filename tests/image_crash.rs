@@ -232,3 +232,61 @@ fn a_barrier_that_keeps_nothing_is_noticed() {
         assert!(noticed > 10, "{format:?}: the crash test must be able to fail: {noticed} of 20");
     }
 }
+
+/// One operation fails once, while a barrier or a growth writes structures. The image either goes on as if nothing was, or
+/// takes no more writes; whatever it said is durable is there after a power loss, and it opens and checks clean.
+#[test]
+fn an_operation_that_fails_once_leaves_no_image_in_between() {
+    use support::faulty_storage::Fault;
+    let mut refused = 0;
+    for format in Format::ALL.into_iter().filter(|f| f.can_be_replica()) {
+        for (fault, at) in [Fault::Once, Fault::Full].into_iter().flat_map(|fault| (1..60).map(move |at| (fault, at))) {
+            run(async {
+                let what = format!("{format:?}, {fault:?} at {at}");
+                let storage = Faulty::default();
+                let path = PathBuf::from(format!("/r/image.{}", format.extension()));
+                let image = Image::create(&storage, &path, format, SIZE).await.unwrap();
+                let first = Extent::new(3 << 20, 4096);
+                image.write(first.offset, stamped(first, 1)).await.unwrap();
+                image.barrier().await.unwrap();
+                storage.fail_at(at, fault);
+                let second = Extent::new(5 << 20, 4096);
+                let steps = async {
+                    image.write(second.offset, stamped(second, 2)).await?;
+                    image.barrier().await?;
+                    image.grow(SIZE + (33 << 20)).await
+                };
+                let failed = steps.await.is_err();
+                if fault == Fault::Full {
+                    // Space comes back, and growing is tried again.
+                    storage.fail_at(1 << 40, Fault::Once);
+                }
+                // Goes on as a master target would: grows again, writes into new places, makes that durable.
+                let third = Extent::new(SIZE - 4096, 4096);
+                let again = async {
+                    image.grow(SIZE + (33 << 20)).await?;
+                    for n in 0..20 {
+                        let extent = Extent::new(SIZE + n * (1 << 20), 4096);
+                        image.write(extent.offset, stamped(extent, 4)).await?;
+                    }
+                    image.write(third.offset, stamped(third, 3)).await?;
+                    image.barrier().await
+                };
+                let durable = again.await.is_ok();
+                refused += u32::from(failed && !durable);
+                drop(image);
+                storage.crash(&mut Rng::new(at));
+                let report = check::image(&storage, &path, format, None).await.unwrap();
+                assert!(report.is_good(), "{what}: {:?}", report.faults);
+                let image = Image::open(&storage, &path, format).await.unwrap_or_else(|e| panic!("{what}: {e}"));
+                assert_eq!(image.read(first).await.unwrap()[..], stamped(first, 1)[..], "{what}");
+                if durable {
+                    assert_eq!(image.read(third).await.unwrap()[..], stamped(third, 3)[..], "{what}");
+                    let last = Extent::new(SIZE + (19 << 20), 4096);
+                    assert_eq!(image.read(last).await.unwrap()[..], stamped(last, 4)[..], "{what}");
+                }
+            });
+        }
+    }
+    assert!(refused > 20, "some of them must have closed the image: {refused}");
+}

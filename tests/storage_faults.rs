@@ -186,7 +186,7 @@ enum Step {
 }
 
 fn subject() -> Subject {
-    Subject { disk: DiskId(Uuid::from_u128(5)), generation: 1, key: DataKey::from_bytes([3; 32]), size: SIZE }
+    Subject { disk: DiskId(Uuid::from_u128(5)), generation: 1, key: DataKey::from_bytes([3; 32]) }
 }
 
 impl Site {
@@ -398,7 +398,7 @@ fn a_region_is_marked_after_a_crash_if_its_mark_was_awaited() {
             let mut rng = Rng::new(seed);
             let storage = Faulty::default();
             let (disk, path, regions) = (DiskId(Uuid::from_u128(1)), Path::new("/a/map"), 9000);
-            let map = DirtyMap::open(&storage, path, disk, regions << 20, 1 << 20).await.unwrap();
+            let map = DirtyMap::open(&storage, path, disk, regions << 20, 1 << 20, 7).await.unwrap();
             map.clear(&(0..regions).collect::<Vec<_>>()).await.unwrap();
             let mut marked = std::collections::BTreeSet::new();
             let mut epoch = map.header().epoch;
@@ -416,7 +416,7 @@ fn a_region_is_marked_after_a_crash_if_its_mark_was_awaited() {
                     }
                 }
                 storage.crash(&mut rng);
-                map = DirtyMap::open(&storage, path, disk, regions << 20, 1 << 20).await.unwrap();
+                map = DirtyMap::open(&storage, path, disk, regions << 20, 1 << 20, 7).await.unwrap();
                 let found = map.marked();
                 assert!(marked.iter().all(|r| found.contains(*r)), "seed {seed}: a mark was lost");
                 assert!(map.header().epoch > epoch, "seed {seed}: the epoch must grow with every start");

@@ -94,14 +94,14 @@ fn disk(volume: &super::shared::VolumeShared) -> DiskView {
         ReplicationState::InitialReplication | ReplicationState::Resynchronising => Health::Warning,
         ReplicationState::Error => Health::Critical,
     };
-    let reason = (report.state == ReplicationState::Error).then(|| "the local disk or its dirty map failed".to_owned());
+    let reason = volume.trouble();
     let rungs = volume.backlog().rungs();
     DiskView {
         name: volume.name.to_string(),
         id: volume.id.to_string(),
         state: report.state.as_str().to_owned(),
         health,
-        remedy: reason.as_ref().map(|_| "look at the agent's log, repair the disk, restart the agent".to_owned()),
+        remedy: reason.as_ref().map(|_| "do what the reason says".to_owned()),
         reason,
         size_bytes: Some(volume.size()),
         missing_bytes: report.missing_bytes,

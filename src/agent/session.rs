@@ -113,6 +113,8 @@ struct Slot {
     spent: Cell<u64>,
     /// Size it was opened with.
     size: Cell<u64>,
+    /// What the last refusal said, so that it is told once.
+    told: RefCell<String>,
 }
 
 async fn connect_and_run(
@@ -252,15 +254,16 @@ impl Link {
         if !wait.is_zero() {
             let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             let text = format!("disk {}: {message}", volume.label);
-            if last.as_ref() != Some(&text) {
+            if *self.slots[index].told.borrow() != text {
                 // Not ready is usual while the servers find each other; not allowed needs somebody.
                 if reason == Refusal::NotAllowed {
                     tracing::warn!(disk = volume.label, reason = message, "the process server refuses this disk");
                 } else {
                     tracing::info!(disk = volume.label, reason = message, "the process server does not take this disk yet");
                 }
-                *last = Some(text);
+                self.slots[index].told.replace(text.clone());
             }
+            *last = Some(text);
         }
         self.reopen.borrow_mut().push((index, wait));
         Ok(())
@@ -394,7 +397,14 @@ fn add_changes(slot: &Slot, index: usize, volume: &VolumeShared, staging: &mut V
     }
     let stop_at = (staging.len() + STAGING_BYTES / 2).min(STAGING_BYTES);
     while staging.len() < stop_at {
-        let next = volume.backlog().take_next(slot.credit.get().saturating_sub(slot.spent.get()));
+        let next = {
+            let mut backlog = volume.backlog();
+            if slot.size.get() != volume.size() {
+                // It grew since; what is in the backlog may lie behind the end that the other side knows.
+                return Ok(());
+            }
+            backlog.take_next(slot.credit.get().saturating_sub(slot.spent.get()))
+        };
         let Some((change, captured)) = next else { return Ok(()) };
         slot.spent.set(slot.spent.get() + change_cost(change.kind.data_len()));
         add_change(index, &change, micros(clock::now().since(captured)), staging)?;

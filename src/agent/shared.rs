@@ -38,7 +38,7 @@ pub struct VolumeShared {
     pub name: Name,
     size: AtomicU64,
     backlog: Mutex<Backlog>,
-    report: Mutex<DiskReport>,
+    report: Mutex<(DiskReport, Option<String>)>,
     /// The process server takes changes of this disk now.
     pub open: AtomicBool,
 }
@@ -75,12 +75,17 @@ impl VolumeShared {
 
     /// The last report.
     pub fn report(&self) -> DiskReport {
-        self.report.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// What keeps the disk from being protected, for a person.
+    pub fn trouble(&self) -> Option<String> {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
     }
 
     /// Replaces the report.
-    pub fn set_report(&self, report: DiskReport) {
-        *self.report.lock().unwrap_or_else(PoisonError::into_inner) = report;
+    pub fn set_report(&self, report: DiskReport, trouble: Option<String>) {
+        *self.report.lock().unwrap_or_else(PoisonError::into_inner) = (report, trouble);
     }
 }
 

@@ -47,9 +47,10 @@ pub(super) enum RecoverCommand {
         /// As in `mount`.
         #[arg(long)]
         disk: Option<String>,
-        /// raw, vhdx, vhdx-fixed, vmdk, vmdk-flat, vmfs or vmdk-stream (for ESXi).
-        #[arg(long, default_value = "vhdx")]
-        format: Format,
+        /// raw, vhdx, vhdx-fixed, vmdk, vmdk-flat, vmfs or vmdk-stream (for ESXi) [default: by the ending of the output: raw,
+        /// img, vhdx or vmdk].
+        #[arg(long)]
+        format: Option<Format>,
         /// File on the master target's host; must not exist.
         #[arg(long)]
         output: PathBuf,
@@ -71,7 +72,9 @@ pub(super) enum RecoverCommand {
 pub(super) fn run(command: RecoverCommand) -> anyhow::Result<()> {
     match command {
         RecoverCommand::Mount { point, nbd, disk, read_only: _, detach, ask: args } => mount(point, nbd, disk, detach, &args),
-        RecoverCommand::Export { point, disk, format, output, ask: args } => export(point, disk, format, output, &args),
+        RecoverCommand::Export { point, disk, format, output, ask: args } => {
+            export(point, disk, format.map_or_else(|| by_ending(&output), Ok)?, output, &args)
+        }
         RecoverCommand::List(args) => {
             let all: Vec<RecoveryView> = ask(&args.control, &Request::Recoveries)?;
             if args.json {
@@ -106,6 +109,15 @@ pub(super) fn run(command: RecoverCommand) -> anyhow::Result<()> {
                 Ok(())
             }
         }
+    }
+}
+
+fn by_ending(output: &std::path::Path) -> anyhow::Result<Format> {
+    match output.extension().and_then(|e| e.to_str()).unwrap_or_default() {
+        "raw" | "img" => Ok(Format::Raw),
+        "vhdx" => Ok(Format::Vhdx),
+        "vmdk" => Ok(Format::Vmdk),
+        _ => Err(super::Usage(format!("cannot tell the format from the name {}: give --format", output.display())).into()),
     }
 }
 

@@ -122,8 +122,8 @@ pub struct Disk {
     /// Raw file or block device, or an image of `format`.
     pub path: PathBuf,
     /// What `path` is. Never guessed.
-    #[serde(default = "raw")]
-    pub format: Format,
+    #[serde(default)]
+    pub format: Option<Format>,
     /// Replicate it as it is; nobody may write it. Also opens images that can only be read.
     #[serde(default)]
     pub read_only: bool,
@@ -137,8 +137,14 @@ pub struct Disk {
     pub cache: CacheMode,
 }
 
-fn raw() -> Format {
-    Format::Raw
+/// Endings of files that are images, unless somebody says otherwise.
+const IMAGE_ENDINGS: [&str; 6] = ["vhdx", "avhdx", "vmdk", "vhd", "qcow2", "vdi"];
+
+impl Disk {
+    /// What `path` is.
+    pub fn kind(&self) -> Format {
+        self.format.unwrap_or(Format::Raw)
+    }
 }
 
 impl AgentSettings {
@@ -159,10 +165,18 @@ impl Settings for AgentSettings {
             return Err(format!("a machine needs 1 to {DISKS_PER_MACHINE_MAX} [[disk]] tables, found {}", self.disk.len()));
         }
         for (index, disk) in self.disk.iter().enumerate() {
-            let files = disk.format.files(&disk.path);
-            let shares = |d: &Disk| d.format.files(&d.path).iter().any(|file| files.contains(file));
+            let files = disk.kind().files(&disk.path);
+            let shares = |d: &Disk| d.kind().files(&d.path).iter().any(|file| files.contains(file));
             if self.disk[..index].iter().any(|d| d.name == disk.name || d.nbd == disk.nbd || shares(d)) {
                 return Err(format!("disk {} repeats the name, path or nbd address of another disk", disk.name));
+            }
+            let ending = disk.path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+            if disk.format.is_none() && IMAGE_ENDINGS.contains(&ending.as_str()) {
+                return Err(format!(
+                    "disk {}: {} looks like an image by its name: set `format` of the disk, for example \"vhdx\" or \"vmdk\", or \"raw\" if its bytes are those of the disk",
+                    disk.name,
+                    disk.path.display()
+                ));
             }
             if disk.parents && !disk.read_only {
                 return Err(format!(
@@ -170,7 +184,7 @@ impl Settings for AgentSettings {
                     disk.name
                 ));
             }
-            if disk.format == Format::VmdkStream && !disk.read_only {
+            if disk.kind() == Format::VmdkStream && !disk.read_only {
                 return Err(format!("disk {}: a vmdk-stream is read, not written: set read_only = true", disk.name));
             }
         }

@@ -332,9 +332,11 @@ fn judge(condition: &Condition, size: u64, state: Option<ReplicationState>) -> (
         (None, Some(ReplicationState::Resynchronising)) => {
             told(Health::Warning, "regions are being sent again", "wait; older points stay good meanwhile")
         }
-        (None, Some(ReplicationState::Error)) => {
-            told(Health::Critical, "the source disk failed at the agent", "look at the agent's log and restart it")
-        }
+        (None, Some(ReplicationState::Error)) => told(
+            Health::Critical,
+            "the source disk failed or became smaller",
+            "ask `tidegate status` at the agent: it says which, and what to do",
+        ),
         (None, Some(ReplicationState::Delta)) => (Health::Healthy, None, None),
     }
 }

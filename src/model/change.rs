@@ -85,6 +85,7 @@ impl Marker {
     pub fn is_sane(&self) -> bool {
         (1..=DISKS_PER_MACHINE_MAX).contains(&self.disks.len())
             && self.sizes.len() == self.disks.len()
+            && self.sizes.iter().all(|&size| size > 0 && size.is_multiple_of(super::SECTOR) && size <= i64::MAX as u64)
             && self.label.as_ref().is_none_or(|l| l.len() <= LABEL_BYTES_MAX && !l.chars().any(char::is_control))
     }
 }

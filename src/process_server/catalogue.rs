@@ -23,6 +23,8 @@ pub struct DiskRecord {
     pub epoch: u64,
     /// Everything through here is at the master target and may be gone from the cache.
     pub released: Position,
+    /// Bytes of the disk that the master target has room for: nothing behind is accepted.
+    pub size: u64,
 }
 
 /// The process server's catalogue.
@@ -71,6 +73,7 @@ impl Records {
                 if let Some(mut known) = known.filter(|k| k.generation == record.generation) {
                     known.epoch = known.epoch.max(record.epoch);
                     known.released = known.released.max(record.released);
+                    known.size = known.size.max(record.size);
                     batch.put(DISKS, disk.0.as_bytes(), &known)?;
                 }
             }

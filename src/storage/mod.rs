@@ -54,6 +54,9 @@ pub trait File: 'static {
     }
     /// Makes completed writes durable. See the module for what a failure means.
     fn sync_data(&self) -> impl Future<Output = io::Result<()>>;
+    /// Refuses every further write, sync and change of length: for who knows that what is in memory and what is on disk went
+    /// apart.
+    fn close_for_writing(&self);
     /// Reserves space for `[offset, offset + len)`, growing the file to it; the new bytes read as zeroes.
     fn allocate(&self, offset: u64, len: u64) -> impl Future<Output = io::Result<()>>;
     /// Makes a range read as zeroes, releasing its space where the file system can. Does not change the length.

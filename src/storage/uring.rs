@@ -201,7 +201,7 @@ pub struct UringFile {
     fd: OwnedFd,
     in_flight: Rc<Semaphore>,
     own: Semaphore,
-    /// Writes among the operations in the ring.
+    /// Brief writes among the operations in the ring.
     writing: Cell<usize>,
     closed: Cell<bool>,
     /// A regular file through the page cache.
@@ -216,8 +216,8 @@ impl UringFile {
         [own, self.in_flight.acquire().await.expect("the semaphore is never closed")]
     }
 
-    /// Nothing but writes is under way: a copy could wait for the device behind the locks that a read or a sync holds.
-    /// Writes are copies too. If they counted, one that went through the ring would draw every later one after it.
+    /// Nothing but brief writes is under way: a copy could wait long behind the locks that a read, a sync or a longer write
+    /// holds. If brief ones counted, one that went through the ring would draw every later one after it.
     fn is_quiet(&self) -> bool {
         self.own.available_permits() + self.writing.get() == FILE_ENTRIES
     }
@@ -255,8 +255,7 @@ impl File for UringFile {
     }
 
     fn write_now(&self, offset: u64, data: &[u8]) -> io::Result<bool> {
-        let whole_pages = offset.is_multiple_of(PAGE) && (data.len() as u64).is_multiple_of(PAGE) && data.len() <= WRITE_NOW_BYTES;
-        if !self.cached || !whole_pages || !self.is_quiet() {
+        if !self.cached || !is_brief(offset, data.len()) || !self.is_quiet() {
             return Ok(false);
         }
         let before = clock::now();
@@ -321,9 +320,10 @@ impl File for UringFile {
             return Err(closed_for_writing());
         }
         let _slot = self.slot().await;
-        self.writing.update(|n| n + 1);
+        let brief = usize::from(is_brief(offset, data.len()));
+        self.writing.update(|n| n + brief);
         let (result, _) = self.ring.write_all_at(data, offset).await;
-        self.writing.update(|n| n - 1);
+        self.writing.update(|n| n - brief);
         result
     }
 
@@ -337,6 +337,10 @@ impl File for UringFile {
             self.closed.set(true);
         }
         result
+    }
+
+    fn close_for_writing(&self) {
+        self.closed.set(true);
     }
 
     async fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -381,6 +385,11 @@ impl File for UringFile {
         let end = rustix::fs::seek(&self.fd, SeekFrom::Hole(start))?;
         Ok(Some((start, end)))
     }
+}
+
+/// Whether a write is no more than a short copy into the page cache: whole pages, few of them.
+fn is_brief(offset: u64, len: usize) -> bool {
+    offset.is_multiple_of(PAGE) && (len as u64).is_multiple_of(PAGE) && len <= WRITE_NOW_BYTES
 }
 
 /// Whether an error means that the file system or the quota is full.

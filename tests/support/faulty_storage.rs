@@ -191,6 +191,10 @@ impl File for FaultyFile {
         self.read_at(offset, len).await
     }
 
+    fn close_for_writing(&self) {
+        self.inode.borrow_mut().closed = true;
+    }
+
     async fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
         self.storage.step(true)?;
         let mut inode = self.inode.borrow_mut();

@@ -26,33 +26,37 @@ pub(super) enum Local {
 }
 
 impl Local {
-    /// Opens the disk as configured.
+    /// Opens the disk as configured. The file that comes with it is its lock, held until it is dropped.
     ///
     /// # Errors
     /// Those of the file system and of the image; a size that is no positive multiple of 512.
-    pub(super) async fn open(disk: &Disk) -> io::Result<Self> {
+    pub(super) async fn open(disk: &Disk) -> io::Result<(Self, std::fs::File)> {
         let storage = if disk.cache == CacheMode::Direct { Uring::direct() } else { Uring::buffered() };
-        let local = match disk.format {
+        let local = match disk.kind() {
             Format::Raw => {
                 let mode = if disk.read_only { OpenMode::Read } else { OpenMode::Write };
                 Local::Raw(storage.open(&disk.path, mode).await?)
             }
             _ => Local::Image(open_image(&storage, &disk.path, disk).await.map_err(error)?, RwLock::default()),
         };
+        // Two agents that write one disk would each undo what the other did.
+        let lock = std::fs::File::open(&disk.path)?;
+        let locked = if disk.read_only { lock.try_lock_shared() } else { lock.try_lock() };
+        locked.map_err(|_| io::Error::other("another agent has it open: one disk is protected by one agent"))?;
         let size = local.size()?;
-        if size == 0 || !size.is_multiple_of(SECTOR) {
-            return Err(io::Error::other(format!("its size of {size} bytes is not a positive multiple of 512; enlarge the file")));
+        if size == 0 {
+            return Err(io::Error::other("it is shorter than a sector of 512 bytes; enlarge the file"));
         }
-        Ok(local)
+        Ok((local, lock))
     }
 
-    /// Bytes of the disk as it is now.
+    /// Bytes of the disk as it is now, in whole sectors.
     ///
     /// # Errors
     /// Those of the file system.
     pub(super) fn size(&self) -> io::Result<u64> {
         match self {
-            Local::Raw(file) => file.len(),
+            Local::Raw(file) => Ok(file.len()? / SECTOR * SECTOR),
             Local::Image(image, _) => Ok(image.size()),
         }
     }
@@ -158,16 +162,21 @@ impl Local {
 
 async fn open_image(storage: &Uring, path: &Path, disk: &Disk) -> Result<Image<UringFile>, DiskError> {
     if disk.read_only {
-        return Image::open_read_only(storage, path, disk.format, disk.parents).await;
+        return Image::open_read_only(storage, path, disk.kind(), disk.parents).await;
     }
-    Image::open(storage, path, disk.format).await
+    Image::open(storage, path, disk.kind()).await
 }
 
 /// Keeps the kind, by which a full file system is told from a broken one.
 fn error(error: DiskError) -> io::Error {
-    let kind = match &error {
-        DiskError::Io { source, .. } => source.kind(),
-        _ => io::ErrorKind::InvalidData,
-    };
-    io::Error::new(kind, error)
+    match &error {
+        DiskError::Io { source, .. } => io::Error::new(source.kind(), error),
+        DiskError::Unsupported { .. } => {
+            io::Error::other(format!("{error}; or set `read_only = true` of the disk, to replicate it as it is"))
+        }
+        DiskError::Parent { .. } => {
+            io::Error::other(format!("{error}; set `parents = true` of the disk to allow parents beneath its folder"))
+        }
+        _ => io::Error::new(io::ErrorKind::InvalidData, error),
+    }
 }

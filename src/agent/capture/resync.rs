@@ -23,7 +23,7 @@ pub(super) async fn run(volume: Rc<Volume>) {
     let depth = Rc::new(Semaphore::new(DEPTH));
     let mut sending = false;
     loop {
-        if volume.missing_bytes() == 0 || !volume.shared.open.load(Ordering::Relaxed) {
+        if volume.missing_bytes() == 0 || volume.is_short() || !volume.shared.open.load(Ordering::Relaxed) {
             if sending && volume.missing_bytes() == 0 {
                 sending = false;
                 volume.became_consistent().await;
@@ -71,8 +71,9 @@ async fn send_region(volume: &Volume, region: u64) -> std::io::Result<()> {
         return Ok(());
     }
     let changes = read_changes(volume, extent).await?;
-    if volume.region_extent(region) != extent {
-        // The disk grew meanwhile, and this was its last region: its new part was not read.
+    if volume.region_extent(region) != extent || !volume.has(extent) {
+        // The disk grew meanwhile, and this was its last region: its new part was not read. Or it shrank, and what is gone
+        // looked like a hole.
         return Ok(());
     }
     let now = clock::now();

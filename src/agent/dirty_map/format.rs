@@ -5,8 +5,8 @@
 //! | 0, 4096 | 512 | two headers; the valid one with the larger sequence counts |
 //! | 8192 | 512 each | bit sectors: 508 bytes of bits, CRC-32C of them |
 //!
-//! Header: 0 magic `TGDM`, 4 version u32 (1), 8 sequence u64, 16 disk 16, 32 size u64, 40 region bytes u64, 48 epoch u64,
-//! 56 generation u64, 64 flags u32 (bit 0: initial replication not finished), 68 CRC-32C of bytes 0..68.
+//! Header: 0 magic `TGDM`, 4 version u32 (2), 8 sequence u64, 16 disk 16, 32 size u64, 40 region bytes u64, 48 epoch u64,
+//! 56 generation u64, 64 flags u32 (bit 0: initial replication not finished), 68 origin u64, 76 CRC-32C of bytes 0..76.
 //!
 //! A sector is written by the device as a whole, so each is old or new after a power loss; both cover what was durable.
 //! A sector whose checksum does not match counts as all ones.
@@ -24,7 +24,7 @@ pub const BITS_AT: u64 = 8192;
 /// Regions in one bit sector.
 pub const REGIONS_PER_SECTOR: u64 = 508 * 8;
 const MAGIC: [u8; 4] = *b"TGDM";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What the map remembers besides the bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,8 @@ pub struct Header {
     pub generation: u64,
     /// Initial replication has not finished.
     pub initial: bool,
+    /// Which file or device it was, see [`super::DirtyMap::open`].
+    pub origin: u64,
 }
 
 impl Header {
@@ -57,8 +59,9 @@ impl Header {
             slot.copy_from_slice(&value.to_le_bytes());
         }
         out[64..68].copy_from_slice(&u32::from(self.initial).to_le_bytes());
-        let crc = crc32c::crc32c(&out[..68]);
-        out[68..72].copy_from_slice(&crc.to_le_bytes());
+        out[68..76].copy_from_slice(&self.origin.to_le_bytes());
+        let crc = crc32c::crc32c(&out[..76]);
+        out[76..80].copy_from_slice(&crc.to_le_bytes());
         out
     }
 
@@ -66,7 +69,7 @@ impl Header {
     pub fn decode(bytes: &[u8]) -> Option<Header> {
         let u64_at = |at: usize| Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
         let u32_at = |at: usize| Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
-        if bytes.get(..4)? != MAGIC || u32_at(4)? != VERSION || u32_at(68)? != crc32c::crc32c(&bytes[..68]) {
+        if bytes.get(..4)? != MAGIC || u32_at(4)? != VERSION || u32_at(76)? != crc32c::crc32c(&bytes[..76]) {
             return None;
         }
         Some(Header {
@@ -77,6 +80,7 @@ impl Header {
             epoch: u64_at(48)?,
             generation: u64_at(56)?,
             initial: u32_at(64)? & 1 != 0,
+            origin: u64_at(68)?,
         })
     }
 }
@@ -154,6 +158,7 @@ mod tests {
             epoch: 3,
             generation: 8,
             initial: true,
+            origin: 77,
         };
         assert_eq!(Header::decode(&header.encode()), Some(header));
         assert_eq!(Header::decode(&[0; 512]), None);

@@ -40,11 +40,19 @@ pub struct DirtyMap<F> {
 
 impl<F: File> DirtyMap<F> {
     /// Opens the map at `path`, or makes one that marks everything. Anything that does not fit the disk or cannot be
-    /// read also becomes a map that marks everything: the safe answer is to send again. Starts a new epoch, durably.
+    /// read also becomes a map that marks everything: the safe answer is to send again. So does the map of a disk that is another
+    /// file or device than the one it was kept for, which `origin` tells. Starts a new epoch, durably.
     ///
     /// # Errors
     /// Those of the file system.
-    pub async fn open<S: Storage<File = F>>(storage: &S, path: &Path, disk: DiskId, size: u64, region: u64) -> io::Result<Self> {
+    pub async fn open<S: Storage<File = F>>(
+        storage: &S,
+        path: &Path,
+        disk: DiskId,
+        size: u64,
+        region: u64,
+        origin: u64,
+    ) -> io::Result<Self> {
         let existing = match storage.open(path, OpenMode::Write).await {
             Ok(file) => Some(file),
             Err(e) if e.kind() == io::ErrorKind::NotFound => None,
@@ -55,7 +63,11 @@ impl<F: File> DirtyMap<F> {
             None => None,
         };
         let (file, header, bits) = match (existing, loaded) {
-            (Some(file), Some((header, bits))) => (file, header, bits),
+            (Some(file), Some((header, bits))) if header.origin == origin => (file, header, bits),
+            (Some(file), Some((header, bits))) => {
+                tracing::warn!(path = %path.display(), "the disk is another file or device than at the last start: all of it is sent again");
+                (file, Header { origin, ..header }, RegionSet::full(bits.regions()))
+            }
             (existing, _) => {
                 if existing.is_some() {
                     tracing::warn!(path = %path.display(), "the dirty map does not belong to this disk or is damaged: everything will be compared as never sent");
@@ -65,7 +77,7 @@ impl<F: File> DirtyMap<F> {
                     None => storage.open(path, OpenMode::Create).await?,
                 };
                 let region = region_for(size, region);
-                let header = Header { sequence: 0, disk, size, region, epoch: 0, generation: 0, initial: true };
+                let header = Header { sequence: 0, disk, size, region, epoch: 0, generation: 0, initial: true, origin };
                 (file, header, RegionSet::full(size.div_ceil(region)))
             }
         };
@@ -149,15 +161,17 @@ impl<F: File> DirtyMap<F> {
     pub async fn grow(&self, size: u64) -> io::Result<()> {
         let header = self.header.get();
         let (old, regions) = (self.bits.borrow().regions(), size.div_ceil(header.region));
-        if regions > REGIONS_MAX {
-            let message = format!("{}: the disk has become too large for its map: stop the agent and remove the map", self.path.display());
-            return Err(io::Error::other(message));
-        }
         self.file.allocate(0, (BITS_AT + sectors(regions) * SECTOR_LEN as u64).next_multiple_of(4096)).await?;
         self.bits.borrow_mut().grow(regions);
         self.on_disk.borrow_mut().grow(regions);
         self.mark(old.saturating_sub(1)..=regions - 1).await?;
         self.update_header(|h| h.size = size).await
+    }
+
+    /// Whether it can cover a disk of `size` bytes as it is. A larger one needs larger regions, which begin with a restart of
+    /// the agent, and everything sent again.
+    pub fn can_cover(&self, size: u64) -> bool {
+        size.div_ceil(self.header.get().region) <= REGIONS_MAX
     }
 
     /// The header as it stands.

@@ -30,6 +30,9 @@ pub(super) struct Args {
     /// Page cache use with --disk: direct or writeback, see config/agent.toml.
     #[arg(long, value_name = "MODE", default_value = "direct", value_parser = ["direct", "writeback"])]
     cache: String,
+    /// What the disk of --disk is: raw, vhdx, vhdx-fixed, vmdk, vmdk-flat or vmfs [default: raw].
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<crate::disk::Format>,
     /// Folder for everything that is made [default: tidegate-quickstart; with --disk, tidegate-quickstart-NAME].
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
@@ -103,7 +106,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<()> {
             Some(disk) => {
                 let disk = std::path::absolute(disk)?;
                 claim(&state, &disk.display().to_string())?;
-                protect(&disk, &state, &args.cache).await
+                protect(&disk, &state, &args.cache, args.format).await
             }
             None => {
                 claim(&state, SAMPLE)?;
@@ -154,7 +157,7 @@ async fn demonstrate(args: &Args, state: &Path) -> anyhow::Result<()> {
     let sample = sample::make(state, &disk, size)?;
     let mut workload = Workload::new(state, &disk, sample.workload_area, size)?;
     let started = clock::now();
-    let roles = Roles::start(state, &disk, Duration::from_secs(1), "direct").await?;
+    let roles = Roles::start(state, &disk, Duration::from_secs(1), "direct", None).await?;
     let seconds = wait_for_replica(&roles, started, args.json).await?;
     let initial = Replicated { bytes: sample.bytes, seconds, bytes_per_second: sample.bytes as f64 / seconds };
     say(&format!("initial replication: {} in {seconds:.1} s, {}/s", show_size(sample.bytes), show_size(initial.bytes_per_second as u64)));
@@ -211,12 +214,12 @@ async fn wait_for_replica(roles: &Roles, started: clock::Mono, quiet: bool) -> a
     Ok(clock::now().since(started).as_secs_f64())
 }
 
-async fn protect(disk: &Path, state: &Path, cache: &str) -> anyhow::Result<()> {
+async fn protect(disk: &Path, state: &Path, cache: &str, format: Option<crate::disk::Format>) -> anyhow::Result<()> {
     std::fs::create_dir_all(state)?;
     // A gateway on the protected machine itself: when cores are short the machine comes first, points may wait. Every thread
     // started from here on inherits it; the one that serves the disk raises itself again.
     let _ = rustix::process::nice(5);
-    let roles = Roles::start(state, disk, Duration::from_secs(5), cache).await?;
+    let roles = Roles::start(state, disk, Duration::from_secs(5), cache, format).await?;
     println!("protecting {}", disk.display());
     println!("  give this to the hypervisor:  {}", roles.nbd_uri());
     println!("  is it working:                tidegate status --control {}", roles.control());

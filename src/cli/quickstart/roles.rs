@@ -11,6 +11,7 @@ use crate::config::{self, Settings};
 use crate::control::api::{Marked, RecoveryView, Request};
 use crate::control::{client, server};
 use crate::crypto::pki::{self, Identity, Role};
+use crate::disk::Format;
 use crate::master_target::MasterTarget;
 use crate::master_target::shared::DiskShared;
 use crate::model::{Address, RecoveryPoint, ReplicationState};
@@ -32,7 +33,7 @@ pub(super) struct Roles {
 
 impl Roles {
     /// Makes what is missing in `state` and starts all roles on loopback ports that are free.
-    pub(super) async fn start(state: &Path, disk: &Path, interval: Duration, cache: &str) -> anyhow::Result<Self> {
+    pub(super) async fn start(state: &Path, disk: &Path, interval: Duration, cache: &str, format: Option<Format>) -> anyhow::Result<Self> {
         let pki_dir = state.join("pki");
         if !pki_dir.join("ca.pem").exists() {
             pki::init(&pki_dir)?;
@@ -54,8 +55,9 @@ impl Roles {
             target.listen
         ))?)
         .context("the process server does not start")?;
+        let format = format.map_or_else(String::new, |f| format!("format = \"{}\"\n", f.as_str()));
         let agent = Agent::start(settings(&format!(
-            "machine = \"{MACHINE}\"\nstate = {:?}\n{}\n[process_server]\naddress = \"{}\"\n[points]\ninterval = \"{}ms\"\n[[disk]]\nname = \"{DISK}\"\npath = {disk:?}\nnbd = \"unix:{}\"\ncache = \"{cache}\"\n",
+            "machine = \"{MACHINE}\"\nstate = {:?}\n{}\n[process_server]\naddress = \"{}\"\n[points]\ninterval = \"{}ms\"\n[[disk]]\nname = \"{DISK}\"\npath = {disk:?}\nnbd = \"unix:{}\"\ncache = \"{cache}\"\n{format}",
             state.join("agent"),
             tls(&pki_dir, Role::Agent),
             process_server.listen,

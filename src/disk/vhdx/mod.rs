@@ -219,15 +219,32 @@ impl<F: File> Vhdx<F> {
             return Err(DiskError::Unsupported { path: self.path.clone(), what });
         }
         self.barrier().await?;
-        self.grow_steps(size).await.map_err(|e| self.io(e))
-    }
-
-    async fn grow_steps(&self, size: u64) -> io::Result<()> {
         let larger = Geometry { size, ..self.bat.borrow().geometry() };
         let needed = (larger.entries() * 8).next_multiple_of(MIB);
         if needed > self.regions.borrow().bat_len {
-            self.move_table(needed).await?;
+            // Space first: without it nothing has changed, and growing can be tried again.
+            self.cut().await.map_err(|e| self.io(e))?;
+            self.file.allocate(self.grown_to.get(), needed).await.map_err(|e| self.io(e))?;
+            self.move_table(needed).await.map_err(|e| self.poisoned(e))?;
         }
+        self.reserve_fixed(larger).await.map_err(|e| self.io(e))?;
+        self.set_size(size).await.map_err(|e| self.poisoned(e))
+    }
+
+    /// Makes room for the blocks that a fixed image gets when it grows, so that nothing fails for want of space later.
+    async fn reserve_fixed(&self, larger: Geometry) -> io::Result<()> {
+        let more = larger.blocks() - self.bat.borrow().geometry().blocks();
+        if !self.metadata.fixed || more == 0 {
+            return Ok(());
+        }
+        let from = self.bat.borrow().end();
+        self.file.allocate(from, more * larger.block).await?;
+        self.file.sync_data().await?;
+        self.grown_to.set(self.grown_to.get().max(from + more * larger.block));
+        Ok(())
+    }
+
+    async fn set_size(&self, size: u64) -> io::Result<()> {
         let sector = self.metadata.size_at / 512 * 512;
         let at = self.regions.borrow().metadata_at + sector;
         let mut bytes = self.file.read_at(at, 512).await?;
@@ -238,12 +255,10 @@ impl<F: File> Vhdx<F> {
         self.fill_fixed().await
     }
 
-    /// Moves the block table to a longer region at the end of the file. The old one is a leak.
+    /// Moves the block table to a longer region at the end of the file, where there is room. The old one is a leak.
     async fn move_table(&self, len: u64) -> io::Result<()> {
         let old = self.regions.borrow().clone();
-        self.cut().await?;
         let at = self.grown_to.get();
-        self.file.allocate(at, len).await?;
         let mut copied = 0;
         while copied < old.bat_len {
             let piece = self.file.read_at(old.bat_at + copied, MIB as usize).await?;
@@ -382,7 +397,13 @@ impl<F: File> Vhdx<F> {
             self.file.sync_data().await?;
             self.write_table().await
         };
-        done.await.map_err(|e| self.io(e))
+        done.await.map_err(|e| self.poisoned(e))
+    }
+
+    /// After a write of structures failed, what is on disk is not known: the image takes no more writes.
+    fn poisoned(&self, source: io::Error) -> DiskError {
+        self.file.close_for_writing();
+        self.io(source)
     }
 
     /// Makes the changed pages of the block table durable. What they refer to is durable already.

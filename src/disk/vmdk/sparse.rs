@@ -192,7 +192,9 @@ impl<F: File> Sparse<F> {
         if end + larger.grains() * larger.grain > u64::from(u32::MAX) {
             return Err(refuse("a file of this kind holds up to about 2 TiB; use vmdk-flat for larger disks"));
         }
-        let done = async {
+        let said = self.descriptor_of(&larger).await.map_err(|e| self.io(e))?;
+        let said = said.ok_or_else(|| refuse("its descriptor has no room for a longer number of sectors"))?;
+        let prepared = async {
             self.cut().await?;
             let short = header.capacity % header.grain * SECTOR;
             let last = self.grains.borrow().place_of(header.grains() - 1).filter(|_| short > 0);
@@ -216,13 +218,17 @@ impl<F: File> Sparse<F> {
                     }
                 }
             }
-            self.file.sync_data().await?;
-            put(&self.file, 0, &larger.encode()).await?;
-            self.file.sync_data().await?;
-            self.correct_descriptor(&larger).await?;
             self.file.sync_data().await
         };
-        done.await.map_err(|e| self.io(e))?;
+        // Until here nothing has changed that counts, and growing can be tried again.
+        prepared.await.map_err(|e| self.io(e))?;
+        let switched = async {
+            put(&self.file, 0, &larger.encode()).await?;
+            self.file.sync_data().await?;
+            put(&self.file, header.descriptor_at * SECTOR, &said).await?;
+            self.file.sync_data().await
+        };
+        switched.await.map_err(|e| self.poisoned(e))?;
         self.header.set(larger);
         let mut grains = self.grains.borrow_mut();
         if moves {
@@ -235,22 +241,28 @@ impl<F: File> Sparse<F> {
         Ok(())
     }
 
-    /// Makes the descriptor say the size that the header says.
-    async fn correct_descriptor(&self, header: &Header) -> io::Result<()> {
-        let at = header.descriptor_at * SECTOR;
-        let sector = self.file.read_at(at, SECTOR as usize).await?;
-        let changed = descriptor::with_sectors(&sector, header.capacity)
-            .ok_or_else(|| io::Error::other("the number of sectors in the descriptor cannot be changed within one sector"))?;
-        put(&self.file, at, &changed).await
+    /// The descriptor's first sector, saying the size that `header` says; `None` if there is no room for the number.
+    async fn descriptor_of(&self, header: &Header) -> io::Result<Option<Vec<u8>>> {
+        let sector = self.file.read_at(header.descriptor_at * SECTOR, SECTOR as usize).await?;
+        Ok(descriptor::with_sectors(&sector, header.capacity))
     }
 
     /// Corrects a descriptor that a crash while the disk grew left behind.
     pub(super) async fn finish_growth(&self) -> Result<(), DiskError> {
+        let header = self.header.get();
         let done = async {
-            self.correct_descriptor(&self.header.get()).await?;
+            if let Some(said) = self.descriptor_of(&header).await? {
+                put(&self.file, header.descriptor_at * SECTOR, &said).await?;
+            }
             self.file.sync_data().await
         };
-        done.await.map_err(|e| self.io(e))
+        done.await.map_err(|e| self.poisoned(e))
+    }
+
+    /// After a write of structures failed, what is on disk is not known: the extent takes no more writes.
+    fn poisoned(&self, source: io::Error) -> DiskError {
+        self.file.close_for_writing();
+        self.io(source)
     }
 
     pub(super) fn is_unclean(&self) -> bool {
@@ -345,7 +357,7 @@ impl<F: File> Sparse<F> {
             }
             io::Result::Ok(())
         };
-        done.await.map_err(|e| self.io(e))?;
+        done.await.map_err(|e| self.poisoned(e))?;
         self.grains.borrow_mut().barrier_done();
         Ok(())
     }

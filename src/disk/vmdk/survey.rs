@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::descriptor::DESCRIPTOR_MAX;
 use super::format::{GD_AT_END, Header, Marker, SECTOR, TABLE_ENTRIES, TABLE_SECTORS, decode_entries};
-use super::grains::page_of;
+use super::grains::{layout_at, page_of};
 use crate::disk::DiskError;
 use crate::disk::places::Table;
 use crate::storage::File;
@@ -104,7 +104,9 @@ pub(super) async fn survey_tables<F: File>(path: &Path, file: &F, both: bool) ->
     let structures_end = structures.last().map_or(0, |&(at, len)| at + len);
     let moved = structures.iter().find(|&&(at, _)| at >= header.overhead).map(|&(at, _)| at).filter(|&start| {
         let own = |&&(at, _): &&(u64, u64)| at == 0 || at == header.descriptor_at;
-        (start - header.overhead).is_multiple_of(header.grain) && structures.iter().filter(|s| !own(s)).all(|&(at, _)| at >= start)
+        let as_we_grow = layout_at(&mut header.clone(), start);
+        let ours = (header.rgd_at, header.gd_at) == (start, as_we_grow.0[0] - header.directory_sectors()) && as_we_grow.0 == directory;
+        ours && (start - header.overhead).is_multiple_of(header.grain) && structures.iter().filter(|s| !own(s)).all(|&(at, _)| at >= start)
     });
     let moved = moved.map(|start| (start * SECTOR, (start + (structures_end - start).next_multiple_of(header.grain)) * SECTOR));
     Ok(Survey { header, descriptor, table, directory, redundant, stale_copies, structures_end, moved })

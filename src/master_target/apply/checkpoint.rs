@@ -149,6 +149,14 @@ async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arr
     // Points change only here and in `expire`, under this lock, on this thread.
     let _alone = apply.shared.noting.lock().await;
     let clock_now = apply.shared.clock();
+    for missing in configured.iter().filter(|id| arrivals.iter().any(|(_, marker, _)| !marker.disks.contains(id))) {
+        if let Some(missing) = apply.shared.disk(*missing) {
+            missing.condition().refused = Some(format!(
+                "the agent of {} does not have disk {}, so points of the machine pause: add it to the agent's configuration, or take it out of the master target's",
+                missing.machine_name, missing.name
+            ));
+        }
+    }
     let mut changes: Vec<Changes> = Vec::new();
     if !arrivals.is_empty() {
         let mut trial = apply.shared.book().clone();

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::{Apply, Prepared, Refusal};
 use crate::config::units::show_size;
@@ -108,7 +109,7 @@ impl Apply {
         key: DataKey,
         record: &ReplicaRecord,
     ) -> Result<Replica, String> {
-        let subject = Subject { disk: disk.id, generation: record.generation, key: key.clone(), size: image.size() };
+        let subject = Subject { disk: disk.id, generation: record.generation, key: key.clone() };
         let dir = self.settings.state.join("retain").join(disk.id.to_string()).join(format!("{:016x}", record.generation));
         let retention = Retention::open(self.storage.clone(), &dir, subject, record.last_marker).await.map_err(|e| e.to_string())?;
         let opener = Opener::new(key.clone(), Purpose::Stream, disk.id, record.generation);
@@ -270,7 +271,9 @@ async fn grow(apply: &Apply, replica: &Replica, size: u64) -> Result<(), Refusal
         retry,
         message: format!("the replica of {} cannot grow to {}: {e}", disk.label, show_size(size)),
     };
-    let _alone = replica.changing.lock().await;
+    // A checkpoint may wait for space; others must not wait for it.
+    let waited = tokio::time::timeout(Duration::from_secs(1), replica.changing.lock()).await;
+    let _alone = waited.map_err(|_| refused(true, &"it is busy, it is tried again"))?;
     let before = replica.image.size();
     match replica.image.grow(size).await {
         Err(DiskError::Io { source, .. }) if is_full(&source) => {
@@ -278,7 +281,6 @@ async fn grow(apply: &Apply, replica: &Replica, size: u64) -> Result<(), Refusal
         }
         other => other.map_err(|e| refused(false, &e))?,
     }
-    replica.retention.grow(size);
     let (records, id) = (apply.records.clone(), disk.id);
     let noted = tokio::task::spawn_blocking(move || records.grow_replica(id, size)).await;
     noted.map_err(|e| refused(true, &e))?.map_err(|e| refused(false, &e))?;

@@ -84,8 +84,6 @@ pub struct Subject {
     pub generation: u64,
     /// Its data key.
     pub key: DataKey,
-    /// Bytes at first; see [`Retention::grow`].
-    pub size: u64,
 }
 
 /// The retention journal of one disk; lives on the apply thread.
@@ -93,7 +91,6 @@ pub struct Retention<S: Storage> {
     storage: S,
     dir: PathBuf,
     subject: Subject,
-    size: Cell<u64>,
     session: Arc<SealingSession>,
     opener: RefCell<Opener>,
     /// Begin of every interval that has a file, and its bytes.
@@ -128,7 +125,6 @@ impl<S: Storage> Retention<S> {
             views: RefCell::default(),
             shape: Cell::new(0),
             storage,
-            size: Cell::new(subject.size),
             subject,
         };
         for name in retention.storage.list(dir).map_err(io)? {
@@ -183,7 +179,7 @@ impl<S: Storage> Retention<S> {
     /// [`RetainError`]; the replica must not be overwritten then.
     pub async fn preserve<F: File>(&self, image: &Image<F>, extents: impl Iterator<Item = Extent>) -> Result<(), RetainError> {
         let Some(start) = self.current_start.get() else { return Ok(()) };
-        let fresh = self.untouched(extents);
+        let fresh = self.untouched(extents, image.size());
         if fresh.is_empty() {
             return Ok(());
         }
@@ -240,11 +236,6 @@ impl<S: Storage> Retention<S> {
         self.storage.sync_dir(&self.dir).map_err(|source| RetainError::Io { path: self.dir.clone(), source })
     }
 
-    /// The replica has grown to `size` bytes. Points before that do not need what is new: they know their own size.
-    pub fn grow(&self, size: u64) {
-        self.size.set(size);
-    }
-
     /// Bytes of all intervals.
     pub fn bytes(&self) -> u64 {
         self.files.borrow().values().sum()
@@ -269,7 +260,7 @@ impl<S: Storage> Retention<S> {
     }
 
     /// Whole blocks of `extents` that this interval does not have, in order, clipped to the disk.
-    fn untouched(&self, extents: impl Iterator<Item = Extent>) -> Vec<Extent> {
+    fn untouched(&self, extents: impl Iterator<Item = Extent>, size: u64) -> Vec<Extent> {
         let touched = self.touched.borrow();
         let mut asked = BlockSet::default();
         let mut fresh: Vec<Extent> = Vec::new();
@@ -282,7 +273,7 @@ impl<S: Storage> Retention<S> {
                         asked.insert(block);
                     }
                     let offset = start * BLOCK;
-                    fresh.push(Extent::new(offset, (count * BLOCK).min(self.size.get() - offset)));
+                    fresh.push(Extent::new(offset, (count * BLOCK).min(size - offset)));
                 }
             }
         }

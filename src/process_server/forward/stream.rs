@@ -79,7 +79,7 @@ async fn session(server: &Server, disk: &Disk, connection: &quinn::Connection) -
     send.write_all(&open).await.map_err(|e| quic(&e))?;
     match read_reply(&mut receive).await? {
         Reply::Opened { generation, epoch, journaled, data_key } => {
-            adopt(server, disk, &Told { generation, epoch, journaled, key: DataKey::from_bytes(data_key) }).await?;
+            adopt(server, disk, &Told { generation, epoch, journaled, size, key: DataKey::from_bytes(data_key) }).await?;
         }
         Reply::Refused { retry, message } => return Err(StreamError::Refused { retry, message }),
         Reply::Journaled(_) => return Err(WireError::Illegal("first reply of the master target").into()),
@@ -95,6 +95,8 @@ struct Told {
     generation: u64,
     epoch: u64,
     journaled: Position,
+    /// Bytes it was asked for and has room for now; 0 if it was not asked.
+    size: u64,
     key: DataKey,
 }
 
@@ -106,6 +108,16 @@ async fn adopt(server: &Server, disk: &Disk, told: &Told) -> Result<(), StreamEr
     let accepted = disk.stream.borrow().accepted();
     let ours = known.as_ref().is_some_and(|r| r.epoch >= told.epoch && told.journaled <= accepted);
     if ours {
+        if let Some(mut record) = known.filter(|r| r.size < told.size) {
+            // Durable before anything behind the old end is accepted: it can then be forwarded whatever happens here.
+            record.size = told.size;
+            let (records, update) = (server.records.clone(), [(disk.id, record)]);
+            let stored = tokio::task::spawn_blocking(move || records.merge(&update)).await;
+            stored.map_err(|e| StreamError::Quic(e.to_string()))??;
+            if let Some(record) = disk.record.borrow_mut().as_mut() {
+                record.size = record.size.max(told.size);
+            }
+        }
         let mut gone = disk.stream.borrow_mut().link_opened(told.journaled);
         gone.extend(disk.stream.borrow_mut().drop_epochs_before(told.epoch));
         disk.give_up(gone);
@@ -113,7 +125,7 @@ async fn adopt(server: &Server, disk: &Disk, told: &Told) -> Result<(), StreamEr
         // An epoch that no stream has: the agent must start one above it.
         let epoch = known.as_ref().map_or(told.epoch, |r| r.epoch.max(told.epoch) + 1);
         let wrapped_key = server.kek.wrap(&told.key, disk.id, told.generation);
-        let record = DiskRecord { generation: told.generation, wrapped_key, epoch, released: told.journaled };
+        let record = DiskRecord { generation: told.generation, wrapped_key, epoch, released: told.journaled, size: told.size };
         let (records, update) = (server.records.clone(), [(disk.id, record.clone())]);
         let stored = tokio::task::spawn_blocking(move || records.put(&update)).await;
         stored.map_err(|e| StreamError::Quic(e.to_string()))??;

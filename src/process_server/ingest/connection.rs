@@ -202,6 +202,11 @@ impl Connection {
             return Ok(());
         }
         let Some(mut record) = disk.record.borrow().clone() else { return Ok(()) };
+        if size > record.size {
+            let message = "the master target has not made room for the disk's new size yet".to_owned();
+            self.reply(ServerMessage::Refused { slot, reason: Refusal::NotReady, message });
+            return Ok(());
+        }
         let highest = record.epoch.max(disk.stream.borrow().epoch());
         if epoch < highest {
             metrics::count_reason(metrics::REFUSED, "stale-epoch");
@@ -218,6 +223,14 @@ impl Connection {
             if let Some(current) = disk.record.borrow_mut().as_mut() {
                 current.epoch = current.epoch.max(epoch);
             }
+        }
+        let rival = disk.acknowledge.borrow().as_ref().is_some_and(|bell| !Rc::ptr_eq(bell, &self.bell));
+        if rival {
+            tracing::warn!(
+                disk = %disk.label,
+                "the disk was opened by a second connection while the first is there: if its agent did not just reconnect, two agents protect one machine, which must not be"
+            );
+            metrics::count_reason(metrics::REFUSED, "second-agent");
         }
         let owner = self.server.new_owner();
         disk.owner.set(owner);
@@ -252,7 +265,8 @@ impl Connection {
             // Another connection of the machine took over, or the disk was closed under us: the agent is told by the answers.
             return Ok(());
         }
-        if frame.extent.len > 0 && !frame.extent.fits(disk.size.get()) {
+        let room = disk.record.borrow().as_ref().map_or(0, |r| r.size);
+        if frame.extent.len > 0 && !frame.extent.fits(disk.size.get().min(room)) {
             return Err(ConnectionError::Outside(disk.label.to_string(), frame.extent.len, frame.extent.offset));
         }
         // Before anything is accepted: this wait may be cut off with the connection, what follows may not.

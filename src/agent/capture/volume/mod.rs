@@ -1,5 +1,7 @@
 //! One protected disk: the path of a write through gate, lock, dirty map, disk and stream.
 
+mod size;
+
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::io;
@@ -19,7 +21,7 @@ use crate::agent::regions::Regions;
 use crate::agent::shared::{AgentShared, VolumeShared};
 use crate::clock::{self, Mono, micros};
 use crate::config::agent::{AgentSettings, Disk};
-use crate::disk::Format;
+use crate::config::units::show_size;
 use crate::model::change::{CHANGE_BYTES_MAX, ZERO_BYTES_MAX};
 use crate::model::{BLOCK, ChangeKind, DiskReport, Extent, RegionSet, ReplicationState, SECTOR};
 use crate::nbd::protocol::NbdError;
@@ -35,6 +37,7 @@ pub(super) struct Parts {
     /// The file system that the disk lives on.
     pub device: u64,
     file: Local,
+    lock: std::fs::File,
     read_only: bool,
     map: DirtyMap<UringFile>,
 }
@@ -50,19 +53,22 @@ pub(super) async fn open_parts(settings: &AgentSettings, disk: &Disk) -> io::Res
     if !kind.is_file() && !kind.is_block_device() {
         return Err(named(io::Error::other("is neither a file nor a block device")));
     }
-    let looks = disk.path.extension().and_then(|e| e.to_str()).filter(|e| ["vhdx", "vmdk", "vhd", "qcow2"].contains(e));
-    if let (Format::Raw, Some(extension)) = (disk.format, looks) {
-        // Never guessed from the content, which the guest writes.
-        tracing::warn!(disk = %disk.name, extension, "the file is used as a raw disk, byte by byte; if it is an image, set `format` of the disk");
-    }
-    let file = Local::open(disk).await.map_err(named)?;
+    let (file, lock) = Local::open(disk).await.map_err(named)?;
     let size = file.size().map_err(named)?;
     let id = settings.disk_id(disk);
     let map_path = settings.state.join(format!("{}.dirty-map", disk.name));
-    let map = DirtyMap::open(&Uring::direct(), &map_path, id, size, settings.dirty_map.region).await.map_err(named)?;
+    let map =
+        DirtyMap::open(&Uring::direct(), &map_path, id, size, settings.dirty_map.region, origin(disk, &metadata)).await.map_err(named)?;
     let backlog = Backlog::new(map.header().epoch, settings.backlog.memory_max);
     let shared = Arc::new(VolumeShared::new(id, &settings.machine, &disk.name, size, backlog));
-    Ok(Parts { shared, device: metadata.dev(), file, read_only: disk.read_only, map })
+    Ok(Parts { lock, shared, device: metadata.dev(), file, read_only: disk.read_only, map })
+}
+
+/// Tells whether a disk is the one of the last start: a file by its inode, which a copy put in its place does not have, a
+/// device by its path; and by the format it is read as.
+fn origin(disk: &Disk, metadata: &std::fs::Metadata) -> u64 {
+    let place = if metadata.is_file() { metadata.ino().to_le_bytes().to_vec() } else { disk.path.as_os_str().as_encoded_bytes().to_vec() };
+    u64::from(crc32c::crc32c(disk.kind().as_str().as_bytes())) << 32 | u64::from(crc32c::crc32c(&place))
 }
 
 /// One protected disk.
@@ -71,6 +77,8 @@ pub(super) struct Volume {
     pub shared: Arc<VolumeShared>,
     agent: Arc<AgentShared>,
     file: Local,
+    /// Held until the agent ends.
+    _lock: std::fs::File,
     read_only: bool,
     map: DirtyMap<UringFile>,
     regions: RefCell<Regions>,
@@ -84,8 +92,10 @@ pub(super) struct Volume {
     restarting: Cell<bool>,
     /// Held by either.
     changing: tokio::sync::Mutex<()>,
-    /// The size that was told as an error, so that it is told once.
+    /// The size that was seen last since the disk lost a part of itself, until it has it back.
     shrunk_to: Cell<Option<u64>>,
+    /// A size that the map cannot cover, told once.
+    too_large: Cell<u64>,
     broken: RefCell<Option<String>>,
 }
 
@@ -111,6 +121,7 @@ impl Volume {
             shared: parts.shared,
             agent,
             file: parts.file,
+            _lock: parts.lock,
             read_only: parts.read_only,
             map: parts.map,
             locks: Rc::new(RangeLocks::default()),
@@ -120,6 +131,7 @@ impl Volume {
             restarting: Cell::new(false),
             changing: tokio::sync::Mutex::new(()),
             shrunk_to: Cell::new(None),
+            too_large: Cell::new(0),
             broken: RefCell::default(),
         }
     }
@@ -168,44 +180,28 @@ impl Volume {
         Ok(epoch)
     }
 
-    /// Looks whether the disk became larger, and then covers what is new by the map before anybody sees it. Clients that
-    /// connect from then on see the new size; the replica grows before it is sent anything of it.
-    pub(super) async fn look_at_size(&self) {
-        let (known, found) = (
-            self.shared.size(),
-            match self.file.size() {
-                Ok(found) => found / SECTOR * SECTOR,
-                Err(error) => return tracing::error!(disk = self.shared.label, %error, "cannot tell the size of the disk"),
-            },
-        );
-        if found < known && self.shrunk_to.replace(Some(found)) != Some(found) {
-            tracing::error!(
-                disk = self.shared.label,
-                known,
-                found,
-                "the disk became smaller under the agent, which is refused: what stood behind its new end is lost on this side. The replica and its points stay as they are; give the disk its size back"
-            );
+    /// Whether the local disk has all of `extent` now.
+    pub(super) fn has(&self, extent: Extent) -> bool {
+        self.file.size().is_ok_and(|size| extent.end() <= size)
+    }
+
+    /// Whether a part of the disk is gone.
+    pub(super) fn is_short(&self) -> bool {
+        self.shrunk_to.get().is_some()
+    }
+
+    /// What keeps the disk from being protected, for a person.
+    pub(super) fn trouble(&self) -> Option<String> {
+        if let Some(found) = self.shrunk_to.get() {
+            let (size, found) = (show_size(self.shared.size()), show_size(found));
+            return Some(format!(
+                "the disk became smaller, {found} instead of {size}: give it its size back, or protect it under another name"
+            ));
         }
-        if found <= known || self.broken.borrow().is_some() {
-            return;
-        }
-        let _alone = self.changing.lock().await;
-        self.restarting.set(true);
-        let grown = self.map.grow(found).await;
-        if let Err(error) = &grown {
-            self.failed(error);
-        } else {
-            self.regions.borrow_mut().grow(found);
-            self.shared.set_size(found);
-            tracing::info!(
-                disk = self.shared.label,
-                from = known,
-                to = found,
-                "the disk has grown; clients see its new size when they connect again"
-            );
-        }
-        self.restarting.set(false);
-        self.agent.wake.wake();
+        self.broken
+            .borrow()
+            .as_ref()
+            .map(|error| format!("the local disk or its dirty map failed ({error}): repair it and restart the agent"))
     }
 
     /// The history of the replica this map belongs to.
@@ -227,6 +223,9 @@ impl Volume {
     /// # Errors
     /// Those of the map's file.
     pub(super) async fn clean(&self, idle: Duration) -> io::Result<()> {
+        if self.broken.borrow().is_some() || self.is_short() {
+            return Ok(());
+        }
         // One moment for both looks: what is written while the sync runs is not covered by it, and must not count as at rest
         // because the sync took long.
         let now = clock::now();
@@ -247,7 +246,10 @@ impl Volume {
         }
         // What was answered without a flush may still be lost here by a power cut, while the replica has it: only what
         // is durable on the local disk too may be forgotten.
-        self.file.sync_data().await?;
+        if let Err(error) = self.file.sync_data().await {
+            self.failed(&error);
+            return Err(error);
+        }
         let mut clean = candidates();
         clean.retain(|region| before.binary_search(region).is_ok());
         if clean.is_empty() || self.restarting.get() {
@@ -272,7 +274,7 @@ impl Volume {
         let backlog = self.shared.backlog();
         let missing_bytes = self.missing_bytes();
         let state = match (missing_bytes, self.map.header().initial) {
-            _ if self.broken.borrow().is_some() => ReplicationState::Error,
+            _ if self.broken.borrow().is_some() || self.is_short() => ReplicationState::Error,
             (0, _) => ReplicationState::Delta,
             (_, true) => ReplicationState::InitialReplication,
             (_, false) => ReplicationState::Resynchronising,
