@@ -8,7 +8,7 @@ use crate::model::Ladder;
 /// Which recovery points stay.
 #[derive(clap::Subcommand)]
 pub(super) enum PolicyCommand {
-    /// The policy of the master target, as configured in its [retain] table.
+    /// The policy of the master target, as its configuration says under `retain`.
     Show {
         #[command(flatten)]
         ask: Ask,
