@@ -17,7 +17,8 @@ use crate::model::Address;
 /// Bring points back. Ask the master target.
 #[derive(clap::Subcommand)]
 pub(super) enum RecoverCommand {
-    /// Serve a disk of a point as a read-only block device over NBD until interrupted; replication goes on.
+    /// Serve a disk of a point as a block device over NBD until interrupted; replication goes on. What is written to it goes to
+    /// scratch space and is gone when it ends; the point stays as it is.
     #[command(
         after_help = "Example:\n  tidegate recover mount latest --disk sda --nbd unix:/tmp/point.sock\n  nbdinfo 'nbd+unix:///?socket=/tmp/point.sock'"
     )]
@@ -30,7 +31,7 @@ pub(super) enum RecoverCommand {
         /// Name of the disk; needed when the machine has several.
         #[arg(long)]
         disk: Option<String>,
-        /// Refuse writes. In this version points are always read-only.
+        /// Refuse writes.
         #[arg(long)]
         read_only: bool,
         /// Leave it mounted and return.
@@ -71,7 +72,7 @@ pub(super) enum RecoverCommand {
 /// Runs the command.
 pub(super) fn run(command: RecoverCommand) -> anyhow::Result<()> {
     match command {
-        RecoverCommand::Mount { point, nbd, disk, read_only: _, detach, ask: args } => mount(point, nbd, disk, detach, &args),
+        RecoverCommand::Mount { point, nbd, disk, read_only, detach, ask: args } => mount(point, nbd, disk, read_only, detach, &args),
         RecoverCommand::Export { point, disk, format, output, ask: args } => {
             export(point, disk, format.map_or_else(|| by_ending(&output), Ok)?, output, &args)
         }
@@ -121,12 +122,12 @@ fn by_ending(output: &std::path::Path) -> anyhow::Result<Format> {
     }
 }
 
-fn mount(point: String, nbd: Address, disk: Option<String>, detach: bool, args: &Ask) -> anyhow::Result<()> {
+fn mount(point: String, nbd: Address, disk: Option<String>, read_only: bool, detach: bool, args: &Ask) -> anyhow::Result<()> {
     let nbd = match nbd {
         Address::Unix(path) => Address::Unix(absolute(&path)?),
         tcp @ Address::Tcp(_) => tcp,
     };
-    let view: RecoveryView = ask(&args.control, &Request::Mount { point, disk, nbd: nbd.clone() })?;
+    let view: RecoveryView = ask(&args.control, &Request::Mount { point, disk, nbd: nbd.clone(), read_only })?;
     if args.json {
         output::json(&view)?;
     } else {
@@ -134,7 +135,8 @@ fn mount(point: String, nbd: Address, disk: Option<String>, detach: bool, args: 
             Address::Unix(path) => format!("nbd+unix:///?socket={}", path.display()),
             Address::Tcp(address) => format!("nbd://{address}"),
         };
-        println!("{} of {} is at {uri} (read-only), name {}", view.point, view.disk, view.name);
+        let how = if view.writable { "writes go to scratch space" } else { "read-only" };
+        println!("{} of {} is at {uri} ({how}), name {}", view.point, view.disk, view.name);
     }
     if detach {
         return Ok(());

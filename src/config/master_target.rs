@@ -36,6 +36,9 @@ pub struct MasterTargetSettings {
     /// Recovery points.
     #[serde(default)]
     pub retain: Retain,
+    /// Mounted points.
+    #[serde(default)]
+    pub recover: Recover,
     /// Machines that have replicas here.
     #[serde(default)]
     pub machine: Vec<Machine>,
@@ -136,6 +139,23 @@ impl Retain {
 impl Default for Retain {
     fn default() -> Self {
         Self { ladder: Ladder::default(), points_max: 10_000, points_min: 1, span: None, space_max: None }
+    }
+}
+
+/// `[recover]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Recover {
+    /// Folder for what is written to mounted points; default: `scratch` in the state folder.
+    pub scratch: Option<PathBuf>,
+    /// Most bytes that one mount takes there.
+    #[serde(deserialize_with = "units::size")]
+    pub scratch_max: u64,
+}
+
+impl Default for Recover {
+    fn default() -> Self {
+        Self { scratch: None, scratch_max: 16 << 30 }
     }
 }
 

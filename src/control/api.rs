@@ -32,6 +32,8 @@ pub enum Request {
         disk: Option<String>,
         /// Where.
         nbd: Address,
+        /// Refuse writes; otherwise they go to scratch space that lasts as long as the mount.
+        read_only: bool,
     },
     /// Write a disk of a point to an image file: [`RecoveryView`].
     Export {
@@ -254,6 +256,8 @@ pub struct RecoveryView {
     pub disk: String,
     /// NBD address or file.
     pub target: String,
+    /// Writes are taken.
+    pub writable: bool,
     /// `running`, `done` or `failed`.
     pub state: String,
     /// Bytes of the disk gone through.

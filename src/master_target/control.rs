@@ -73,8 +73,9 @@ impl Role for Control {
         Box::pin(async move {
             let result = match request {
                 Request::Points { machine } => self.points(machine.as_deref()).and_then(|points| to_value(&points)),
-                Request::Mount { point, disk, nbd } => {
-                    self.start(point, disk.as_deref(), Target::Nbd(nbd.clone())).await.and_then(|v| to_value(&v))
+                Request::Mount { point, disk, nbd, read_only } => {
+                    let target = Target::Nbd { address: nbd.clone(), writable: !read_only };
+                    self.start(point, disk.as_deref(), target).await.and_then(|v| to_value(&v))
                 }
                 Request::Export { point, disk, format, output } => match format.parse::<Format>() {
                     Ok(format) => {

@@ -123,8 +123,12 @@ impl MasterTarget {
         let recoveries = Recoveries::default();
         let (recover, recover_commands) = mpsc::channel(COMMANDS_QUEUED_MAX);
         let (apply, views) = (to_apply.clone(), recoveries.clone());
+        let scratch = recover::Scratch {
+            dir: settings.recover.scratch.clone().unwrap_or_else(|| settings.state.join("scratch")),
+            max: settings.recover.scratch_max,
+        };
         std::thread::Builder::new().name("recover".to_owned()).spawn(move || {
-            if let Err(error) = uring::run(recover::run(recover_commands, apply, views)) {
+            if let Err(error) = uring::run(recover::run(recover_commands, apply, views, scratch)) {
                 tracing::error!(%error, "the recover thread cannot run");
             }
         })?;

@@ -114,6 +114,13 @@ impl BlockSet {
         fresh
     }
 
+    /// Removes `block`.
+    pub fn remove(&mut self, block: u64) {
+        if let Some(page) = self.pages.get_mut(&(block / PAGE_BLOCKS)) {
+            page[(block % PAGE_BLOCKS / 64) as usize] &= !(1 << (block % 64));
+        }
+    }
+
     /// Whether `block` is in the set.
     pub fn contains(&self, block: u64) -> bool {
         self.pages.get(&(block / PAGE_BLOCKS)).is_some_and(|page| page[(block % PAGE_BLOCKS / 64) as usize] & (1 << (block % 64)) != 0)

@@ -20,6 +20,7 @@ use self::volume::Volume;
 use super::shared::{AgentShared, Command};
 use crate::clock;
 use crate::config::agent::AgentSettings;
+use crate::model::Address;
 use crate::nbd::{self, Listener};
 use crate::observe::metrics;
 
@@ -166,6 +167,12 @@ impl Capture {
                             tracing::error!(disk = volume.shared.label, %error, "could not flush the disk at stop");
                         }
                     }
+                    for disk in &self.settings.disk {
+                        if let Address::Unix(path) = &disk.nbd {
+                            let _ = std::fs::remove_file(path);
+                        }
+                    }
+                    tracing::info!(machine = %self.shared.machine, "the agent stops; what was written is durable");
                     let _ = done.send(());
                     return;
                 }

@@ -98,6 +98,7 @@ impl<F: File> DirtyMap<F> {
         map.flush().await?;
         map.update_header(|h| h.epoch += 1).await?;
         if known < size {
+            tracing::info!(path = %path.display(), from = known, to = size, "the disk has grown since the last stop; what is new is sent");
             map.grow(size).await?;
         }
         if let Some(dir) = path.parent() {

@@ -63,7 +63,7 @@ pub(super) async fn recover(roles: &Roles, marked: &[Marked], state: &Path) -> a
 
 async fn read_mounted(roles: &Roles, point: &str, state: &Path, path: &Path) -> anyhow::Result<()> {
     let nbd = Address::Unix(state.join("point.sock"));
-    let view = roles.recover(Request::Mount { point: point.to_owned(), disk: None, nbd: nbd.clone() }).await?;
+    let view = roles.recover(Request::Mount { point: point.to_owned(), disk: None, nbd: nbd.clone(), read_only: true }).await?;
     let mut client = Client::connect(&nbd, "").await?;
     let file = File::create(path)?;
     file.set_len(client.size())?;

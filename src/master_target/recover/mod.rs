@@ -2,6 +2,7 @@
 
 mod export;
 mod mount;
+mod overlay;
 
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -9,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use self::overlay::Overlay;
 use super::apply::Command as ApplyCommand;
 use crate::control::api::RecoveryView;
 use crate::disk::Format;
@@ -23,9 +25,23 @@ const FINISHED_KEPT: usize = 32;
 #[derive(Clone, Debug)]
 pub enum Target {
     /// A block device.
-    Nbd(Address),
+    Nbd {
+        /// Where.
+        address: Address,
+        /// Writes are taken, into scratch space.
+        writable: bool,
+    },
     /// An image file.
     File(Format, PathBuf),
+}
+
+/// Where writes to mounted points go.
+#[derive(Clone, Debug)]
+pub struct Scratch {
+    /// Folder.
+    pub dir: PathBuf,
+    /// Most bytes of one mount.
+    pub max: u64,
 }
 
 /// A request to the recover thread.
@@ -119,18 +135,28 @@ impl OpenPoint {
 }
 
 /// Serves requests until every sender is gone.
-pub async fn run(mut commands: mpsc::Receiver<Command>, apply: mpsc::Sender<ApplyCommand>, recoveries: Recoveries) {
+pub async fn run(mut commands: mpsc::Receiver<Command>, apply: mpsc::Sender<ApplyCommand>, recoveries: Recoveries, scratch: Scratch) {
     let mut running: Vec<(String, Rc<Notify>)> = Vec::new();
     let mut number = 0;
     while let Some(command) = commands.recv().await {
         match command {
             Command::Start { point, disk, label, target, done } => {
                 number += 1;
-                let kind = if matches!(target, Target::Nbd(_)) { "mount" } else { "export" };
+                let kind = if matches!(target, Target::Nbd { .. }) { "mount" } else { "export" };
                 let name = format!("{kind}-{number}");
                 let stop = Rc::new(Notify::new());
                 running.push((name.clone(), stop.clone()));
-                let job = Job { name, label, point, disk, target, stop, recoveries: recoveries.clone(), apply: apply.clone() };
+                let job = Job {
+                    name,
+                    label,
+                    point,
+                    disk,
+                    target,
+                    stop,
+                    recoveries: recoveries.clone(),
+                    apply: apply.clone(),
+                    scratch: scratch.clone(),
+                };
                 tokio::task::spawn_local(job.run(done));
             }
             Command::Stop { name, done } => {
@@ -152,6 +178,7 @@ struct Job {
     stop: Rc<Notify>,
     recoveries: Recoveries,
     apply: mpsc::Sender<ApplyCommand>,
+    scratch: Scratch,
 }
 
 impl Job {
@@ -172,7 +199,7 @@ impl Job {
                 self.recoveries.update(&self.name, |v| (v.state, v.error) = ("failed".to_owned(), Some(error)));
             }
         }
-        if matches!(self.target, Target::Nbd(_)) {
+        if matches!(self.target, Target::Nbd { .. }) {
             self.recoveries.remove(&self.name);
         }
     }
@@ -181,11 +208,12 @@ impl Job {
     async fn start(&self, open: &Rc<OpenPoint>, done: oneshot::Sender<Result<RecoveryView, String>>) -> Result<(), String> {
         let view = RecoveryView {
             name: self.name.clone(),
-            kind: if matches!(self.target, Target::Nbd(_)) { "mount" } else { "export" }.to_owned(),
+            writable: matches!(self.target, Target::Nbd { writable: true, .. }),
+            kind: if matches!(self.target, Target::Nbd { .. }) { "mount" } else { "export" }.to_owned(),
             point: self.point.to_string(),
             disk: self.label.clone(),
             target: match &self.target {
-                Target::Nbd(address) => address.to_string(),
+                Target::Nbd { address, .. } => address.to_string(),
                 Target::File(_, path) => path.display().to_string(),
             },
             state: "running".to_owned(),
@@ -194,7 +222,7 @@ impl Job {
             error: None,
         };
         let begun = match &self.target {
-            Target::Nbd(address) => crate::nbd::Listener::bind(address).await.map(Some).map_err(|e| e.to_string()),
+            Target::Nbd { address, .. } => crate::nbd::Listener::bind(address).await.map(Some).map_err(|e| e.to_string()),
             Target::File(format, path) => match format.files(path).into_iter().find(|f| f.exists()) {
                 Some(file) => Err(format!("{} exists already: remove it or choose another --output", file.display())),
                 None => Ok(None),
@@ -207,26 +235,40 @@ impl Job {
                 return Ok(());
             }
         };
+        let overlay = match &self.target {
+            Target::Nbd { writable: true, .. } => match Overlay::make(&self.scratch.dir, open.size, self.scratch.max).await {
+                Ok(overlay) => Some(overlay),
+                Err(e) => {
+                    self.recoveries.remove(&self.name);
+                    if let Target::Nbd { address: Address::Unix(path), .. } = &self.target {
+                        let _ = std::fs::remove_file(path);
+                    }
+                    let _ = done.send(Err(format!("cannot make scratch space in {}: {e}", self.scratch.dir.display())));
+                    return Ok(());
+                }
+            },
+            _ => None,
+        };
         let _ = done.send(Ok(view));
         tracing::info!(name = self.name, point = %self.point, disk = self.label, "recovery begins");
         let work = async {
             match (&self.target, listener) {
-                (Target::Nbd(_), Some(listener)) => {
-                    mount::serve(listener, open.clone(), &self.label).await;
+                (Target::Nbd { .. }, Some(listener)) => {
+                    mount::serve(listener, open.clone(), &self.label, overlay).await;
                     Ok(())
                 }
                 (Target::File(format, path), _) => {
                     let progress = |bytes| self.recoveries.update(&self.name, |v| v.done_bytes = bytes);
                     export::write(open, *format, path, progress).await
                 }
-                (Target::Nbd(_), None) => Ok(()),
+                (Target::Nbd { .. }, None) => Ok(()),
             }
         };
         let result = tokio::select! {
             result = work => result,
             () = self.stop.notified() => Ok(()),
         };
-        if let Target::Nbd(Address::Unix(path)) = &self.target {
+        if let Target::Nbd { address: Address::Unix(path), .. } = &self.target {
             let _ = std::fs::remove_file(path);
         }
         result
