@@ -50,6 +50,9 @@ pub(super) fn run(command: &CheckCommand) -> anyhow::Result<()> {
     }
 }
 
+/// A longer file is no descriptor of a VMDK.
+const DESCRIPTOR_MAX: u64 = crate::disk::vmdk::descriptor::DESCRIPTOR_MAX as u64;
+
 fn check_image(file: &Path, format: Option<Format>, content: Option<&Path>, json: bool) -> anyhow::Result<()> {
     if let Some(missing) = [Some(file), content].into_iter().flatten().find(|f| !f.exists()) {
         return Err(Usage(format!("there is no file {}", missing.display())).into());
@@ -61,7 +64,10 @@ fn check_image(file: &Path, format: Option<Format>, content: Option<&Path>, json
         }
     }
     let flat = file.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix("-flat.vmdk"));
-    if let (None, Some(name)) = (format, flat) {
+    let described = || std::fs::read(file).is_ok_and(|bytes| bytes.starts_with(b"# Disk DescriptorFile"));
+    if let (None, Some(name)) = (format, flat)
+        && (std::fs::metadata(file)?.len() > DESCRIPTOR_MAX || !described())
+    {
         return Err(Usage(format!(
             "{} holds the bytes of a flat VMDK: check its descriptor {name}.vmdk instead, or say --format raw",
             file.display()

@@ -16,7 +16,7 @@ const PENDING: Table = Table::new("pending-points");
 const SERVER: Table = Table::new("server");
 
 /// Changes with the types stored here.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// A replica's record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -181,7 +181,10 @@ impl Records {
     /// # Errors
     /// Those of the catalogue.
     pub fn put_point(&self, point: &RecoveryPoint) -> Result<(), CatalogueError> {
-        self.catalogue.write(|batch| batch.put(POINTS, point.id.0.as_bytes(), point))
+        self.catalogue.write(|batch| match batch.get::<RecoveryPoint>(POINTS, point.id.0.as_bytes())? {
+            Some(_) => batch.put(POINTS, point.id.0.as_bytes(), point),
+            None => Err(self.catalogue.failed("the point is not listed any more")),
+        })
     }
 
     /// Takes points off the list, durably.

@@ -94,6 +94,9 @@ impl MasterTarget {
     /// [`MasterTargetError`]; nothing is left running. A replica that cannot be used is no reason not to start.
     pub fn start(settings: MasterTargetSettings) -> Result<Self, MasterTargetError> {
         uring::create_dir_durable(&settings.state)?;
+        // Old points are many files; the usual soft limit of 1024 is for programs that use select().
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, rustix::process::Rlimit { current: limit.maximum, ..limit });
         let credentials = Credentials::load(&settings.tls, Role::MasterTarget)?;
         let name = credentials.identity.name.to_string();
         metrics::disk_part(metrics::CERTIFICATE_EXPIRY, "", "role", Role::MasterTarget.as_str(), credentials.expires_in_seconds as f64);

@@ -151,7 +151,8 @@ pub enum Reason {
     Age,
     /// More than `points_max`.
     Count,
-    /// The old content takes more than `space_max`; one at a time, the oldest first.
+    /// The old content takes more than `space_max`; one at a time, and only the oldest of all: behind a point that is held,
+    /// going would give back little.
     Space,
 }
 
@@ -203,8 +204,8 @@ pub fn judge(points: &[Candidate], policy: &Policy, now: u64, used: u64) -> Vec<
         if left > policy.points_max {
             gone.push((point.id, Reason::Count));
             left -= 1;
-        } else if index == 0 && gone.is_empty() && policy.space_max.is_some_and(|most| used > most) {
-            // Space comes back after the files went: look again then.
+        } else if index == 0 && gone.is_empty() && points[0].id == point.id && policy.space_max.is_some_and(|most| used > most) {
+            // Its space comes back at once: look again then.
             gone.push((point.id, Reason::Space));
             break;
         } else {
@@ -296,6 +297,9 @@ mod tests {
         assert_eq!(judge(&points, &small, 5, 11), [(points[0].id, Reason::Space)], "one, then look again");
         assert!(judge(&points, &small, 5, 10).is_empty());
         assert!(judge(&points[4..], &small, 5, 11).is_empty(), "never the newest");
+        let mut held = points.clone();
+        held[0].held = true;
+        assert!(judge(&held, &small, 5, 11).is_empty(), "nothing behind a held point");
     }
 
     proptest! {

@@ -12,6 +12,9 @@ use crate::storage::catalogue::{Catalogue, CatalogueError, Table};
 const DISKS: Table = Table::new("disks");
 const SERVER: Table = Table::new("server");
 
+/// Changes with the types stored here.
+const FORMAT: u32 = 2;
+
 /// One disk's record.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DiskRecord {
@@ -43,10 +46,19 @@ impl Records {
     pub fn open(state: &Path) -> Result<Self, CatalogueError> {
         let catalogue = Catalogue::open(&state.join("process-server.redb"), &[DISKS, SERVER])?;
         let cache_id = match catalogue.get(SERVER, b"cache-id")? {
-            Some(id) => id,
+            Some(id) => {
+                let found = catalogue.get::<u32>(SERVER, b"format")?.unwrap_or(1);
+                if found != FORMAT {
+                    return Err(catalogue.failed(format!("has format {found}, this version reads {FORMAT}: use the version that wrote it")));
+                }
+                id
+            }
             None => {
                 let id = Uuid::new_v4();
-                catalogue.write(|batch| batch.put(SERVER, b"cache-id", &id))?;
+                catalogue.write(|batch| {
+                    batch.put(SERVER, b"format", &FORMAT)?;
+                    batch.put(SERVER, b"cache-id", &id)
+                })?;
                 id
             }
         };

@@ -232,8 +232,15 @@ async fn expire(apply: &Apply, replica: &Replica) -> Result<(), ApplyError> {
         book.unlist(&gone);
         book.forget_pending(&hopeless);
     }
-    let needed = apply.shared.book().oldest_needed(replica.shared.id);
-    replica.retention.forget_before(needed)?;
+    // Of all disks of the machine: a point that went gives back space on each of them.
+    let replicas: Vec<_> = apply.replicas.borrow().values().filter(|r| r.shared.machine == replica.shared.machine).cloned().collect();
+    for other in replicas {
+        let needed = apply.shared.book().oldest_needed(other.shared.id);
+        if let Err(error) = other.retention.forget_before(needed) {
+            tracing::warn!(disk = other.shared.label, %error, "old content that nobody needs could not be removed; it is tried again");
+        }
+        other.shared.condition().retained_bytes = other.retention.bytes();
+    }
     let bytes = replica.retention.bytes();
     replica.shared.condition().retained_bytes = bytes;
     metrics::disk_gauge(metrics::RETAINED_BYTES, &replica.shared.label, metrics::number(bytes));

@@ -35,6 +35,8 @@ use crate::disk::Disk;
 use crate::model::{DiskId, Extent, PointId, Position};
 use crate::storage::uring::Uring;
 
+/// After a merge failed.
+const THIN_AGAIN: Duration = Duration::from_secs(60);
 /// How often dropped points are looked for.
 const THIN_EVERY: Duration = Duration::from_secs(2);
 /// A checkpoint that brings a marker comes this soon after the one before.
@@ -200,6 +202,7 @@ async fn thin(shared: Arc<TargetShared>, replica: Rc<Replica>) {
                         tracing::error!(disk = disk.label, error, "space of dropped points cannot be given back now; it is tried again");
                         told = error;
                     }
+                    tokio::time::sleep(THIN_AGAIN).await;
                     break;
                 }
             }
@@ -253,6 +256,10 @@ impl Apply {
         let opened = async {
             let replica = self.replicas.borrow().get(&disk).cloned().ok_or("the replica of this disk is not open")?;
             let view = replica.retention.view(position).await.map_err(|e| e.to_string())?;
+            if self.shared.book().get(point).is_none() {
+                // It expired while it was opened: what it needs may have gone.
+                return Err("the recovery point expired while it was opened: choose another one".to_owned());
+            }
             Ok::<_, String>((view, replica))
         };
         match opened.await {

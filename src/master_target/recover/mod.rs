@@ -243,7 +243,10 @@ impl Job {
                     if let Target::Nbd { address: Address::Unix(path), .. } = &self.target {
                         let _ = std::fs::remove_file(path);
                     }
-                    let _ = done.send(Err(format!("cannot make scratch space in {}: {e}", self.scratch.dir.display())));
+                    let _ = done.send(Err(format!(
+                        "cannot make scratch space in {}: {e}; choose another [recover] scratch folder, or mount with --read-only",
+                        self.scratch.dir.display()
+                    )));
                     return Ok(());
                 }
             },

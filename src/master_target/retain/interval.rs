@@ -63,8 +63,9 @@ impl<F: File> Interval<F> {
         start: Position,
     ) -> Result<Self, RetainError> {
         let path = path.to_owned();
+        // A file that stands there already is not ours to remove.
+        let file = storage.open(&path, OpenMode::Create).await.map_err(|source| RetainError::Io { path: path.clone(), source })?;
         let made = async {
-            let file = storage.open(&path, OpenMode::Create).await?;
             let interval = Self::new(start, path.clone(), file, random_u64(), FIRST_RECORD);
             interval.file.allocate(0, RESERVE_BYTES).await?;
             interval.reserved.set(RESERVE_BYTES);

@@ -10,19 +10,21 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use super::index::Source;
 use super::interval::{Interval, file_name};
 use super::{RetainError, Retention};
 use crate::crypto::seal::{Opener, Purpose};
 use crate::model::{Extent, OverlayMap, Position};
+use crate::storage::uring::is_full;
 use crate::storage::{AlignedBuf, Storage};
 use crate::wire::batch::{BATCH_DATA_TARGET, BATCH_EXTENTS_MAX};
 
 /// Intervals that are merged at once: each is an open file with its index in memory.
-const MERGE_MAX: usize = 256;
+const MERGE_MAX: usize = 32;
 /// With so many dropped intervals behind a point they are merged however little they hold.
-const MANY: usize = 64;
+const MANY: usize = 16;
 
 /// Intervals that become one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,7 +35,12 @@ struct Plan {
 
 /// The next merge that is worth its work: the intervals after a dropped point hold at least half of what the one they join
 /// does, or are many. So each byte is copied a number of times that grows with the logarithm of what is merged. Pure.
-fn plan(files: impl Iterator<Item = (Position, u64)>, before: Option<Position>, needed: &BTreeSet<Position>) -> Option<Plan> {
+fn plan(
+    files: impl Iterator<Item = (Position, u64)>,
+    before: Option<Position>,
+    needed: &BTreeSet<Position>,
+    skip: &BTreeSet<Position>,
+) -> Option<Plan> {
     let mut groups: Vec<Vec<(Position, u64)>> = Vec::new();
     for (start, bytes) in files.take_while(|(start, _)| before.is_some_and(|before| *start < before)) {
         match groups.last_mut() {
@@ -51,7 +58,7 @@ fn plan(files: impl Iterator<Item = (Position, u64)>, before: Option<Position>, 
     }
     let worth = |group: &&Vec<(Position, u64)>| {
         let dropped: u64 = group[1..].iter().map(|(_, bytes)| bytes).sum();
-        group.len() > 1 && (dropped * 2 >= group[0].1 || group.len() > MANY)
+        group.len() > 1 && !skip.contains(&group[0].0) && (dropped * 2 >= group[0].1 || group.len() > MANY)
     };
     groups.iter().find(worth).map(|group| Plan { starts: group.iter().map(|(start, _)| *start).collect() })
 }
@@ -65,33 +72,41 @@ impl<S: Storage> Retention<S> {
     /// [`RetainError`]; the journal is as it was, or holds the merged interval and what it hides.
     pub async fn merge_some(&self, needed: &BTreeSet<Position>, noted: Option<Position>) -> Result<bool, RetainError> {
         let before = self.current_start.get().zip(noted).map(|(current, noted)| current.min(noted));
-        let plan = plan(self.files.borrow().iter().map(|(start, bytes)| (*start, *bytes)), before, needed);
+        let skip = self.unmergeable.borrow().clone();
+        let plan = plan(self.files.borrow().iter().map(|(start, bytes)| (*start, *bytes)), before, needed, &skip);
         let Some(plan) = plan else { return Ok(false) };
-        let shape = self.shape.get();
         let first = plan.starts[0];
-        let merged = self.write_merged(&plan).await?;
         let beside = self.dir.join(merge_name(first));
-        if self.shape.get() != shape {
-            // Files went meanwhile; what was merged may be stale. The next attempt begins with what is left.
+        let merged = match self.write_merged(&plan, &beside).await {
+            Ok(merged) => merged,
+            Err(error) => {
+                // Its space may be what the replica waits for.
+                let _ = self.storage.remove(&beside);
+                if !error.io_error().is_some_and(is_full) {
+                    self.unmergeable.borrow_mut().insert(first);
+                }
+                return Err(error);
+            }
+        };
+        if plan.starts.iter().any(|start| !self.files.borrow().contains_key(start)) {
+            // Some of it went meanwhile: what was merged is stale, the next attempt begins with what is left.
             return self.storage.remove(&beside).map(|()| true).map_err(|source| RetainError::Io { path: beside.clone(), source });
         }
         // From here to the end nothing waits, so nobody sees a state in between.
-        self.shape.set(shape + 1);
+        self.shape.set(self.shape.get() + 1);
         let io = |source| RetainError::Io { path: beside.clone(), source };
         self.storage.rename(&beside, &self.dir.join(file_name(first))).map_err(io)?;
-        self.storage.sync_dir(&self.dir).map_err(io)?;
         self.files.borrow_mut().insert(first, merged);
+        self.storage.sync_dir(&self.dir).map_err(io)?;
         for start in &plan.starts[1..] {
-            let path = self.dir.join(file_name(*start));
-            self.storage.remove(&path).map_err(|source| RetainError::Io { path, source })?;
-            self.files.borrow_mut().remove(start);
+            self.remove_file(*start)?;
         }
         self.storage.sync_dir(&self.dir).map_err(io)?;
         Ok(true)
     }
 
     /// Writes the merged interval beside the others, durably. Its length in bytes.
-    async fn write_merged(&self, plan: &Plan) -> Result<u64, RetainError> {
+    async fn write_merged(&self, plan: &Plan, beside: &Path) -> Result<u64, RetainError> {
         let subject = &self.subject;
         let opener = RefCell::new(Opener::new(subject.key.clone(), Purpose::Retention, subject.disk, subject.generation));
         let mut sources = Vec::new();
@@ -103,12 +118,7 @@ impl<S: Storage> Retention<S> {
             }
             sources.push(interval);
         }
-        let beside = self.dir.join(merge_name(plan.starts[0]));
-        if self.storage.list(&self.dir).is_ok_and(|names| names.contains(&merge_name(plan.starts[0]))) {
-            // Of an attempt that failed.
-            self.storage.remove(&beside).map_err(|source| RetainError::Io { path: beside.clone(), source })?;
-        }
-        let merged = Interval::create_at(&self.storage, &self.dir, &beside, plan.starts[0]).await?;
+        let merged = Interval::create_at(&self.storage, &self.dir, beside, plan.starts[0]).await?;
         // In the order in which they stand in the files, so that each record is opened once.
         let mut pieces: Vec<(Extent, usize, Source)> = map
             .iter()
@@ -166,13 +176,17 @@ mod tests {
     fn only_what_has_no_point_between_is_merged_and_only_when_it_pays() {
         let at = |n| Position::new(1, n);
         let needed: BTreeSet<Position> = [10, 40, 70].map(at).into();
-        let planned = |files: &[(u64, u64)]| plan(files.iter().map(|&(s, b)| (at(s), b)), Some(at(90)), &needed).map(|p| p.starts);
+        let planned =
+            |files: &[(u64, u64)]| plan(files.iter().map(|&(s, b)| (at(s), b)), Some(at(90)), &needed, &BTreeSet::new()).map(|p| p.starts);
         assert_eq!(planned(&[(10, 100), (40, 100), (70, 100), (90, 100)]), None, "every interval has its point");
         assert_eq!(planned(&[(10, 100), (20, 100), (40, 100)]), Some(vec![at(10), at(20)]));
         assert_eq!(planned(&[(10, 1000), (20, 100), (40, 100)]), None, "not worth it yet");
         assert_eq!(planned(&[(20, 10), (30, 10), (40, 10)]), Some(vec![at(20), at(30)]), "the point's own interval is empty");
         assert_eq!(planned(&[(70, 10), (80, 10), (90, 10)]), Some(vec![at(70), at(80)]), "never the one that grows");
         let many: Vec<(u64, u64)> = (10..40).map(|n| (n, if n == 10 { 1 << 30 } else { 1 })).collect();
-        assert_eq!(planned(&many), None);
+        assert_eq!(planned(&many[..10]), None);
+        assert_eq!(planned(&many).map(|starts| starts.len()), Some(30), "many, however little they hold");
+        let skip = plan(many.iter().map(|&(s, b)| (at(s), b)), Some(at(90)), &needed, &[at(10)].into());
+        assert_eq!(skip, None, "what failed is left alone");
     }
 }

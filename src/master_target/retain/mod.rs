@@ -20,7 +20,7 @@ mod merge;
 mod view;
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
@@ -99,8 +99,10 @@ pub struct Retention<S: Storage> {
     current_start: Cell<Option<Position>>,
     touched: RefCell<BlockSet>,
     views: RefCell<Vec<Weak<View<S>>>>,
-    /// Changes whenever files go, so that whoever reads several of them with pauses in between sees that.
+    /// Changes whenever files go, so that whoever opens several of them with pauses in between knows why one is not there.
     shape: Cell<u64>,
+    /// Begins of runs that could not be merged; left alone until the next start.
+    unmergeable: RefCell<BTreeSet<Position>>,
 }
 
 impl<S: Storage> Retention<S> {
@@ -124,6 +126,7 @@ impl<S: Storage> Retention<S> {
             touched: RefCell::default(),
             views: RefCell::default(),
             shape: Cell::new(0),
+            unmergeable: RefCell::default(),
             storage,
             subject,
         };
@@ -155,15 +158,19 @@ impl<S: Storage> Retention<S> {
         if self.current_start.get() == Some(start) {
             return Ok(());
         }
-        let closed = self.current.borrow_mut().take();
-        if let Some(interval) = closed {
+        // What was current stays so until nothing is left to wait for: a view that is made meanwhile reads it as such.
+        let closing = self.current.borrow().clone();
+        if let Some(interval) = &closing {
             interval.close().await?;
+        }
+        let known = self.files.borrow().contains_key(&start);
+        let reopened = if known { Some(Interval::reopen(&self.storage, &self.dir, start, &self.opener).await?) } else { None };
+        if let Some(interval) = self.current.borrow_mut().take() {
             self.files.borrow_mut().insert(interval.start(), interval.bytes());
         }
         self.touched.borrow_mut().clear();
         self.current_start.set(Some(start));
-        if self.files.borrow().contains_key(&start) {
-            let interval = Rc::new(Interval::reopen(&self.storage, &self.dir, start, &self.opener).await?);
+        if let Some(interval) = reopened.map(Rc::new) {
             for extent in interval.extents() {
                 self.touch(extent);
             }
@@ -226,14 +233,23 @@ impl<S: Storage> Retention<S> {
             self.shape.set(self.shape.get() + 1);
         }
         for start in &gone {
-            let path = self.dir.join(file_name(*start));
-            self.storage.remove(&path).map_err(|source| RetainError::Io { path, source })?;
-            self.files.borrow_mut().remove(start);
+            self.remove_file(*start)?;
         }
         if gone.is_empty() {
             return Ok(());
         }
         self.storage.sync_dir(&self.dir).map_err(|source| RetainError::Io { path: self.dir.clone(), source })
+    }
+
+    /// Removes an interval's file. One that is gone already is removed.
+    fn remove_file(&self, start: Position) -> Result<(), RetainError> {
+        let path = self.dir.join(file_name(start));
+        match self.storage.remove(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(RetainError::Io { path, source }),
+            _ => {}
+        }
+        self.files.borrow_mut().remove(&start);
+        Ok(())
     }
 
     /// Bytes of all intervals.

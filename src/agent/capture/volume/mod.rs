@@ -6,6 +6,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +38,7 @@ pub(super) struct Parts {
     /// The file system that the disk lives on.
     pub device: u64,
     file: Local,
-    lock: std::fs::File,
+    lock: Vec<std::fs::File>,
     read_only: bool,
     map: DirtyMap<UringFile>,
 }
@@ -67,7 +68,11 @@ pub(super) async fn open_parts(settings: &AgentSettings, disk: &Disk) -> io::Res
 /// Tells whether a disk is the one of the last start: a file by its inode, which a copy put in its place does not have, a
 /// device by its path; and by the format it is read as.
 fn origin(disk: &Disk, metadata: &std::fs::Metadata) -> u64 {
-    let place = if metadata.is_file() { metadata.ino().to_le_bytes().to_vec() } else { disk.path.as_os_str().as_encoded_bytes().to_vec() };
+    let inode = |path: PathBuf| std::fs::metadata(path).map_or(0, |m| m.ino()).to_le_bytes();
+    let place = match metadata.is_file() {
+        true => disk.kind().files(&disk.path).into_iter().flat_map(inode).collect(),
+        false => disk.path.as_os_str().as_encoded_bytes().to_vec(),
+    };
     u64::from(crc32c::crc32c(disk.kind().as_str().as_bytes())) << 32 | u64::from(crc32c::crc32c(&place))
 }
 
@@ -78,7 +83,7 @@ pub(super) struct Volume {
     agent: Arc<AgentShared>,
     file: Local,
     /// Held until the agent ends.
-    _lock: std::fs::File,
+    _lock: Vec<std::fs::File>,
     read_only: bool,
     map: DirtyMap<UringFile>,
     regions: RefCell<Regions>,
