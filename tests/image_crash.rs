@@ -238,7 +238,7 @@ fn a_barrier_that_keeps_nothing_is_noticed() {
 #[test]
 fn an_operation_that_fails_once_leaves_no_image_in_between() {
     use support::faulty_storage::Fault;
-    let mut refused = 0;
+    let (mut refused, mut cases) = (0, 0);
     for format in Format::ALL.into_iter().filter(|f| f.can_be_replica()) {
         for (fault, at) in [Fault::Once, Fault::Full].into_iter().flat_map(|fault| (1..60).map(move |at| (fault, at))) {
             run(async {
@@ -274,6 +274,7 @@ fn an_operation_that_fails_once_leaves_no_image_in_between() {
                 };
                 let durable = again.await.is_ok();
                 refused += u32::from(failed && !durable);
+                cases += 1;
                 drop(image);
                 storage.crash(&mut Rng::new(at));
                 let report = check::image(&storage, &path, format, None).await.unwrap();
@@ -288,5 +289,6 @@ fn an_operation_that_fails_once_leaves_no_image_in_between() {
             });
         }
     }
+    println!("{cases} cases of one failing operation, {refused} closed the image, all good");
     assert!(refused > 20, "some of them must have closed the image: {refused}");
 }

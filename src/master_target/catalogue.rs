@@ -52,23 +52,7 @@ impl Records {
     /// See [`Catalogue::open`].
     pub fn open(state: &Path) -> Result<Self, CatalogueError> {
         let catalogue = Catalogue::open(&state.join("master-target.redb"), &[DISKS, POINTS, PENDING, SERVER])?;
-        let journal_id = match catalogue.get(SERVER, b"journal-id")? {
-            Some(id) => {
-                let found = catalogue.get::<u32>(SERVER, b"format")?.unwrap_or(1);
-                if found != FORMAT {
-                    return Err(catalogue.failed(format!("has format {found}, this version reads {FORMAT}: use the version that wrote it")));
-                }
-                id
-            }
-            None => {
-                let id = Uuid::new_v4();
-                catalogue.write(|batch| {
-                    batch.put(SERVER, b"format", &FORMAT)?;
-                    batch.put(SERVER, b"journal-id", &id)
-                })?;
-                id
-            }
-        };
+        let journal_id = catalogue.identity(SERVER, b"journal-id", FORMAT)?;
         Ok(Self { catalogue, journal_id })
     }
 

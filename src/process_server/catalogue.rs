@@ -45,23 +45,7 @@ impl Records {
     /// See [`Catalogue::open`].
     pub fn open(state: &Path) -> Result<Self, CatalogueError> {
         let catalogue = Catalogue::open(&state.join("process-server.redb"), &[DISKS, SERVER])?;
-        let cache_id = match catalogue.get(SERVER, b"cache-id")? {
-            Some(id) => {
-                let found = catalogue.get::<u32>(SERVER, b"format")?.unwrap_or(1);
-                if found != FORMAT {
-                    return Err(catalogue.failed(format!("has format {found}, this version reads {FORMAT}: use the version that wrote it")));
-                }
-                id
-            }
-            None => {
-                let id = Uuid::new_v4();
-                catalogue.write(|batch| {
-                    batch.put(SERVER, b"format", &FORMAT)?;
-                    batch.put(SERVER, b"cache-id", &id)
-                })?;
-                id
-            }
-        };
+        let cache_id = catalogue.identity(SERVER, b"cache-id", FORMAT)?;
         Ok(Self { catalogue, cache_id })
     }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
 use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
+use uuid::Uuid;
 
 /// Name of a table.
 pub type Table = TableDefinition<'static, &'static [u8], &'static [u8]>;
@@ -48,6 +49,26 @@ impl Catalogue {
         let catalogue = Self { db: Arc::new(db), path: Arc::new(path.to_owned()) };
         catalogue.write(|batch| tables.iter().try_for_each(|table| batch.touch(*table)))?;
         Ok(catalogue)
+    }
+
+    /// The id kept under `key`, made with the catalogue; `format` changes with the types that are stored.
+    ///
+    /// # Errors
+    /// If the catalogue was made with another format.
+    pub fn identity(&self, table: Table, key: &[u8], format: u32) -> Result<Uuid, CatalogueError> {
+        if let Some(id) = self.get(table, key)? {
+            let found = self.get::<u32>(table, b"format")?.unwrap_or(1);
+            if found != format {
+                return Err(self.failed(format!("has format {found}, this version reads {format}: use the version that wrote it")));
+            }
+            return Ok(id);
+        }
+        let id = Uuid::new_v4();
+        self.write(|batch| {
+            batch.put(table, b"format", &format)?;
+            batch.put(table, key, &id)
+        })?;
+        Ok(id)
     }
 
     /// Reads one value.
@@ -132,5 +153,21 @@ impl Batch<'_> {
         let mut table = self.txn.open_table(table).map_err(|e| self.catalogue.failed(e))?;
         table.remove(key).map_err(|e| self.catalogue.failed(e))?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_catalogue_keeps_its_id_and_is_refused_by_a_version_with_other_types() {
+        const SERVER: Table = Table::new("server");
+        let dir = tempfile::tempdir().unwrap();
+        let catalogue = Catalogue::open(&dir.path().join("c.redb"), &[SERVER]).unwrap();
+        let id = catalogue.identity(SERVER, b"id", 2).unwrap();
+        assert_eq!(catalogue.identity(SERVER, b"id", 2).unwrap(), id);
+        let refused = catalogue.identity(SERVER, b"id", 3).unwrap_err().to_string();
+        assert!(refused.contains("has format 2, this version reads 3"), "{refused}");
     }
 }

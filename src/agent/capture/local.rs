@@ -35,7 +35,7 @@ impl Local {
     /// Opens the disk as configured. The files that come with it are its lock, held until they are dropped.
     ///
     /// # Errors
-    /// Those of the file system and of the image; a size that is no positive multiple of 512.
+    /// Those of the file system and of the image; a disk shorter than a sector; one that another agent has.
     pub(super) async fn open(disk: &Disk) -> io::Result<(Self, Vec<std::fs::File>)> {
         // Before anything is opened for writing: an image that is opened changes.
         let lock = lock(disk)?;

@@ -111,6 +111,7 @@ pub(super) async fn survey_tables<F: File>(path: &Path, file: &F, both: bool) ->
     let moved = moved.map(|start| (start * SECTOR, (start + (structures_end - start).next_multiple_of(header.grain)) * SECTOR));
     Ok(Survey { header, descriptor, table, directory, redundant, stale_copies, structures_end, moved })
 }
+
 /// Reads whole sectors from `at` for `len` bytes, and no more than the file has: others do not always fill the last sector.
 pub(super) async fn read_up_to<F: File>(file: &F, at: u64, len: u64, file_len: u64) -> io::Result<Vec<u8>> {
     let end = (at + len.next_multiple_of(SECTOR)).min(file_len);
