@@ -49,6 +49,8 @@ impl Role for Control {
             points: None,
             oldest_point: None,
             newest_point: None,
+            failover: None,
+            last_test: None,
             disks,
         };
         RoleStatus {
@@ -63,7 +65,7 @@ impl Role for Control {
         }
     }
 
-    fn call<'a>(&'a self, request: &'a Request) -> Answer<'a> {
+    fn call<'a>(&'a self, request: &'a Request, _: &'a str) -> Answer<'a> {
         Box::pin(async move {
             let Request::Mark { machine, label, app } = request else { return None };
             if *machine != self.shared.machine.as_str() {
@@ -92,7 +94,7 @@ fn disk(volume: &super::shared::VolumeShared) -> DiskView {
     let health = match report.state {
         ReplicationState::Delta => Health::Healthy,
         ReplicationState::InitialReplication | ReplicationState::Resynchronising => Health::Warning,
-        ReplicationState::Error => Health::Critical,
+        ReplicationState::Error | ReplicationState::FailedOver => Health::Critical,
     };
     let reason = volume.trouble();
     let rungs = volume.backlog().rungs();

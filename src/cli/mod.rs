@@ -1,6 +1,7 @@
 //! The command line: one file for each group of commands. The only place that uses anyhow.
 
 mod check;
+mod failover;
 mod machine;
 mod output;
 mod pki;
@@ -74,6 +75,12 @@ enum Command {
         after_help = "Examples:\n  tidegate recover mount latest --nbd unix:/tmp/point.sock\n  tidegate recover export 3f2a --disk sda --format vhdx --output /srv/web01.vhdx"
     )]
     Recover(recover::RecoverCommand),
+    /// Fail machines over: try it, do it, undo it, keep it.
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  tidegate failover test web01 --hook kvm --cleanup\n  tidegate failover unplanned web01\n  tidegate failover change-point web01 --point 3f2a\n  tidegate failover commit web01"
+    )]
+    Failover(failover::FailoverCommand),
     /// Which recovery points stay.
     #[command(subcommand, after_help = "Examples:\n  tidegate policy show\n  tidegate policy dry-run --ladder \"all for 1h, 1/h to 7d\"")]
     Policy(policy::PolicyCommand),
@@ -113,6 +120,7 @@ pub fn main() -> ExitCode {
         Command::Disk(command) => machine::disk(command),
         Command::Point(command) => point::run(command),
         Command::Recover(command) => recover::run(command),
+        Command::Failover(command) => failover::run(command),
         Command::Policy(command) => policy::run(command),
         Command::Pki(command) => pki::run(command),
         Command::Check(command) => check::run(&command),

@@ -131,10 +131,7 @@ fn mount(point: String, nbd: Address, disk: Option<String>, read_only: bool, det
     if args.json {
         output::json(&view)?;
     } else {
-        let uri = match &nbd {
-            Address::Unix(path) => format!("nbd+unix:///?socket={}", path.display()),
-            Address::Tcp(address) => format!("nbd://{address}"),
-        };
+        let uri = nbd.nbd_uri();
         let how = if view.writable { "writes go to scratch space" } else { "read-only" };
         println!("{} of {} is at {uri} ({how}), name {}", view.point, view.disk, view.name);
     }

@@ -62,11 +62,21 @@ fn print(role: &RoleStatus) {
             ]);
         }
     }
+    for machine in &role.machines {
+        if let Some(failover) = &machine.failover {
+            println!("  {}: {failover}", machine.name);
+        }
+    }
     if !rows.is_empty() {
         output::table(
             &["DISK", "STATE", "HEALTH", "RPO", "SOURCE/GATEWAY/LINK/APPLY", "MISSING", "WAITING", "POINTS", "OLDEST", "NEWEST"],
             &rows,
         );
+    }
+    for machine in &role.machines {
+        if let Some(test) = &machine.last_test {
+            println!("  {}: failover last tested at {test}", machine.name);
+        }
     }
     println!();
 }

@@ -39,6 +39,12 @@ pub struct MasterTargetSettings {
     /// Mounted points.
     #[serde(default)]
     pub recover: Recover,
+    /// Failed over machines.
+    #[serde(default)]
+    pub failover: Failover,
+    /// Commands that start, check and stop a machine.
+    #[serde(default)]
+    pub hook: Vec<Hook>,
     /// Machines that have replicas here.
     #[serde(default)]
     pub machine: Vec<Machine>,
@@ -159,6 +165,50 @@ impl Default for Recover {
     }
 }
 
+/// `[failover]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Failover {
+    /// Folder for the sockets of disks that failed over and for the output of hooks; default: `failover` in the state folder.
+    pub dir: Option<PathBuf>,
+}
+
+/// `[[hook]]`: each command is a program and its arguments, and may be left out.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hook {
+    /// Its name in commands.
+    pub name: Name,
+    /// Starts the machine and returns.
+    #[serde(default)]
+    pub start: Vec<String>,
+    /// Succeeds when the machine works; tried again until then.
+    #[serde(default)]
+    pub check: Vec<String>,
+    /// Stops the machine; succeeds too when it does not run.
+    #[serde(default)]
+    pub stop: Vec<String>,
+    /// How long each may take.
+    #[serde(default = "Hook::minute", deserialize_with = "units::duration")]
+    pub start_timeout: Duration,
+    /// The same, with all its attempts.
+    #[serde(default = "Hook::minutes", deserialize_with = "units::duration")]
+    pub check_timeout: Duration,
+    /// The same.
+    #[serde(default = "Hook::minute", deserialize_with = "units::duration")]
+    pub stop_timeout: Duration,
+}
+
+impl Hook {
+    fn minute() -> Duration {
+        Duration::from_secs(60)
+    }
+
+    fn minutes() -> Duration {
+        Duration::from_secs(300)
+    }
+}
+
 /// `[[machine]]`
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -178,6 +228,9 @@ pub struct Disk {
     /// Format of the replica.
     #[serde(default)]
     pub format: Format,
+    /// An image or raw disk that is there already becomes the replica: only what differs is sent, once somebody allows it.
+    #[serde(default)]
+    pub adopt: Option<PathBuf>,
     /// Size of the replica; default: the size the agent reports first.
     #[serde(default, deserialize_with = "units::size_option")]
     pub size: Option<u64>,
@@ -196,6 +249,11 @@ impl Machine {
 }
 
 impl MasterTargetSettings {
+    /// Folder of what failovers need while they run.
+    pub fn failovers(&self) -> PathBuf {
+        self.failover.dir.clone().unwrap_or_else(|| self.state.join("failover"))
+    }
+
     /// Folder of the replica images.
     pub fn replicas(&self) -> PathBuf {
         self.replicas.clone().unwrap_or_else(|| self.state.join("replicas"))
@@ -214,6 +272,16 @@ impl Settings for MasterTargetSettings {
         in_range("retain.points_min", self.retain.points_min, 1, self.retain.points_max)?;
         if !self.journal.segment.is_multiple_of(4096) {
             return Err("journal.segment must be a multiple of 4096".to_owned());
+        }
+        for (index, hook) in self.hook.iter().enumerate() {
+            if self.hook[..index].iter().any(|h| h.name == hook.name) {
+                return Err(format!("hook {} is listed twice", hook.name));
+            }
+            for (name, command) in [("start", &hook.start), ("check", &hook.check), ("stop", &hook.stop)] {
+                if command.first().is_some_and(|program| !program.starts_with('/')) {
+                    return Err(format!("hook {}: {name} must begin with the absolute path of a program", hook.name));
+                }
+            }
         }
         for (index, machine) in self.machine.iter().enumerate() {
             if machine.disk.is_empty() || self.machine[..index].iter().any(|m| m.name == machine.name) {

@@ -1,22 +1,23 @@
 //! What a master target remembers: replicas, points, and how long it has run.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::points::{Book, Changes, Pending};
 use crate::disk::Format;
-use crate::model::{DiskId, PointId, Position, RecoveryPoint};
+use crate::model::{DiskId, Job, PointId, Position, RecoveryPoint};
 use crate::storage::catalogue::{Catalogue, CatalogueError, Table};
 
 const DISKS: Table = Table::new("disks");
 const POINTS: Table = Table::new("points");
 const PENDING: Table = Table::new("pending-points");
+const JOBS: Table = Table::new("jobs");
 const SERVER: Table = Table::new("server");
 
 /// Changes with the types stored here.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 
 /// A replica's record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,8 +34,36 @@ pub struct ReplicaRecord {
     pub epoch: u64,
     /// Everything through here is durable in the replica.
     pub checkpoint: Position,
-    /// The newest marker within the checkpoint: old content is kept from there on.
+    /// The newest marker within the checkpoint, or where a failover began: old content is kept from there on.
     pub last_marker: Option<Position>,
+    /// The image, if it is not where new replicas are made: a disk that was adopted.
+    pub path: Option<PathBuf>,
+    /// What is known of its content.
+    pub content: Content,
+}
+
+/// What is known of a replica's content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Content {
+    /// It was made empty.
+    Made,
+    /// It held something when it became a replica: what is sent is compared first. Nobody has said yet that it may be overwritten.
+    Unconfirmed,
+    /// The same, and it may be overwritten.
+    Confirmed,
+}
+
+/// What becomes true together with a job's state.
+#[derive(Clone, Debug, Default)]
+pub struct Effects {
+    /// Replicas whose old content is kept from another position on.
+    pub stand: Vec<(DiskId, Option<Position>)>,
+    /// Replicas with a new record.
+    pub replicas: Vec<(DiskId, ReplicaRecord)>,
+    /// Points that go.
+    pub dropped: Vec<PointId>,
+    /// Old jobs that go.
+    pub forgotten: Vec<u64>,
 }
 
 /// The master target's catalogue.
@@ -51,7 +80,7 @@ impl Records {
     /// # Errors
     /// See [`Catalogue::open`].
     pub fn open(state: &Path) -> Result<Self, CatalogueError> {
-        let catalogue = Catalogue::open(&state.join("master-target.redb"), &[DISKS, POINTS, PENDING, SERVER])?;
+        let catalogue = Catalogue::open(&state.join("master-target.redb"), &[DISKS, POINTS, PENDING, JOBS, SERVER])?;
         let journal_id = catalogue.identity(SERVER, b"journal-id", FORMAT)?;
         Ok(Self { catalogue, journal_id })
     }
@@ -143,6 +172,40 @@ impl Records {
                 }
             }
             Ok(())
+        })
+    }
+
+    /// All jobs, the oldest first.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn jobs(&self) -> Result<Vec<Job>, CatalogueError> {
+        Ok(self.catalogue.all::<Job>(JOBS)?.into_iter().map(|(_, job)| job).collect())
+    }
+
+    /// Sets a job, durably, with what becomes true in the same moment: where replicas stand from then on (`stand`), points
+    /// that are dropped, replicas that begin a new history.
+    ///
+    /// # Errors
+    /// Those of the catalogue; nothing was changed then.
+    pub fn put_job(&self, job: &Job, effects: &Effects) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            batch.put(JOBS, &job.id.to_be_bytes(), job)?;
+            for (disk, last_marker) in &effects.stand {
+                let key = disk.0.as_bytes();
+                if let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, key)? {
+                    record.last_marker = *last_marker;
+                    batch.put(DISKS, key, &record)?;
+                }
+            }
+            for (disk, record) in &effects.replicas {
+                batch.put(DISKS, disk.0.as_bytes(), record)?;
+            }
+            for id in &effects.dropped {
+                batch.remove(POINTS, id.0.as_bytes())?;
+                batch.remove(PENDING, id.0.as_bytes())?;
+            }
+            effects.forgotten.iter().try_for_each(|id| batch.remove(JOBS, &id.to_be_bytes()))
         })
     }
 

@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::MasterTarget;
 use super::catalogue::Records;
+use super::failover::Desk;
 use super::journal::JournalHandle;
 use super::recover::{self, Recoveries, Target};
 use super::shared::{Condition, DiskShared, TargetShared};
@@ -20,7 +21,7 @@ use crate::control::api::{
 };
 use crate::control::server::{Answer, Role};
 use crate::disk::Format;
-use crate::model::{DiskId, Health, MachineId, PointId, Policy, Position, RecoveryPoint, ReplicationState, Rung};
+use crate::model::{DiskId, Health, Hold, MachineId, PointId, Policy, Position, RecoveryPoint, ReplicationState, Rung};
 use crate::observe::metrics;
 
 const FIGURES_EVERY: Duration = Duration::from_secs(1);
@@ -35,6 +36,7 @@ pub struct Control {
     name: String,
     records: Records,
     policy: Policy,
+    failovers: Desk,
 }
 
 impl MasterTarget {
@@ -47,13 +49,17 @@ impl MasterTarget {
             name: self.name.clone(),
             records: self.records.clone(),
             policy: self.policy.clone(),
+            failovers: self.failovers.clone(),
         })
     }
 }
 
 impl Role for Control {
     fn status(&self) -> RoleStatus {
-        let machines = machines(&self.shared);
+        let mut machines = machines(&self.shared);
+        for (view, disk) in machines.iter_mut().filter_map(|m| self.shared.disks.iter().find(|d| d.machine_name.as_str() == m.name).map(|d| (m, d))) {
+            (view.failover, view.last_test) = self.failovers.of_machine(disk.machine);
+        }
         let health = machines.iter().map(|m| m.health).max().unwrap_or_default();
         let worst = machines.iter().flat_map(|m| &m.disks).find(|d| d.health == health && d.reason.is_some());
         let (reason, remedy) = worst.map_or((None, None), |d| (d.reason.clone(), d.remedy.clone()));
@@ -69,7 +75,7 @@ impl Role for Control {
         }
     }
 
-    fn call<'a>(&'a self, request: &'a Request) -> Answer<'a> {
+    fn call<'a>(&'a self, request: &'a Request, by: &'a str) -> Answer<'a> {
         Box::pin(async move {
             let result = match request {
                 Request::Points { machine } => self.points(machine.as_deref()).and_then(|points| to_value(&points)),
@@ -85,9 +91,16 @@ impl Role for Control {
                 },
                 Request::Pin { point, pinned } => self.pin(point, *pinned).await.and_then(|point| to_value(&point)),
                 Request::Policy { machine, ladder } => self.policy(machine.as_deref(), ladder.as_deref()).and_then(|view| to_value(&view)),
+                Request::FailoverPlan { machine, point } => self.failovers.plan(machine, point).await.and_then(|plan| to_value(&plan)),
+                Request::FailoverStart { kind, machine, point, hook, overwrite } => {
+                    let started = self.failovers.start(*kind, machine, point.clone(), hook.clone(), overwrite.clone(), by);
+                    started.await.and_then(|job| to_value(&job))
+                }
+                Request::FailoverDecide { job, decision } => self.failovers.decide(job, decision, by).await.and_then(|job| to_value(&job)),
+                Request::Failovers => to_value(&self.failovers.list()),
                 Request::Recoveries => to_value(&self.recoveries.list()),
                 Request::Unmount { name } => self.unmount(name).await.and_then(|()| to_value(&())),
-                Request::Status | Request::Mark { .. } => return None,
+                Request::Status | Request::Mark { .. } | Request::Resume { .. } => return None,
             };
             Some(result.map_err(|message| ApiError { message }))
         })
@@ -269,6 +282,8 @@ fn machines(shared: &TargetShared) -> Vec<MachineView> {
                     points: Some(points.len()),
                     oldest_point: points.first().map(|p| clock::rfc3339(p.wall_ms)),
                     newest_point: points.last().map(|p| clock::rfc3339(p.wall_ms)),
+                    failover: None,
+                    last_test: None,
                     disks: vec![view],
                 });
             }
@@ -292,6 +307,7 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
         name: disk.name.to_string(),
         id: disk.id.to_string(),
         state: match (&condition.error, &report) {
+            (None, _) if condition.hold != Hold::None => ReplicationState::FailedOver.as_str().to_owned(),
             (Some(_), _) => ReplicationState::Error.as_str().to_owned(),
             (None, Some(report)) => report.state.as_str().to_owned(),
             (None, None) => "not connected".to_owned(),
@@ -314,6 +330,9 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
 
 fn judge(condition: &Condition, size: u64, state: Option<ReplicationState>) -> (Health, Option<String>, Option<String>) {
     let told = |health, reason: &str, remedy: &str| (health, Some(reason.to_owned()), Some(remedy.to_owned()));
+    if condition.hold != Hold::None && condition.error.is_none() {
+        return told(Health::Warning, &condition.hold_reason, "decide with `tidegate failover commit`, `change-point` or `cancel`; once committed, `cleanup` and `reprotect`");
+    }
     if let (None, Some(refused)) = (&condition.error, &condition.refused) {
         return told(Health::Critical, refused, "do what the reason says; the points made so far stay good");
     }
@@ -337,6 +356,11 @@ fn judge(condition: &Condition, size: u64, state: Option<ReplicationState>) -> (
             Health::Critical,
             "the source disk failed or became smaller",
             "ask `tidegate status` at the agent: it says which, and what to do",
+        ),
+        (None, Some(ReplicationState::FailedOver)) => told(
+            Health::Warning,
+            "the agent takes no writes: the machine was stopped for a planned failover",
+            "see `tidegate failover list`; to let it go on, cancel the failover, or `tidegate machine resume` at the agent",
         ),
         (None, Some(ReplicationState::Delta)) => (Health::Healthy, None, None),
     }

@@ -11,6 +11,7 @@
 pub mod apply;
 pub mod catalogue;
 pub mod control;
+pub mod failover;
 pub mod journal;
 pub mod points;
 pub mod receive;
@@ -36,7 +37,7 @@ use crate::crypto::keyring::{KeyEncryptionKey, KeyError};
 use crate::crypto::pki::Role;
 use crate::crypto::quic;
 use crate::crypto::tls::{Credentials, TlsError};
-use crate::model::Policy;
+use crate::model::{self, Policy};
 use crate::observe::http::Readiness;
 use crate::observe::metrics;
 use crate::storage::catalogue::CatalogueError;
@@ -82,6 +83,7 @@ pub struct MasterTarget {
     pub listen: SocketAddr,
     records: Records,
     policy: Policy,
+    failovers: failover::Desk,
     name: String,
     stop: Arc<Notify>,
     thread: JoinHandle<()>,
@@ -107,12 +109,19 @@ impl MasterTarget {
         let (found, unneeded) = journal::sort(recovered);
         let disks = settings.machine.iter().flat_map(|m| m.disk.iter().map(|d| Arc::new(DiskShared::new(m, d)))).collect();
         let shared = Arc::new(TargetShared::new(disks, records.book()?, records.clock()?));
+        let found_jobs = records.jobs()?;
+        for disk in &shared.disks {
+            // Before anybody can connect, and before replicas are opened.
+            if let Some((job, hold)) = model::job::hold(found_jobs.iter(), disk.machine) {
+                disk.set_hold(hold, &failover::reason(job));
+            }
+        }
         let (to_apply, commands) = mpsc::channel(COMMANDS_QUEUED_MAX);
         let setup = apply::Setup {
             settings: settings.clone(),
             shared: shared.clone(),
             records: records.clone(),
-            kek,
+            kek: kek.clone(),
             journal: journal.clone(),
             found,
         };
@@ -135,6 +144,26 @@ impl MasterTarget {
                 tracing::error!(%error, "the recover thread cannot run");
             }
         })?;
+        let (failover_requests, asked) = mpsc::channel(COMMANDS_QUEUED_MAX);
+        let failovers =
+            failover::Desk { shared: shared.clone(), jobs: failover::Jobs::default(), requests: failover_requests, apply: to_apply.clone() };
+        let setup = failover::Setup {
+            settings: settings.clone(),
+            shared: shared.clone(),
+            records: records.clone(),
+            kek,
+            apply: to_apply.clone(),
+            recover: recover.clone(),
+            jobs: failovers.jobs.clone(),
+        };
+        std::thread::Builder::new().name("failover".to_owned()).spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime on one thread can always be built");
+            let work = failover::run(setup, found_jobs, asked);
+            if let Err(error) = runtime.block_on(tokio::task::LocalSet::new().run_until(work)) {
+                tracing::error!(%error, "failovers cannot be run");
+            }
+        })?;
         let (readiness, stop) = (Readiness::default(), Arc::new(Notify::new()));
         let parts = (readiness.clone(), stop.clone(), shared.clone());
         let (bound_tx, bound_rx) = std::sync::mpsc::sync_channel(1);
@@ -147,7 +176,7 @@ impl MasterTarget {
             runtime.block_on(tokio::task::LocalSet::new().run_until(work));
         })?;
         let listen = bound_rx.recv().map_err(|_| io::Error::other("the master target's thread ended while starting"))??;
-        Ok(Self { shared, recoveries, recover, readiness, listen, records: for_control, policy, name, stop, thread })
+        Ok(Self { shared, recoveries, recover, readiness, listen, records: for_control, policy, failovers, name, stop, thread })
     }
 
     /// Stops receiving and ends; what is journaled is applied by the next start.

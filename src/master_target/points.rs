@@ -192,6 +192,11 @@ impl Book {
         listed
     }
 
+    /// Whether somebody reads it.
+    pub fn is_in_use(&self, id: PointId) -> bool {
+        self.in_use.contains_key(&id)
+    }
+
     /// Undoes one [`Book::pin`].
     pub fn unpin(&mut self, id: PointId) {
         if let Some(count) = self.in_use.get_mut(&id) {

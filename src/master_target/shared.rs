@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use super::points::Book;
 use crate::clock::{self, Mono};
 use crate::disk::Format;
-use crate::model::{DiskId, DiskReport, MachineId, Name, Position};
+use crate::model::{DiskId, DiskReport, Hold, MachineId, Name, Position, Wanted};
 use crate::storage::AlignedBuf;
 use crate::storage::log::Location;
 use crate::wire::batch::BatchHeader;
@@ -93,6 +93,10 @@ pub struct Condition {
     pub retained_bytes: u64,
     /// The image, once there is one.
     pub image: Option<(Format, PathBuf)>,
+    /// What a failover keeps the replica from.
+    pub hold: Hold,
+    /// The same for a person.
+    pub hold_reason: String,
 }
 
 /// One disk.
@@ -118,6 +122,9 @@ pub struct DiskShared {
     pub queue_bytes: AtomicU64,
     /// Rung when something was queued.
     pub queued: Notify,
+    wanted: Mutex<Wanted>,
+    /// Rung when there is something to tell the agent.
+    pub tell: Notify,
     condition: Mutex<Condition>,
 }
 
@@ -136,6 +143,8 @@ impl DiskShared {
             marker_waiting: AtomicBool::new(false),
             queue_bytes: AtomicU64::new(0),
             queued: Notify::new(),
+            wanted: Mutex::new(Wanted::Run),
+            tell: Notify::new(),
             condition: Mutex::default(),
         }
     }
@@ -143,6 +152,32 @@ impl DiskShared {
     /// The condition. Held for moments only.
     pub fn condition(&self) -> MutexGuard<'_, Condition> {
         self.condition.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the agent is told to do.
+    pub fn wanted(&self) -> Wanted {
+        *self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes that.
+    pub fn set_wanted(&self, wanted: Wanted) {
+        *self.wanted.lock().unwrap_or_else(PoisonError::into_inner) = wanted;
+        self.tell.notify_one();
+    }
+
+    /// Sets what a failover keeps the replica from. From [`Hold::Draining`] on nothing new counts as received.
+    pub fn set_hold(&self, hold: Hold, reason: &str) {
+        let mut condition = self.condition();
+        (condition.hold, condition.hold_reason) = (hold, reason.to_owned());
+        drop(condition);
+        self.queued.notify_one();
+    }
+
+    /// Forgets what waits to be applied, and gives back its places in the journal.
+    pub fn clear_queue(&self) -> Vec<Location> {
+        let gone: Vec<Item> = self.lock_queue().drain(..).collect();
+        self.queue_bytes.store(0, Ordering::Relaxed);
+        gone.into_iter().map(|item| item.location).collect()
     }
 
     /// Queues a journaled batch.

@@ -29,6 +29,16 @@ impl FromStr for Address {
     }
 }
 
+impl Address {
+    /// As NBD clients write it.
+    pub fn nbd_uri(&self) -> String {
+        match self {
+            Address::Unix(path) => format!("nbd+unix:///?socket={}", path.display()),
+            Address::Tcp(address) => format!("nbd://{address}"),
+        }
+    }
+}
+
 impl TryFrom<String> for Address {
     type Error = String;
 

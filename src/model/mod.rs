@@ -5,6 +5,7 @@ pub mod bits;
 pub mod change;
 pub mod extent;
 pub mod ids;
+pub mod job;
 pub mod point;
 pub mod policy;
 pub mod position;
@@ -15,10 +16,11 @@ pub use bits::{BlockSet, RegionSet};
 pub use change::{Change, ChangeKind, Marker};
 pub use extent::{Extent, OverlayMap, Piece};
 pub use ids::{DiskId, MachineId, Name, NameError, PointId};
+pub use job::{Choice, Hold, Job, JobKind, JobState};
 pub use point::{PointKind, RecoveryPoint};
 pub use policy::{Ladder, Policy};
 pub use position::{Position, Rung};
-pub use state::{DiskReport, Health, ReplicationState};
+pub use state::{DiskReport, Health, ReplicationState, Wanted};
 
 /// Smallest addressable unit of a protected disk, in bytes.
 pub const SECTOR: u64 = 512;

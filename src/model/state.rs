@@ -15,6 +15,8 @@ pub enum ReplicationState {
     Resynchronising,
     /// Replication stopped and needs somebody; the reason says what.
     Error,
+    /// The agent takes no writes: the machine was failed over.
+    FailedOver,
 }
 
 impl ReplicationState {
@@ -25,6 +27,7 @@ impl ReplicationState {
             ReplicationState::Delta => "delta",
             ReplicationState::Resynchronising => "resynchronising",
             ReplicationState::Error => "error",
+            ReplicationState::FailedOver => "failed-over",
         }
     }
 }
@@ -42,6 +45,15 @@ pub struct DiskReport {
     pub captured: super::Position,
     /// Age of the oldest change that is not yet safe, in microseconds; 0 when all is safe.
     pub lag_us: u64,
+}
+
+/// What the master target wants of a machine's agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Wanted {
+    /// Protect the disks, as always.
+    Run,
+    /// Take no more writes, and make this final point: a planned failover.
+    Quiesce(super::PointId),
 }
 
 /// Health in the field's three levels, with the order used for exit codes.

@@ -57,7 +57,7 @@ impl Role for Control {
         }
     }
 
-    fn call<'a>(&'a self, _: &'a Request) -> Answer<'a> {
+    fn call<'a>(&'a self, _: &'a Request, _: &'a str) -> Answer<'a> {
         Box::pin(async { None })
     }
 }
@@ -91,6 +91,8 @@ fn machines(view: &ProcessServerView) -> Vec<MachineView> {
                 points: None,
                 oldest_point: None,
                 newest_point: None,
+                failover: None,
+                last_test: None,
                 disks: vec![shown],
             }),
         }

@@ -10,8 +10,11 @@
 //! first attempt kept.
 
 pub mod checkpoint;
+pub mod failover;
 pub mod plan;
 pub mod replica;
+pub mod roll;
+pub mod standing;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -32,7 +35,7 @@ use crate::clock;
 use crate::config::master_target::MasterTargetSettings;
 use crate::crypto::keyring::KeyEncryptionKey;
 use crate::disk::Disk;
-use crate::model::{DiskId, Extent, PointId, Position};
+use crate::model::{DiskId, Extent, Hold, PointId, Position};
 use crate::storage::uring::Uring;
 
 /// After a merge failed.
@@ -85,6 +88,13 @@ pub enum Command {
         /// Its number.
         view: u64,
     },
+    /// A failover wants something of a replica.
+    Failover {
+        /// Which.
+        disk: DiskId,
+        /// What.
+        order: failover::Order,
+    },
 }
 
 /// What the link needs of a replica.
@@ -129,6 +139,7 @@ pub struct Apply {
     preparing: tokio::sync::Mutex<()>,
     views: RefCell<HashMap<u64, OpenView>>,
     next_view: std::cell::Cell<u64>,
+    writers: RefCell<HashMap<DiskId, standing::Writer>>,
 }
 
 #[derive(Clone)]
@@ -169,6 +180,7 @@ pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: st
         preparing: tokio::sync::Mutex::new(()),
         views: RefCell::default(),
         next_view: std::cell::Cell::new(1),
+        writers: RefCell::default(),
     });
     let mut found = setup.found;
     for disk in apply.shared.disks.clone() {
@@ -189,9 +201,9 @@ pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: st
 async fn thin(shared: Arc<TargetShared>, replica: Rc<Replica>) {
     let disk = &replica.shared;
     let mut told = String::new();
-    loop {
+    while !replica.retired.get() {
         tokio::time::sleep(THIN_EVERY).await;
-        loop {
+        while !replica.retired.get() {
             let needed = shared.book().needed(disk.id);
             match replica.retention.merge_some(&needed, replica.noted_marker.get()).await {
                 Ok(false) => break,
@@ -223,6 +235,7 @@ impl Apply {
                 });
                 let _ = done.send(found);
             }
+            Command::Failover { disk, order } => self.order(disk, order).await,
             Command::CloseView { view } => {
                 let closed = self.views.borrow_mut().remove(&view);
                 if let Some(open) = closed {
@@ -287,7 +300,9 @@ impl Apply {
             let disk = replica.shared.clone();
             if let Err(error) = apply.keep_applying(&replica).await {
                 tracing::error!(disk = disk.label, %error, "the replica cannot go on; what arrives stays in the journal. Repair the storage and restart the master target");
-                disk.condition().error = Some(error.to_string());
+                if !replica.retired.get() {
+                    disk.condition().error = Some(error.to_string());
+                }
             }
         });
     }
@@ -297,7 +312,10 @@ impl Apply {
         let mut last = clock::now();
         loop {
             let disk = &replica.shared;
-            if disk.waiting() == 0 {
+            if replica.retired.get() {
+                return Ok(());
+            }
+            if disk.waiting() == 0 || disk.condition().hold >= Hold::Standing {
                 disk.queued.notified().await;
                 continue;
             }
@@ -311,8 +329,12 @@ impl Apply {
                 tokio::time::sleep(due.saturating_sub(since).min(Duration::from_millis(5))).await;
             }
             last = clock::now();
-            let items = disk.take(2 * bytes);
             let _alone = replica.changing.lock().await;
+            // A failover may have begun meanwhile: from then on the replica is the machine's.
+            if disk.condition().hold >= Hold::Standing {
+                continue;
+            }
+            let items = disk.take(2 * bytes);
             checkpoint::run(self, replica, items).await?;
             crate::observe::metrics::observe(crate::observe::metrics::CHECKPOINT, clock::now().since(last));
         }

@@ -12,12 +12,12 @@ use super::{Apply, Prepared, Refusal};
 use crate::config::units::show_size;
 use crate::crypto::keyring::DataKey;
 use crate::crypto::seal::{Opener, Purpose};
-use crate::disk::{Disk, DiskError, Image};
-use crate::master_target::catalogue::ReplicaRecord;
+use crate::disk::{Disk, DiskError, Format, Image};
+use crate::master_target::catalogue::{Content, ReplicaRecord};
 use crate::master_target::journal::{self, Found};
 use crate::master_target::retain::{Retention, Subject};
 use crate::master_target::shared::{DiskShared, Item, Travel};
-use crate::model::{DiskId, PointId, Position, SECTOR};
+use crate::model::{DiskId, Hold, PointId, Position, SECTOR};
 use crate::storage::log::random_u64;
 use crate::storage::uring::{Uring, UringFile, create_dir_durable, is_full};
 
@@ -39,6 +39,12 @@ pub struct Replica {
     pub arrived: RefCell<HashMap<PointId, Travel>>,
     /// Held while a checkpoint changes the image, and while the image grows.
     pub changing: tokio::sync::Mutex<()>,
+    /// It was given out of hand: its tasks end.
+    pub retired: Cell<bool>,
+    /// Where the image is.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
     key: DataKey,
     generation: u64,
 }
@@ -49,6 +55,12 @@ impl Apply {
         let stop = |message: String| Refusal { retry: false, message };
         let Some(record) = self.records.replica(disk.id).map_err(|e| stop(e.to_string()))? else { return Ok(()) };
         let path = self.image_path(disk, &record);
+        let hold = disk.condition().hold;
+        if hold == Hold::Released {
+            let mut condition = disk.condition();
+            (condition.size, condition.image) = (record.size, Some((record.format, path)));
+            return Ok(());
+        }
         if let Some(gone) = record.format.files(&path).into_iter().find(|f| !f.exists()) {
             // Never forgotten by itself: the storage may just not be mounted yet, and points that go do not come back.
             let mut consent = path.clone().into_os_string();
@@ -83,7 +95,11 @@ impl Apply {
                 record.size
             )));
         }
-        let (queue, unneeded) = journal::replay(record.checkpoint, found.remove(&(disk.id, record.generation)).unwrap_or_default());
+        let (mut queue, mut unneeded) = journal::replay(record.checkpoint, found.remove(&(disk.id, record.generation)).unwrap_or_default());
+        if hold >= Hold::Committed {
+            // What the old source still sent came after the point that was chosen for good.
+            unneeded.extend(std::mem::take(&mut queue).into_iter().map(|item| item.location));
+        }
         self.journal.release(unneeded).await;
         let replica = self.assemble(disk, image, key, &record).await.map_err(stop)?;
         let journaled = queue.last().map_or(record.checkpoint, |item| item.end);
@@ -122,6 +138,9 @@ impl Apply {
             noted_marker: Cell::new(record.last_marker),
             arrived: RefCell::default(),
             changing: tokio::sync::Mutex::new(()),
+            retired: Cell::new(false),
+            path: self.image_path(disk, record),
+            format: record.format,
             key,
             generation: record.generation,
         })
@@ -139,6 +158,9 @@ impl Apply {
 
     async fn prepare_disk(self: &Rc<Self>, disk: &Arc<DiskShared>, size: u64) -> Result<Prepared, Refusal> {
         let id = disk.id;
+        if disk.condition().hold != Hold::None {
+            return Err(Refusal { retry: false, message: disk.condition().hold_reason.clone() });
+        }
         if let Some(error) = disk.condition().error.clone() {
             return Err(Refusal { retry: false, message: format!("the replica of {} cannot go on: {error}", disk.label) });
         }
@@ -205,6 +227,8 @@ impl Apply {
             epoch: 0,
             checkpoint: Position::default(),
             last_marker: None,
+            path: None,
+            content: Content::Made,
         };
         let path = self.image_path(disk, &record);
         let dir = path.parent().map(PathBuf::from).unwrap_or_default();
@@ -229,6 +253,9 @@ impl Apply {
     }
 
     fn image_path(&self, disk: &DiskShared, record: &ReplicaRecord) -> PathBuf {
+        if let Some(path) = &record.path {
+            return path.clone();
+        }
         let name = format!("{}.{}", disk.name, record.format.extension());
         self.settings.replicas().join(disk.machine_name.as_str()).join(name)
     }

@@ -16,7 +16,7 @@ use crate::crypto::seal::{OpenError, Opener, Purpose};
 use crate::master_target::apply::{Command, Prepared};
 use crate::master_target::journal::Tag;
 use crate::master_target::shared::{DiskShared, Item, Travel};
-use crate::model::DiskReport;
+use crate::model::{DiskReport, Hold};
 use crate::observe::metrics;
 use crate::storage::AlignedBuf;
 use crate::storage::catalogue::CatalogueError;
@@ -243,13 +243,18 @@ impl DiskStream<'_> {
             gateway: Duration::from_micros(prefix.age_us.saturating_sub(header.age_us)),
             link: connection.rtt() / 2,
         };
-        let number = self.queue(header, body, travel);
+        let number = self.queue(header, body, travel)?;
         let tag = Tag { disk: self.shared.id, number, permit };
         slot.send(Append { record, tag });
         Ok(())
     }
 
-    fn queue(&self, header: BatchHeader, body: AlignedBuf, travel: Travel) -> u64 {
+    /// Counts a batch as received, unless a failover began: from the moment in which it did nothing new counts.
+    fn queue(&self, header: BatchHeader, body: AlignedBuf, travel: Travel) -> Result<u64, StreamError> {
+        let mut condition = self.shared.condition();
+        if condition.hold != Hold::None {
+            return Err(StreamError::Refused { retry: false, message: condition.hold_reason.clone() });
+        }
         let shared = &self.receiver.shared;
         let keep = shared.body_bytes.load(Ordering::Relaxed) < self.receiver.settings.apply.memory_max;
         if keep {
@@ -266,8 +271,8 @@ impl DiskStream<'_> {
             body: keep.then_some((header, body)),
             travel: Some(travel),
         });
-        self.shared.condition().received = order.positions().0;
-        number
+        condition.received = order.positions().0;
+        Ok(number)
     }
 
     fn opener(&mut self) -> &mut Opener {

@@ -3,7 +3,9 @@
 mod export;
 mod mount;
 mod overlay;
+mod standing;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use self::overlay::Overlay;
+pub use self::standing::Serve;
 use super::apply::Command as ApplyCommand;
 use crate::control::api::RecoveryView;
 use crate::disk::Format;
@@ -58,6 +61,13 @@ pub enum Command {
         target: Target,
         /// How it began.
         done: oneshot::Sender<Result<RecoveryView, String>>,
+    },
+    /// Serve a disk that failed over.
+    Serve {
+        /// Which and where.
+        serve: Serve,
+        /// How it began.
+        done: oneshot::Sender<Result<(), String>>,
     },
     /// End one.
     Stop {
@@ -137,6 +147,7 @@ impl OpenPoint {
 /// Serves requests until every sender is gone.
 pub async fn run(mut commands: mpsc::Receiver<Command>, apply: mpsc::Sender<ApplyCommand>, recoveries: Recoveries, scratch: Scratch) {
     let mut running: Vec<(String, Rc<Notify>)> = Vec::new();
+    let mut serving: HashMap<String, (Rc<Notify>, tokio::task::JoinHandle<()>)> = HashMap::new();
     let mut number = 0;
     while let Some(command) = commands.recv().await {
         match command {
@@ -159,7 +170,19 @@ pub async fn run(mut commands: mpsc::Receiver<Command>, apply: mpsc::Sender<Appl
                 };
                 tokio::task::spawn_local(job.run(done));
             }
+            Command::Serve { serve, done } => {
+                let (name, stop) = (serve.name.clone(), Rc::new(Notify::new()));
+                let task = tokio::task::spawn_local(standing::serve(serve, apply.clone(), stop.clone(), done));
+                serving.insert(name, (stop, task));
+            }
             Command::Stop { name, done } => {
+                if let Some((stop, task)) = serving.remove(&name) {
+                    stop.notify_one();
+                    // Its address is free when this is answered.
+                    let _ = task.await;
+                    let _ = done.send(true);
+                    continue;
+                }
                 if let Some(at) = running.iter().position(|(n, _)| *n == name) {
                     running.swap_remove(at).1.notify_one();
                 }

@@ -30,7 +30,11 @@ struct Mounted {
 /// Serves clients until the task is dropped, which ends them too.
 pub(super) async fn serve(listener: Listener, point: Rc<OpenPoint>, label: &str, overlay: Option<Overlay>) {
     let name = label.rsplit('/').next().unwrap_or_default().to_owned();
-    let export = Rc::new(Mounted { point, name, overlay, told_full: Cell::new(false) });
+    accept(listener, Rc::new(Mounted { point, name, overlay, told_full: Cell::new(false) })).await;
+}
+
+/// Serves an export to every client that comes, until the task is dropped, which ends them too.
+pub(super) async fn accept<E: Export>(listener: Listener, export: Rc<E>) {
     let mut clients = JoinSet::new();
     loop {
         while clients.len() >= CLIENTS_MAX || clients.try_join_next().is_some() {

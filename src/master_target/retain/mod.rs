@@ -241,6 +241,21 @@ impl<S: Storage> Retention<S> {
         self.storage.sync_dir(&self.dir).map_err(|source| RetainError::Io { path: self.dir.clone(), source })
     }
 
+    /// Nothing is kept any more, and what was kept is removed: no point is left that needs it. Files that cannot be removed now
+    /// are only space.
+    ///
+    /// # Errors
+    /// [`RetainError::Io`] of the first file that stays.
+    pub fn end(&self) -> Result<(), RetainError> {
+        self.current_start.set(None);
+        self.current.borrow_mut().take();
+        self.touched.borrow_mut().clear();
+        self.shape.set(self.shape.get() + 1);
+        let starts: Vec<Position> = self.files.borrow().keys().copied().collect();
+        starts.into_iter().try_for_each(|start| self.remove_file(start))?;
+        self.storage.sync_dir(&self.dir).map_err(|source| RetainError::Io { path: self.dir.clone(), source })
+    }
+
     /// Removes an interval's file. One that is gone already is removed.
     fn remove_file(&self, start: Position) -> Result<(), RetainError> {
         let path = self.dir.join(file_name(start));
@@ -250,6 +265,11 @@ impl<S: Storage> Retention<S> {
         }
         self.files.borrow_mut().remove(&start);
         Ok(())
+    }
+
+    /// Bytes of the intervals from `position` on: about what was overwritten since.
+    pub fn bytes_since(&self, position: Position) -> u64 {
+        self.files.borrow().range(position..).map(|(_, bytes)| *bytes).sum()
     }
 
     /// Bytes of all intervals.

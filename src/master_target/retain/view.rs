@@ -148,6 +148,13 @@ impl<S: Storage> View<S> {
         Ok(first.filter(|e| e.len > 0))
     }
 
+    /// The next extent at or after `offset` of which an interval has the content: what the replica has there may differ.
+    pub fn next_kept(&self, offset: u64) -> Option<Extent> {
+        let past = self.past.next_from(offset);
+        let live = self.live.borrow().iter().filter_map(|i| i.next_from(offset)).min_by_key(|e| e.offset);
+        [past, live].into_iter().flatten().min_by_key(|e| e.offset).filter(|e| e.len > 0)
+    }
+
     fn resolve(&self, extent: Extent) -> Vec<(Extent, Where)> {
         let mut map = OverlayMap::default();
         for piece in self.past.overlapping(extent) {

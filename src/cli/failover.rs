@@ -1,0 +1,372 @@
+//! `tidegate failover`.
+
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use anyhow::bail;
+
+use super::{Ask, Usage, ask, output};
+use crate::config::units::show_size;
+use crate::control::api::{Decision, JobView, PlanView, Request};
+use crate::control::client;
+use crate::model::{Choice, JobKind};
+
+/// What starting and deciding have in common.
+#[derive(clap::Args, Clone)]
+pub(super) struct Wait {
+    /// Return at once; `failover show` tells how it goes.
+    #[arg(long)]
+    detach: bool,
+    #[command(flatten)]
+    ask: Ask,
+}
+
+/// Fail machines over. Ask the master target. JOB is a number from `failover list`, or the name of a machine.
+#[derive(clap::Subcommand)]
+pub(super) enum FailoverCommand {
+    /// Try it: all disks of a machine at one point, as writable block devices that nobody else sees. Replication goes on.
+    #[command(after_help = "Examples:\n  tidegate failover test web01                        the newest point\n  tidegate failover test web01 --hook kvm             and start and check the machine\n  tidegate failover test web01 --hook kvm --cleanup   and take everything away again")]
+    Test {
+        /// Which machine.
+        machine: String,
+        /// latest, latest-processed, latest-app, latest-multi-vm, or an id.
+        #[arg(long, default_value = "latest")]
+        point: Choice,
+        /// A [[hook]] of the master target's configuration that starts and checks the machine.
+        #[arg(long)]
+        hook: Option<String>,
+        /// Clean up as soon as the result is known.
+        #[arg(long)]
+        cleanup: bool,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Move a machine here without losing anything: its agent stops taking writes, the last change is waited for.
+    #[command(after_help = "Example:\n  tidegate failover planned web01 --hook kvm")]
+    Planned {
+        /// Which machine.
+        machine: String,
+        /// Always the newest: a final point is made.
+        #[arg(long, default_value = "latest")]
+        point: Choice,
+        /// A [[hook]] of the master target's configuration that starts and checks the machine.
+        #[arg(long)]
+        hook: Option<String>,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Bring a machine back here although its source is gone. Says first what will be lost.
+    #[command(after_help = "Examples:\n  tidegate failover unplanned web01\n  tidegate failover unplanned web01 --point latest-app --hook kvm --yes")]
+    Unplanned {
+        /// Which machine.
+        machine: String,
+        /// latest (after all that arrived was applied), latest-processed, latest-app, latest-multi-vm, or an id.
+        #[arg(long, default_value = "latest")]
+        point: Choice,
+        /// A [[hook]] of the master target's configuration that starts and checks the machine.
+        #[arg(long)]
+        hook: Option<String>,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Take another point, as long as the failover is not committed. What was written since the failover is dropped.
+    ChangePoint {
+        /// Which failover.
+        job: String,
+        /// latest, latest-app, latest-multi-vm, or an id.
+        #[arg(long)]
+        point: Choice,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Keep the failover: all points of the machine are dropped, there is no way back. The machine goes on running.
+    Commit {
+        /// Which failover.
+        job: String,
+        /// Pinned points go too.
+        #[arg(long)]
+        drop_pinned: bool,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Undo a failover that is not committed: the replicas are as they were, replication goes on where the source lives.
+    Cancel {
+        /// Which failover.
+        job: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// End a test and remove every trace of it; or, of a committed failover, stop serving the disks and leave the image files to you.
+    Cleanup {
+        /// Which failover.
+        job: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Replicate a machine onto disks that have content: compares first; only differences travel, once every disk is named.
+    #[command(after_help = "Examples:\n  tidegate failover reprotect web01                                      compares, and says what differs\n  tidegate failover reprotect web01 --overwrite sda --overwrite sdb      then the differences are sent")]
+    Reprotect {
+        /// Which machine.
+        machine: String,
+        /// A disk whose content here may be overwritten; give every disk of the machine.
+        #[arg(long = "overwrite", value_name = "DISK")]
+        overwrite: Vec<String>,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// All failovers, the oldest first.
+    List(Ask),
+    /// One failover with its steps.
+    Show {
+        /// Which.
+        job: String,
+        #[command(flatten)]
+        ask: Ask,
+    },
+}
+
+/// Runs the command.
+pub(super) fn run(command: FailoverCommand) -> anyhow::Result<()> {
+    let decide = |job: String, decision, wait: &Wait| request(Request::FailoverDecide { job, decision }, wait).map(drop);
+    match command {
+        FailoverCommand::Test { machine, point, hook, cleanup, wait } => {
+            let start = Request::FailoverStart { kind: JobKind::Test, machine, point, hook, overwrite: Vec::new() };
+            if !cleanup || wait.detach {
+                return request(start, &wait).and_then(|job| verdict(&job));
+            }
+            let mut job = watch(&start, &wait)?;
+            if job.state == "running" {
+                job = watch(&Request::FailoverDecide { job: job.id.to_string(), decision: Decision::Cleanup }, &wait)?;
+            }
+            if wait.ask.json {
+                output::json(&job)?;
+            }
+            verdict(&job)
+        }
+        FailoverCommand::Planned { machine, point, hook, yes, wait } => {
+            let question = format!("The agent of {machine} stops taking writes now: shut the machine down first if it can be. Nothing is lost.");
+            confirm(&question, yes, wait.ask.json)?;
+            request(Request::FailoverStart { kind: JobKind::Planned, machine, point, hook, overwrite: Vec::new() }, &wait).map(drop)
+        }
+        FailoverCommand::Unplanned { machine, point, hook, yes, wait } => {
+            let plan: PlanView = ask(&wait.ask.control, &Request::FailoverPlan { machine: machine.clone(), point: point.clone() })?;
+            confirm(&lost(&plan, &point), yes, wait.ask.json)?;
+            request(Request::FailoverStart { kind: JobKind::Unplanned, machine, point, hook, overwrite: Vec::new() }, &wait).map(drop)
+        }
+        FailoverCommand::ChangePoint { job, point, wait } => decide(job, Decision::ChangePoint(point), &wait),
+        FailoverCommand::Commit { job, drop_pinned, wait } => decide(job, Decision::Commit { drop_pinned }, &wait),
+        FailoverCommand::Cancel { job, wait } => decide(job, Decision::Cancel, &wait),
+        FailoverCommand::Cleanup { job, wait } => decide(job, Decision::Cleanup, &wait),
+        FailoverCommand::Reprotect { machine, overwrite, wait } => {
+            let start = Request::FailoverStart { kind: JobKind::Reprotect, machine, point: Choice::Latest, hook: None, overwrite };
+            request(start, &wait).map(drop)
+        }
+        FailoverCommand::List(args) => list(&args),
+        FailoverCommand::Show { job, ask: args } => show(&job, &args),
+    }
+}
+
+/// What an unplanned failover takes and loses.
+fn lost(plan: &PlanView, choice: &Choice) -> String {
+    let mut text = format!("point    {} of {}{}\n", plan.point, plan.point_time, plan.label.as_ref().map_or_else(String::new, |l| format!(" {l:?}")));
+    if *choice == Choice::Latest {
+        text += "         or a newer one, if one is complete once everything that arrived is applied\n";
+    }
+    let clock = if plan.lost_seconds_monotonic { "measured here" } else { "by the source's clock" };
+    text += &format!("lost     what the machine wrote after it: {} ({clock})\n", output::seconds(Some(plan.lost_seconds)));
+    text += &format!("         about {} that came here after the point, {} that wait here to be applied\n", show_size(plan.newer_bytes), show_size(plan.waiting_bytes));
+    match plan.heard_seconds {
+        Some(heard) => text += &format!("         {} that the agent had and not sent when it was heard, {} ago\n", show_size(plan.unsent_bytes), output::seconds(Some(heard))),
+        None => text += "         what the agent had and not sent is not known: it was not heard since this master target started\n",
+    }
+    text + &format!("The source of {} is refused from now on, until the failover is cancelled. Points stay until it is committed.", plan.machine)
+}
+
+/// Asks a person.
+fn confirm(question: &str, yes: bool, json: bool) -> anyhow::Result<()> {
+    if yes && json {
+        return Ok(());
+    }
+    eprintln!("{question}");
+    if yes {
+        return Ok(());
+    }
+    if !std::io::stdin().is_terminal() {
+        return Err(Usage("add --yes to do it without being asked".to_owned()).into());
+    }
+    eprint!("Go on? [y/N] ");
+    std::io::stderr().flush()?;
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    if !matches!(answer.trim(), "y" | "Y" | "yes") {
+        bail!("nothing was done");
+    }
+    Ok(())
+}
+
+/// Sends a request, watches the job, says how it stands; an error if it does not go on.
+fn request(request: Request, wait: &Wait) -> anyhow::Result<JobView> {
+    let job = watch(&request, wait)?;
+    if wait.ask.json {
+        output::json(&job)?;
+    }
+    match (&job.error, job.passed) {
+        (Some(_), Some(false)) => verdict(&job).map(|()| job),
+        (Some(error), _) => bail!("failover {}: {error}{}", job.id, job.remedy.as_ref().map_or_else(String::new, |r| format!(". Do: {r}"))),
+        (None, _) => Ok(job),
+    }
+}
+
+/// Sends a request and watches the job until it waits for somebody.
+fn watch(request: &Request, wait: &Wait) -> anyhow::Result<JobView> {
+    let control = &wait.ask.control;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let job: JobView = runtime.block_on(client::call(control, request))?;
+    let (id, before) = (job.id, if matches!(request, Request::FailoverDecide { .. }) { usize::MAX } else { 0 });
+    let mut told = Told { steps: before.min(job.steps.len().saturating_sub(usize::from(job.busy))), open: false };
+    let mut job = job;
+    let bar = if wait.ask.json || !std::io::stderr().is_terminal() { indicatif::ProgressBar::hidden() } else { indicatif::ProgressBar::new(0) };
+    bar.set_style(indicatif::ProgressStyle::with_template("  {bar:40} {binary_bytes} of {binary_total_bytes}")?);
+    let mut missed = 0;
+    while job.busy && !wait.detach {
+        if !wait.ask.json {
+            told.print(&job);
+        }
+        if let Some((done, total)) = job.progress {
+            bar.set_length(total);
+            bar.set_position(done);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        match runtime.block_on(client::call::<Vec<JobView>>(control, &Request::Failovers)) {
+            Ok(all) => {
+                missed = 0;
+                let Some(now) = all.into_iter().find(|j| j.id == id) else { bail!("failover {id} is not known any more") };
+                job = now;
+            }
+            // The job goes on when the master target is started again.
+            Err(error) if missed < 100 => {
+                missed += 1;
+                tracing::debug!(%error, "asking again");
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    bar.finish_and_clear();
+    if !wait.ask.json {
+        told.print(&job);
+        end(&job, wait.detach);
+    }
+    Ok(job)
+}
+
+/// Which steps were printed.
+struct Told {
+    steps: usize,
+    open: bool,
+}
+
+impl Told {
+    fn print(&mut self, job: &JobView) {
+        for step in job.steps.iter().skip(self.steps) {
+            let Some(seconds) = step.seconds else {
+                if !self.open && std::io::stderr().is_terminal() {
+                    eprintln!("  {} ...", step.name);
+                }
+                self.open = true;
+                return;
+            };
+            let what = match (&step.error, &step.detail) {
+                (Some(error), _) => format!(": FAILED: {error}"),
+                (None, Some(detail)) => format!(": {detail}"),
+                (None, None) => String::new(),
+            };
+            println!("  {} ({seconds:.1} s){what}", step.name);
+            self.steps += 1;
+            self.open = false;
+        }
+    }
+}
+
+fn end(job: &JobView, detached: bool) {
+    println!("failover {} of {}: {}", job.id, job.machine, job.state);
+    if detached && job.busy {
+        return println!("it goes on; see `tidegate failover show {}`", job.id);
+    }
+    let id = job.id;
+    match job.state.as_str() {
+        "running" => println!("the copy stands until `tidegate failover cleanup {id}`; what is written to it is dropped then"),
+        "failed-over" => println!("run the machine from the disks above. Then: `tidegate failover change-point {id} --point P`, `commit {id}` or `cancel {id}`"),
+        "committed" => println!("the machine goes on from the disks above; to run it from the image files instead, stop it and `tidegate failover cleanup {id}`"),
+        "released" => println!("the image files above are yours; to replicate the machine back here later: `tidegate failover reprotect {}`", job.machine),
+        _ => {}
+    }
+}
+
+fn verdict(job: &JobView) -> anyhow::Result<()> {
+    match job.passed {
+        Some(false) => bail!("the machine did not come up: {}", job.error.as_deref().unwrap_or("see `tidegate failover show`")),
+        _ => Ok(()),
+    }
+}
+
+fn list(args: &Ask) -> anyhow::Result<()> {
+    let jobs: Vec<JobView> = ask(&args.control, &Request::Failovers)?;
+    if args.json {
+        return output::json(&jobs);
+    }
+    let row = |j: &JobView| {
+        let result = match (j.passed, &j.error) {
+            (Some(true), _) => "passed".to_owned(),
+            (_, Some(error)) => error.chars().take(60).collect(),
+            _ => String::new(),
+        };
+        vec![
+            j.id.to_string(),
+            j.machine.clone(),
+            j.kind.clone(),
+            j.state.clone(),
+            j.point_time.clone().unwrap_or_else(|| "-".to_owned()),
+            j.started.clone(),
+            j.by.clone(),
+            result,
+        ]
+    };
+    output::table(&["JOB", "MACHINE", "KIND", "STATE", "POINT", "STARTED", "BY", "RESULT"], &jobs.iter().map(row).collect::<Vec<_>>());
+    Ok(())
+}
+
+fn show(which: &str, args: &Ask) -> anyhow::Result<()> {
+    let jobs: Vec<JobView> = ask(&args.control, &Request::Failovers)?;
+    let Some(job) = jobs.iter().rev().find(|j| j.id.to_string() == which || j.machine == which) else {
+        bail!("there is no failover {which}: see `tidegate failover list`");
+    };
+    if args.json {
+        return output::json(job);
+    }
+    println!("failover {}  {} of {}, {}{}", job.id, job.kind, job.machine, job.state, if job.busy { ", working" } else { "" });
+    println!("point      {} {}", job.point.as_deref().unwrap_or("-"), job.point_time.as_deref().unwrap_or_default());
+    println!("asked for  {} by {} at {}", job.choice, job.by, job.started);
+    if let Some(ended) = &job.ended {
+        println!("ended      {ended}");
+    }
+    for disk in &job.disks {
+        println!("  disk {}  {}  {}", disk.name, show_size(disk.size_bytes), disk.nbd.as_deref().unwrap_or("not served"));
+    }
+    Told { steps: 0, open: true }.print(job);
+    if let Some((done, total)) = job.progress {
+        println!("  now: {} of {}", show_size(done), show_size(total));
+    }
+    if let Some(error) = &job.error {
+        println!("error      {error}");
+    }
+    if let Some(remedy) = &job.remedy {
+        println!("do         {remedy}");
+    }
+    Ok(())
+}

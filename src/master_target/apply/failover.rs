@@ -1,0 +1,139 @@
+//! What a failover does with a replica: halts it, rolls it, serves it, ends its history, gives it out of hand.
+
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use super::Apply;
+use super::replica::Replica;
+use super::roll::{self, Progress};
+use super::standing;
+use crate::disk::Disk;
+use crate::model::{DiskId, Extent, Hold, Position};
+
+type Answer<T> = oneshot::Sender<Result<T, String>>;
+
+/// An order of a failover.
+pub enum Order {
+    /// Waits until nothing is applied any more, and tells where the replica stands. The hold was set before.
+    Halt {
+        /// The checkpoint, and the size of the disk.
+        done: Answer<(Position, u64)>,
+    },
+    /// How much was overwritten since a point, about.
+    Since {
+        /// The point's position.
+        position: Position,
+        /// Bytes.
+        done: Answer<u64>,
+    },
+    /// See [`roll::roll`].
+    Roll {
+        /// Where the failover began.
+        before: Position,
+        /// Where the replica is to stand.
+        target: Position,
+        /// How far it is.
+        progress: Arc<Progress>,
+        /// Bytes written.
+        done: Answer<u64>,
+    },
+    /// Reads the image.
+    Read {
+        /// What.
+        extent: Extent,
+        /// The content.
+        done: Answer<Bytes>,
+    },
+    /// Where the image has data.
+    NextData {
+        /// From where.
+        offset: u64,
+        /// The extent.
+        done: Answer<Option<Extent>>,
+    },
+    /// Changes the image, see [`standing`].
+    Change(standing::Request),
+    /// The point was committed: nothing is kept any more, nothing of the old stream is applied.
+    EndHistory {
+        /// Done.
+        done: Answer<()>,
+    },
+    /// Closes the image and tells its files.
+    Retire {
+        /// The files.
+        done: Answer<Vec<PathBuf>>,
+    },
+}
+
+impl Apply {
+    /// Does what a failover wants.
+    pub(super) async fn order(self: &Rc<Self>, disk: DiskId, order: Order) {
+        let replica = self.replicas.borrow().get(&disk).cloned();
+        let Some(replica) = replica else {
+            let none = || self.shared.disk(disk).map_or_else(|| "the disk is not configured".to_owned(), |d| d.condition().error.clone().unwrap_or_else(|| format!("there is no replica of {}", d.label)));
+            match order {
+                Order::Halt { done } => drop(done.send(Err(none()))),
+                Order::Since { done, .. } => drop(done.send(Err(none()))),
+                Order::Roll { done, .. } => drop(done.send(Err(none()))),
+                Order::Read { done, .. } => drop(done.send(Err(none()))),
+                Order::NextData { done, .. } => drop(done.send(Err(none()))),
+                Order::Change(request) => drop(request.done.send(Err(standing::StandingError::Failed(none())))),
+                Order::EndHistory { done } => drop(done.send(Err(none()))),
+                // Given out of hand before a restart.
+                Order::Retire { done } => drop(done.send(Ok(self.shared.disk(disk).and_then(|d| d.condition().image.clone()).map_or_else(Vec::new, |(format, path)| format.files(&path))))),
+            }
+            return;
+        };
+        match order {
+            Order::Halt { done } => {
+                let _alone = replica.changing.lock().await;
+                let condition = replica.shared.condition().clone();
+                let halted = match condition.error {
+                    Some(error) => Err(error),
+                    None if condition.hold < Hold::Standing => Err("the replica is not held".to_owned()),
+                    None => Ok((condition.checkpointed, replica.image.size())),
+                };
+                let _ = done.send(halted);
+            }
+            Order::Since { position, done } => drop(done.send(Ok(replica.retention.bytes_since(position)))),
+            Order::Roll { before, target, progress, done } => {
+                let _ = done.send(roll::roll(&replica, before, target, &progress).await.map_err(|e| e.to_string()));
+            }
+            Order::Read { extent, done } => drop(done.send(standing::read(&replica, extent).await)),
+            Order::NextData { offset, done } => drop(done.send(replica.image.next_data(offset).map_err(|e| e.to_string()))),
+            Order::Change(request) => {
+                let writer = self.writers.borrow_mut().entry(disk).or_insert_with(|| standing::start(replica)).clone();
+                // Full: the machine waits, as for any busy disk.
+                let _ = writer.send(request).await;
+            }
+            Order::EndHistory { done } => {
+                let _alone = replica.changing.lock().await;
+                let ended = replica.retention.end().map_err(|e| e.to_string());
+                replica.last_marker.set(None);
+                replica.noted_marker.set(None);
+                replica.shared.condition().retained_bytes = replica.retention.bytes();
+                self.journal.release(replica.shared.clear_queue()).await;
+                let _ = done.send(ended);
+            }
+            Order::Retire { done } => drop(done.send(self.retire(&replica).await)),
+        }
+    }
+
+    /// Leaves the image to others. Its tasks end, and it is closed with the last of them.
+    async fn retire(&self, replica: &Rc<Replica>) -> Result<Vec<PathBuf>, String> {
+        let id = replica.shared.id;
+        {
+            let _alone = replica.changing.lock().await;
+            replica.image.barrier().await.map_err(|e| e.to_string())?;
+        }
+        replica.retired.set(true);
+        self.writers.borrow_mut().remove(&id);
+        self.replicas.borrow_mut().remove(&id);
+        replica.shared.queued.notify_one();
+        Ok(replica.format.files(&replica.path))
+    }
+}

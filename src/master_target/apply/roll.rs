@@ -1,0 +1,104 @@
+//! Brings a replica to one of its points, so that the image itself is the disk as it was then. Undoable: it is done as every
+//! other change of a replica is done, what stands there first goes to the retention journal.
+//!
+//! A failover begins an interval of its own at the position where the replica stands. Rolling to a point writes, for every
+//! block that any interval from the point on has, the content of the first that has it; the interval of the failover keeps what
+//! stood there before. So all points stay what they were, another point is one more roll, and cancelling is the roll to the
+//! position where the failover began.
+//!
+//! If power goes anywhere: the job says where the replica is to stand, and the same roll is done again. It reads from
+//! intervals only, never from the blocks that it writes.
+//!
+//! Costs: reads and writes what was overwritten since the point, once; nothing of the rest of the disk.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures_util::StreamExt;
+
+use super::checkpoint::ApplyError;
+use super::replica::Replica;
+use crate::config::limits::APPLY_DEPTH;
+use crate::disk::Disk;
+use crate::model::{Extent, Position};
+
+/// Bytes read at once.
+const STEP: u64 = 1 << 20;
+/// Bytes whose old content is made durable at once.
+const GROUP: usize = 16;
+
+/// How far a roll is, for whoever watches.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Bytes that are done.
+    pub done: AtomicU64,
+    /// Bytes in all; 0 while unknown.
+    pub total: AtomicU64,
+}
+
+/// Rolls to `target`. `before` is where the replica stood when the failover began. Returns the bytes written.
+///
+/// # Errors
+/// [`ApplyError`]; rolling again goes on.
+pub async fn roll(replica: &Replica, before: Position, target: Position, progress: &Progress) -> Result<u64, ApplyError> {
+    let _alone = replica.changing.lock().await;
+    replica.retention.begin(before).await?;
+    replica.last_marker.set(Some(before));
+    replica.noted_marker.set(Some(before));
+    let view = replica.retention.view(target).await?;
+    let size = replica.image.size();
+    let mut extents = Vec::new();
+    let mut at = 0;
+    while let Some(found) = view.next_kept(at).filter(|e| e.offset < size) {
+        let end = found.end().min(size);
+        while at.max(found.offset) < end {
+            let from = at.max(found.offset);
+            at = end.min(from + STEP);
+            extents.push(Extent::new(from, at - from));
+        }
+    }
+    let total: u64 = extents.iter().map(|e| e.len).sum();
+    progress.total.store(total, Ordering::Relaxed);
+    progress.done.store(0, Ordering::Relaxed);
+    for group in extents.chunks(GROUP) {
+        replica.retention.preserve(&replica.image, group.iter().copied()).await?;
+        let steps = group.iter().map(|&extent| {
+            let view = &view;
+            async move {
+                let old = view.read(&replica.image, extent).await?;
+                write_sparse(replica, extent, old).await
+            }
+        });
+        let mut running = futures_util::stream::iter(steps).buffer_unordered(APPLY_DEPTH / 8);
+        while let Some(result) = running.next().await {
+            result?;
+        }
+        drop(running);
+        progress.done.fetch_add(group.iter().map(|e| e.len).sum(), Ordering::Relaxed);
+    }
+    replica.image.barrier().await?;
+    replica.shared.condition().retained_bytes = replica.retention.bytes();
+    Ok(total)
+}
+
+/// Writes content, zeroes as zeroes: what was a hole at the point takes no space.
+async fn write_sparse(replica: &Replica, extent: Extent, data: crate::storage::AlignedBuf) -> Result<(), ApplyError> {
+    const UNIT: usize = 64 << 10;
+    let data = data.freeze();
+    let is_zero = |bytes: &[u8]| bytes.iter().all(|&b| b == 0);
+    let mut at = 0;
+    while at < data.len() {
+        let zero = is_zero(&data[at..data.len().min(at + UNIT)]);
+        let mut end = data.len().min(at + UNIT);
+        while end < data.len() && is_zero(&data[end..data.len().min(end + UNIT)]) == zero {
+            end = data.len().min(end + UNIT);
+        }
+        let offset = extent.offset + at as u64;
+        if zero {
+            replica.image.zero(Extent::new(offset, (end - at) as u64)).await?;
+        } else {
+            replica.image.write(offset, data.slice(at..end)).await?;
+        }
+        at = end;
+    }
+    Ok(())
+}

@@ -1,0 +1,568 @@
+//! What jobs do, step by step. Each state is durable before its work begins and its work can be done again.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::{Notify, oneshot};
+
+use super::engine::Engine;
+use super::hooks::{self, Phase};
+use crate::clock;
+use crate::config::units::show_size;
+use crate::master_target::apply::Command as ApplyCommand;
+use crate::master_target::apply::failover::Order;
+use crate::master_target::apply::roll::Progress;
+use crate::master_target::catalogue::Effects;
+use crate::master_target::recover::{Command as RecoverCommand, Serve, Target};
+use crate::master_target::shared::DiskShared;
+use crate::model::job::{ChosenPoint, JobDisk};
+use crate::model::{Address, Choice, DiskId, Hold, Job, JobKind, JobState, PointId, PointKind, Position, RecoveryPoint, Wanted};
+
+/// How often what is waited for is looked at.
+const LOOK: Duration = Duration::from_millis(50);
+/// Batches that were received must be in the journal by then, or the journal is stuck.
+const JOURNAL_LIMIT: Duration = Duration::from_secs(60);
+
+impl Engine {
+    /// Does what the job's state asks for, until it waits for a person.
+    pub(super) async fn run_job(self: &Rc<Self>, id: u64, restarted: bool) {
+        let Ok(mut job) = self.job(id) else { return };
+        let result = match job.state {
+            JobState::Preparing | JobState::Running | JobState::CleaningUp if restarted => self.end_test(&mut job).await,
+            JobState::Preparing => self.test(&mut job).await,
+            JobState::CleaningUp => self.clean_up(&mut job).await,
+            JobState::Quiescing | JobState::Draining => self.fail_over(&mut job).await,
+            JobState::Rolling => self.roll(&mut job).await,
+            JobState::FailedOver | JobState::Committed if restarted => self.stand_again(&mut job).await,
+            JobState::Cancelling => self.roll_back(&mut job).await,
+            JobState::Committing => self.end_history(&mut job).await,
+            JobState::Releasing => self.release(&mut job).await,
+            _ => Ok(()),
+        };
+        let Err(error) = result else { return };
+        job.end(Err(error.clone()), clock::wall_ms());
+        job.error = Some(error.clone());
+        job.remedy = Some(match job.state {
+            // Nothing was changed yet.
+            JobState::Preparing | JobState::Quiescing | JobState::Draining => {
+                self.set_hold(&job, Hold::None);
+                for disk in self.disks(job.machine) {
+                    disk.set_wanted(Wanted::Run);
+                }
+                self.unmount(&job).await;
+                job.enter(JobState::Failed, clock::wall_ms());
+                "nothing was changed: correct what the error names and ask again".to_owned()
+            }
+            JobState::Rolling => format!(
+                "correct what the error names, then `tidegate failover change-point {id}` to go on or `tidegate failover cancel {id}` to go back; every point is as it was"
+            ),
+            JobState::Cancelling => format!("correct what the error names, then `tidegate failover cancel {id}` again"),
+            _ => format!("correct what the error names, then ask again; see `tidegate failover show {id}`"),
+        });
+        tracing::error!(job = id, machine = job.machine_name, error, "failover does not go on");
+        if let Err(error) = self.keep(job, &Effects::default()).await {
+            tracing::error!(job = id, error, "the state of a failover cannot be noted");
+        }
+    }
+
+    // ---- tests -------------------------------------------------------------------------------------------------------
+
+    async fn test(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        self.step(job, "choose the point").await?;
+        let point = self.choose(job)?;
+        let told = describe(&point);
+        job.point = Some(chosen(&point));
+        self.done(job, Some(told)).await?;
+        let dir = self.dir(job.id);
+        crate::storage::uring::create_dir_durable(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+        for disk in self.disks(job.machine) {
+            self.step(job, &format!("mount {}", disk.name)).await?;
+            let address = Address::Unix(dir.join(format!("{}.sock", disk.name)));
+            let (done, answer) = oneshot::channel();
+            let target = Target::Nbd { address: address.clone(), writable: true };
+            let start = RecoverCommand::Start { point: point.id, disk: disk.id, label: disk.label.clone(), target, done };
+            self.setup.recover.send(start).await.map_err(|_| gone())?;
+            let view = answer.await.map_err(|_| gone())??;
+            self.mounts.borrow_mut().entry(job.id).or_default().push(view.name.clone());
+            set_disk(job, disk.id, |d| (d.nbd, d.size) = (Some(address.clone()), view.total_bytes));
+            self.done(job, Some(address.nbd_uri())).await?;
+        }
+        let checked = self.start_machine(job).await;
+        // A machine that does not come up is a result, and is left standing to be looked at.
+        job.passed = job.hook.is_some().then_some(checked.is_ok());
+        if let Err(error) = checked {
+            job.end(Err(error.clone()), clock::wall_ms());
+            job.error = Some(error);
+            job.remedy = Some(format!("look at the machine and the output, then `tidegate failover cleanup {}`", job.id));
+        }
+        job.enter(JobState::Running, clock::wall_ms());
+        self.keep(job.clone(), &Effects::default()).await
+    }
+
+    async fn clean_up(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        self.stop_machine(job).await?;
+        self.step(job, "end the mounts").await?;
+        self.unmount(job).await;
+        self.done(job, None).await?;
+        job.enter(JobState::Cleaned, clock::wall_ms());
+        self.keep(job.clone(), &Effects::default()).await
+    }
+
+    /// Mounts do not outlive the process: what is left of the test is taken away.
+    async fn end_test(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        if job.state == JobState::Preparing {
+            job.error = Some("the master target was restarted meanwhile".to_owned());
+            job.remedy = Some("start the test again".to_owned());
+        }
+        self.clean_up(job).await
+    }
+
+    async fn unmount(&self, job: &Job) {
+        for name in self.mounts.borrow_mut().remove(&job.id).unwrap_or_default() {
+            let _ = self.stop_service(&name).await;
+        }
+        if job.kind == JobKind::Test {
+            let _ = std::fs::remove_dir_all(self.dir(job.id));
+        }
+    }
+
+    // ---- failing over ------------------------------------------------------------------------------------------------
+
+    async fn fail_over(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        let give_up = Rc::new(Notify::new());
+        self.give_up.borrow_mut().insert(job.id, give_up.clone());
+        tokio::select! {
+            result = self.halt_and_choose(job) => result?,
+            () = give_up.notified() => return Err("it was cancelled".to_owned()),
+        }
+        // From here on nobody can give up by waiting: cancelling is a roll.
+        self.roll(job).await
+    }
+
+    async fn halt_and_choose(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        let disks = self.disks(job.machine);
+        if job.state == JobState::Quiescing {
+            self.quiesce(job, &disks).await?;
+            job.enter(JobState::Draining, clock::wall_ms());
+            self.keep(job.clone(), &Effects::default()).await?;
+        }
+        // Durable by now: the hold comes back with a restart.
+        self.set_hold(job, Hold::Draining);
+        self.step(job, "take what has arrived").await?;
+        let started = clock::now();
+        for disk in &disks {
+            loop {
+                let condition = disk.condition().clone();
+                if condition.received == condition.journaled {
+                    break;
+                }
+                if clock::now().since(started) > JOURNAL_LIMIT {
+                    return Err(format!("the journal does not take what arrived of {}", disk.label));
+                }
+                tokio::time::sleep(LOOK).await;
+            }
+        }
+        if job.choice == Choice::Latest {
+            for disk in &disks {
+                loop {
+                    let condition = disk.condition().clone();
+                    if disk.waiting() == 0 && condition.checkpointed == condition.journaled {
+                        break;
+                    }
+                    if let Some(error) = condition.error {
+                        return Err(format!("what arrived of {} cannot be applied ({error}): choose latest-processed to go without it", disk.label));
+                    }
+                    tokio::time::sleep(LOOK).await;
+                }
+            }
+        }
+        self.done(job, None).await?;
+        self.step(job, "halt the replicas").await?;
+        self.set_hold(job, Hold::Standing);
+        for disk in &disks {
+            let (before, size) = self.order(disk.id, |done| Order::Halt { done }).await?;
+            set_disk(job, disk.id, |d| (d.before, d.size) = (Some(before), size));
+        }
+        self.done(job, None).await?;
+        self.step(job, "choose the point").await?;
+        let point = self.choose(job)?;
+        let told = describe(&point);
+        aim(job, &point)?;
+        self.done(job, Some(told)).await?;
+        job.enter(JobState::Rolling, clock::wall_ms());
+        let stand = job.disks.iter().map(|d| (d.id, d.before)).collect();
+        self.keep(job.clone(), &Effects { stand, ..Effects::default() }).await
+    }
+
+    async fn quiesce(self: &Rc<Self>, job: &mut Job, disks: &[Arc<DiskShared>]) -> Result<(), String> {
+        self.step(job, "stop the source and take the final point").await?;
+        let point = match &job.point {
+            Some(point) => point.id,
+            None => {
+                let id = PointId(uuid::Uuid::new_v4());
+                job.point = Some(ChosenPoint { id, kind: PointKind::Crash, label: None, wall_ms: clock::wall_ms() });
+                self.keep(job.clone(), &Effects::default()).await?;
+                id
+            }
+        };
+        for disk in disks {
+            disk.set_wanted(Wanted::Quiesce(point));
+        }
+        let listed = loop {
+            let found = self.setup.shared.book().get(point).cloned();
+            if let Some(found) = found {
+                break found;
+            }
+            tokio::time::sleep(LOOK).await;
+        };
+        job.choice = Choice::Point(point.to_string());
+        // The agent takes no more writes: its newest change is the final marker of each disk.
+        let started = clock::now();
+        let mut proof = Vec::new();
+        for disk in disks {
+            let marker = listed.disks.get(&disk.id).copied().ok_or_else(|| format!("the final point has no disk {}", disk.name))?;
+            loop {
+                let captured = disk.condition().report.as_ref().map(|(report, _)| report.captured);
+                if captured == Some(marker) {
+                    break;
+                }
+                if clock::now().since(started) > JOURNAL_LIMIT {
+                    return Err(format!("the agent has {} of {} and the final point stands at {marker}: something was written after it", captured.map_or_else(|| "nothing".to_owned(), |p| p.to_string()), disk.label));
+                }
+                tokio::time::sleep(LOOK).await;
+            }
+            proof.push(format!("{} captured {marker} = in the point {marker}", disk.name));
+        }
+        self.done(job, Some(format!("nothing is lost: {}", proof.join(", ")))).await
+    }
+
+    async fn roll(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        for disk in job.disks.clone() {
+            let (Some(before), Some(target)) = (disk.before, disk.target) else { return Err(format!("{} has no place to roll to", disk.name)) };
+            self.step(job, &format!("roll {}", disk.name)).await?;
+            let bytes = self.roll_disk(job.id, &disk, before, target).await?;
+            self.done(job, Some(format!("{} written", show_size(bytes)))).await?;
+        }
+        (job.error, job.remedy) = (None, None);
+        job.enter(JobState::FailedOver, clock::wall_ms());
+        self.keep(job.clone(), &Effects::default()).await?;
+        self.serve(job).await?;
+        self.start_machine(job).await
+    }
+
+    async fn roll_disk(&self, id: u64, disk: &JobDisk, before: Position, target: Position) -> Result<u64, String> {
+        let progress = Arc::new(Progress::default());
+        if let Some(entry) = self.setup.jobs.lock().get_mut(&id) {
+            entry.progress = Some(progress.clone());
+        }
+        let rolled = self.order(disk.id, |done| Order::Roll { before, target, progress, done }).await;
+        if let Some(entry) = self.setup.jobs.lock().get_mut(&id) {
+            entry.progress = None;
+        }
+        rolled
+    }
+
+    /// Serves the replicas as the machine's disks.
+    async fn serve(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        let dir = self.dir(job.id);
+        crate::storage::uring::create_dir_durable(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+        for disk in job.disks.clone() {
+            self.step(job, &format!("serve {}", disk.name)).await?;
+            let address = Address::Unix(dir.join(format!("{}.sock", disk.name)));
+            let label = format!("{}/{}", job.machine_name, disk.name);
+            let serve = Serve { name: service(job.id, &disk), disk: disk.id, label, address: address.clone(), size: disk.size };
+            let (done, answer) = oneshot::channel();
+            self.setup.recover.send(RecoverCommand::Serve { serve, done }).await.map_err(|_| gone())?;
+            answer.await.map_err(|_| gone())??;
+            set_disk(job, disk.id, |d| d.nbd = Some(address.clone()));
+            self.done(job, Some(address.nbd_uri())).await?;
+        }
+        Ok(())
+    }
+
+    /// After a restart: the disks are served again where they were; the machine is whoever started it's.
+    async fn stand_again(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        if job.state == JobState::Committed {
+            self.end_histories(job).await?;
+        }
+        self.serve(job).await
+    }
+
+    // ---- decisions ---------------------------------------------------------------------------------------------------
+
+    /// Another point for a failover that is not committed; the same again goes on with one that failed.
+    pub(super) async fn change_point(self: &Rc<Self>, id: u64, choice: Choice) -> Result<u64, String> {
+        let mut job = self.at_rest(id, &[JobState::FailedOver, JobState::Rolling], "only a failover that is not committed can change its point")?;
+        job.choice = match choice {
+            // Nothing arrives any more; the newest is the newest.
+            Choice::Latest => Choice::LatestProcessed,
+            other => other,
+        };
+        let point = self.choose(&job)?;
+        self.stop_machine(&mut job).await?;
+        self.stop_serving(&mut job).await;
+        aim(&mut job, &point)?;
+        (job.error, job.remedy) = (None, None);
+        job.enter(JobState::Rolling, clock::wall_ms());
+        self.keep(job, &Effects::default()).await?;
+        self.go_on(id, false);
+        Ok(id)
+    }
+
+    /// Keeps the failover and drops the points. The machine goes on running meanwhile.
+    pub(super) async fn commit(self: &Rc<Self>, id: u64, drop_pinned: bool) -> Result<u64, String> {
+        let mut job = self.at_rest(id, &[JobState::FailedOver], "only a failover that stands can be committed")?;
+        let _alone = self.setup.shared.noting.lock().await;
+        let dropped = {
+            let book = self.setup.shared.book();
+            let pinned = book.of(job.machine).iter().filter(|p| p.pinned).count();
+            if pinned > 0 && !drop_pinned {
+                return Err(format!("{pinned} points of {} are pinned, and committing drops every point: export what you need, then add --drop-pinned", job.machine_name));
+            }
+            if let Some(used) = book.of(job.machine).iter().find(|p| book.is_in_use(p.id)) {
+                return Err(format!("point {} is mounted or being exported: end that first, see `tidegate recover list`", used.id));
+            }
+            job.disks.iter().flat_map(|d| book.needing(d.id)).collect::<std::collections::BTreeSet<_>>()
+        };
+        let dropped: Vec<PointId> = dropped.into_iter().collect();
+        job.enter(JobState::Committing, clock::wall_ms());
+        let stand = job.disks.iter().map(|d| (d.id, None)).collect();
+        self.keep(job, &Effects { stand, dropped: dropped.clone(), ..Effects::default() }).await?;
+        {
+            let mut book = self.setup.shared.book();
+            book.unlist(&dropped);
+            book.forget_pending(&dropped);
+        }
+        self.go_on(id, false);
+        Ok(id)
+    }
+
+    async fn end_history(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        self.step(job, "drop the history").await?;
+        self.end_histories(job).await?;
+        self.done(job, None).await?;
+        job.enter(JobState::Committed, clock::wall_ms());
+        self.keep(job.clone(), &Effects::default()).await?;
+        self.set_hold(job, Hold::Committed);
+        // A restart comes here without anybody serving.
+        if job.disks.iter().all(|d| d.nbd.is_some()) && self.is_served(job).await { Ok(()) } else { self.serve(job).await }
+    }
+
+    async fn end_histories(&self, job: &Job) -> Result<(), String> {
+        self.set_hold(job, Hold::Committed);
+        for disk in &job.disks {
+            self.order(disk.id, |done| Order::EndHistory { done }).await?;
+        }
+        Ok(())
+    }
+
+    /// Back to replication, or out of waiting.
+    pub(super) async fn cancel(self: &Rc<Self>, id: u64) -> Result<u64, String> {
+        let entry = self.setup.jobs.get(id).ok_or_else(|| format!("there is no failover {id}: see `tidegate failover list`"))?;
+        match entry.job.kind {
+            JobKind::Test => return self.cleanup(id).await,
+            JobKind::Reprotect => return Err(format!("failover {id} protects the machine again, which has no way back: take the disk out of the configuration to stop it")),
+            _ => {}
+        }
+        if entry.busy && matches!(entry.job.state, JobState::Quiescing | JobState::Draining) {
+            if let Some(give_up) = self.give_up.borrow().get(&id) {
+                give_up.notify_one();
+            }
+            return Ok(id);
+        }
+        let states = [JobState::FailedOver, JobState::Rolling, JobState::Cancelling];
+        let mut job = self.at_rest(id, &states, "a committed failover has no way back: protect the machine again and fail over home")?;
+        self.stop_machine(&mut job).await?;
+        self.stop_serving(&mut job).await;
+        (job.error, job.remedy) = (None, None);
+        job.enter(JobState::Cancelling, clock::wall_ms());
+        self.keep(job, &Effects::default()).await?;
+        self.go_on(id, false);
+        Ok(id)
+    }
+
+    async fn roll_back(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        for disk in job.disks.clone() {
+            let Some(before) = disk.before else { continue };
+            self.step(job, &format!("bring {} back to where it was", disk.name)).await?;
+            let bytes = self.roll_disk(job.id, &disk, before, before).await?;
+            self.done(job, Some(format!("{} written", show_size(bytes)))).await?;
+        }
+        job.enter(JobState::Cancelled, clock::wall_ms());
+        self.keep(job.clone(), &Effects::default()).await?;
+        self.set_hold(job, Hold::None);
+        for disk in self.disks(job.machine) {
+            // A source that was stopped for this goes on.
+            disk.set_wanted(Wanted::Run);
+        }
+        let _ = std::fs::remove_dir_all(self.dir(job.id));
+        Ok(())
+    }
+
+    /// Ends a test, or gives the images of a committed failover out of hand.
+    pub(super) async fn cleanup(self: &Rc<Self>, id: u64) -> Result<u64, String> {
+        let states = [JobState::Running, JobState::Committed, JobState::CleaningUp, JobState::Releasing];
+        let mut job = self.at_rest(id, &states, "cleanup is for tests and for committed failovers; `cancel` goes back, `commit` goes on")?;
+        let next = if job.kind == JobKind::Test { JobState::CleaningUp } else { JobState::Releasing };
+        job.enter(next, clock::wall_ms());
+        self.keep(job, &Effects::default()).await?;
+        self.go_on(id, false);
+        Ok(id)
+    }
+
+    async fn release(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        self.stop_machine(job).await?;
+        self.stop_serving(job).await;
+        for disk in job.disks.clone() {
+            self.step(job, &format!("give {} out of hand", disk.name)).await?;
+            let files = self.order(disk.id, |done| Order::Retire { done }).await?;
+            let files: Vec<String> = files.iter().map(|f| f.display().to_string()).collect();
+            self.done(job, Some(files.join(", "))).await?;
+        }
+        job.enter(JobState::Released, clock::wall_ms());
+        self.keep(job.clone(), &Effects::default()).await?;
+        self.set_hold(job, Hold::Released);
+        Ok(())
+    }
+
+    // ---- parts -------------------------------------------------------------------------------------------------------
+
+    async fn start_machine(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        let Some(name) = job.hook.clone() else { return Ok(()) };
+        let hook = self.hook(&name)?;
+        let dir = self.dir(job.id);
+        for phase in [Phase::Start, Phase::Check] {
+            // Noted before: a machine that may run is stopped later.
+            job.hook_started = true;
+            self.step(job, &format!("hook {name}: {}", phase.as_str())).await?;
+            let told = hooks::run(&hook, phase, job, &dir).await?;
+            self.done(job, told).await?;
+        }
+        Ok(())
+    }
+
+    async fn stop_machine(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        let Some(name) = job.hook.clone().filter(|_| job.hook_started) else { return Ok(()) };
+        let hook = self.hook(&name)?;
+        self.step(job, &format!("hook {name}: stop")).await?;
+        let stopped = hooks::run(&hook, Phase::Stop, job, &self.dir(job.id)).await;
+        if let Err(error) = &stopped {
+            job.end(Err(error.clone()), clock::wall_ms());
+            self.keep(job.clone(), &Effects::default()).await?;
+        }
+        let told = stopped?;
+        job.hook_started = false;
+        self.done(job, told).await
+    }
+
+    async fn stop_serving(&self, job: &mut Job) {
+        for disk in &mut job.disks {
+            let _ = self.stop_service(&format!("failover-{}-{}", job.id, disk.name)).await;
+            disk.nbd = None;
+        }
+    }
+
+    async fn stop_service(&self, name: &str) -> Result<bool, String> {
+        let (done, answer) = oneshot::channel();
+        self.setup.recover.send(RecoverCommand::Stop { name: name.to_owned(), done }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())
+    }
+
+    async fn is_served(&self, job: &Job) -> bool {
+        for disk in &job.disks {
+            let Some(address) = &disk.nbd else { return false };
+            if crate::nbd::Stream::connect(address).await.is_err() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Asks the apply thread.
+    pub(super) async fn order<T>(&self, disk: DiskId, make: impl FnOnce(oneshot::Sender<Result<T, String>>) -> Order) -> Result<T, String> {
+        let (done, answer) = oneshot::channel();
+        self.setup.apply.send(ApplyCommand::Failover { disk, order: make(done) }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    fn choose(&self, job: &Job) -> Result<RecoveryPoint, String> {
+        let book = self.setup.shared.book();
+        super::choose(&book.of(job.machine), &job.choice).cloned()
+    }
+
+    pub(super) fn set_hold(&self, job: &Job, hold: Hold) {
+        let reason = reason(job);
+        for disk in self.disks(job.machine) {
+            disk.set_hold(hold, &reason);
+        }
+    }
+
+    pub(super) async fn step(&self, job: &mut Job, name: &str) -> Result<(), String> {
+        job.begin(name, clock::wall_ms());
+        self.keep(job.clone(), &Effects::default()).await
+    }
+
+    pub(super) async fn done(&self, job: &mut Job, detail: Option<String>) -> Result<(), String> {
+        job.end(Ok(detail), clock::wall_ms());
+        self.keep(job.clone(), &Effects::default()).await
+    }
+}
+
+/// What the source is told while a failover holds the machine.
+pub fn reason(job: &Job) -> String {
+    let name = &job.machine_name;
+    let at = clock::rfc3339(job.started_ms);
+    match job.state {
+        JobState::Committed | JobState::Releasing | JobState::Released => format!(
+            "{name} failed over to this site (failover {}, begun {at}, committed): nothing is taken from the old source any more. To replicate it again, protect it from the side where it runs now",
+            job.id
+        ),
+        _ => format!(
+            "{name} is failing over to this site (failover {}, begun {at}): nothing is taken from the source until `tidegate failover cancel {}` at the master target",
+            job.id, job.id
+        ),
+    }
+}
+
+fn gone() -> String {
+    "the master target is stopping".to_owned()
+}
+
+fn service(job: u64, disk: &JobDisk) -> String {
+    format!("failover-{job}-{}", disk.name)
+}
+
+fn set_disk(job: &mut Job, id: DiskId, change: impl FnOnce(&mut JobDisk)) {
+    if let Some(disk) = job.disks.iter_mut().find(|d| d.id == id) {
+        change(disk);
+    }
+}
+
+/// Sets where each disk is to stand.
+fn aim(job: &mut Job, point: &RecoveryPoint) -> Result<(), String> {
+    for disk in &mut job.disks {
+        let target = point.disks.get(&disk.id).copied();
+        disk.target = Some(target.ok_or_else(|| format!("point {} has no disk {}: it joined later. Choose a newer point", point.id, disk.name))?);
+        if let Some(&size) = point.sizes.get(&disk.id) {
+            disk.size = size;
+        }
+    }
+    job.point = Some(chosen(point));
+    Ok(())
+}
+
+fn chosen(point: &RecoveryPoint) -> ChosenPoint {
+    ChosenPoint { id: point.id, kind: point.kind, label: point.label.clone(), wall_ms: point.wall_ms }
+}
+
+fn describe(point: &RecoveryPoint) -> String {
+    let label = point.label.as_ref().map_or_else(String::new, |l| format!(" {l:?}"));
+    format!("{}{label} of {} ({})", point.id, clock::rfc3339(point.wall_ms), point.kind.as_str())
+}
+
+/// Progress of the step that runs, bytes.
+pub fn progress(progress: &Progress) -> (u64, u64) {
+    (progress.done.load(Ordering::Relaxed), progress.total.load(Ordering::Relaxed))
+}
