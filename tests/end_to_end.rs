@@ -6,71 +6,16 @@ mod support;
 
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use support::mounted::{Mounted, check_file_system, write_files};
 use support::{Cluster, Options, s, same_bytes, tool, try_tool};
-
-/// The agent's export as a mounted ext4, by nbdfuse and a loop device.
-struct Mounted {
-    fuse: Child,
-    file: std::path::PathBuf,
-    point: std::path::PathBuf,
-}
-
-impl Mounted {
-    fn new(cluster: &Cluster) -> Self {
-        let (file, point) = (cluster.path("fuse-file"), cluster.path("mnt"));
-        fs::write(&file, b"").unwrap();
-        fs::create_dir_all(&point).unwrap();
-        let fuse = Command::new("nbdfuse")
-            .arg(&file)
-            .arg(cluster.nbd_uri(0))
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("nbdfuse: run tests through tests/run");
-        cluster.wait("nbdfuse", Duration::from_secs(10), || fs::metadata(&file).is_ok_and(|m| m.len() > 0));
-        Self { fuse, file, point }
-    }
-
-    fn mkfs(&self) {
-        tool("mkfs.ext4", &["-q", "-F", s(&self.file)]);
-    }
-
-    fn mount(&self) {
-        tool("mount", &["-o", "loop", s(&self.file), s(&self.point)]);
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = try_tool("umount", &[s(&self.point)]);
-        let _ = try_tool("umount", &[s(&self.file)]);
-        let _ = self.fuse.kill();
-        let _ = self.fuse.wait();
-    }
-}
-
-fn write_files(dir: &Path, round: usize, count: usize) {
-    use std::io::Write;
-    for n in 0..count {
-        let mut file = fs::File::create(dir.join(format!("file-{round}-{n}"))).unwrap();
-        file.write_all(format!("round {round} file {n} ").repeat(1 + n * 400).as_bytes()).unwrap();
-        file.sync_all().unwrap();
-    }
-}
-
-/// Journal replay as a mount would do it, on a copy; then the file system must be clean.
-fn check_file_system(raw: &Path) {
-    let replay = try_tool("e2fsck", &["-fy", "-E", "journal_only", s(raw)]);
-    assert!(replay.status.code().is_some_and(|c| c <= 1), "journal replay: {}", String::from_utf8_lossy(&replay.stdout));
-    tool("e2fsck", &["-fn", s(raw)]);
-}
 
 #[test]
 fn a_file_system_written_while_it_is_replicated_comes_back_at_every_point() {
     let mut cluster = Cluster::start(Options { disk_bytes: 256 << 20, ..Options::default() });
-    let mounted = Mounted::new(&cluster);
+    let mounted = Mounted::new(cluster.dir.path(), &cluster.nbd_uri(0));
     mounted.mkfs();
     mounted.mount();
     write_files(&mounted.point, 0, 20);

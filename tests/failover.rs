@@ -283,3 +283,48 @@ fn a_committed_failover_has_no_way_back_and_gives_the_images_out_of_hand() {
     assert_eq!(m.state(), "failed-over", "remembered");
     m.check_replicas(&copies, "not touched by a restart");
 }
+
+#[test]
+fn a_planned_failover_loses_nothing_and_a_cancelled_one_lets_the_source_go_on() {
+    let mut m = Machine::start(4, "1h");
+    m.point("a");
+    let sources = m.sources();
+    m.scribble(&sources, 60);
+    let job = m.failover(&["planned", "m1", "--hook", "fake", "--yes"]);
+    assert_eq!(job["state"], "failed-over", "{job}");
+    let now: Vec<PathBuf> = (0..DISKS).map(|i| m.keep(&m.cluster.disk(i), &format!("planned-{i}"))).collect();
+    m.check_served(&job, &now, "everything is there");
+    let refused = try_tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4k", &sources[0]]);
+    assert!(!refused.status.success() || String::from_utf8_lossy(&refused.stdout).contains("failed"), "the source takes no writes");
+    assert!(m.cluster.try_tidegate(&["point", "mark", "--machine", "m1", "--control", &m.cluster.control("agent")]).status.code() == Some(1));
+    // Written here, thrown away with the cancel.
+    m.scribble(&Machine::uris(&job), 61);
+    m.cluster.kill("agent");
+    m.cluster.start_role("agent");
+    assert_eq!(m.failover(&["cancel", "m1"])["state"], "cancelled");
+    assert!(m.env("stop").contains("TIDEGATE_KIND=planned"));
+    m.cluster.wait("the source goes on", Duration::from_secs(40), || {
+        try_tool("qemu-io", &["-f", "raw", "-c", "write -P 9 0 4k", &sources[0]]).status.success()
+            && m.cluster.agent_disk(0)["state"] == "delta"
+    });
+    m.cluster.wait_for_delta();
+    m.point("b");
+    for i in 0..DISKS {
+        let out = m.cluster.path("out.raw");
+        m.cluster.export(&m.models[1].0.clone(), i, "raw", &out);
+        assert!(same_bytes(&out, &m.models[1].1[i]), "disk {i} after the cancelled failover");
+        fs::remove_file(out).unwrap();
+    }
+    // An agent that is not there cannot stop its machine: the job waits, and can be given up.
+    m.cluster.kill("agent");
+    let control = m.cluster.control("master-target");
+    m.cluster.tidegate(&["failover", "planned", "m1", "--yes", "--detach", "--control", &control]);
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(m.failover(&["show", "m1"])["state"], "quiescing");
+    m.cluster.tidegate(&["failover", "cancel", "m1", "--detach", "--control", &control]);
+    m.cluster.wait("it is given up", Duration::from_secs(5), || {
+        m.failover(&["list"]).as_array().unwrap().iter().all(|j| j["state"] == "cancelled" || j["state"] == "failed")
+    });
+    m.cluster.start_role("agent");
+    m.cluster.wait_for_delta();
+}

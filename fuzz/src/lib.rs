@@ -23,7 +23,7 @@ use tidegate::master_target::retain::index;
 use tidegate::model::Extent;
 use tidegate::storage::log::format::{SegmentHeader, peek_record, record_is_whole};
 use tidegate::storage::{AlignedBuf, File, OpenMode, Storage};
-use tidegate::wire::batch::{BatchHeader, HEADER_LEN, parse_entries, parse_marker};
+use tidegate::wire::batch::{BatchHeader, HEADER_LEN, parse_entries, parse_trailer};
 use tidegate::wire::decode_control;
 use tidegate::wire::forward::{Open, PREFIX_LEN, Prefix, Reply};
 use tidegate::wire::ingest::{AgentMessage, FRAME_LEN, Frame, ServerMessage};
@@ -82,7 +82,7 @@ pub fn batch(data: &[u8]) {
                 assert!(entry.data_at.is_none_or(|at| u64::from(at) + entry.extent.len <= u64::from(header.data_len)));
             }
         }
-        let _ = parse_marker(&header, body);
+        let _ = parse_trailer(&header, body);
     }
 }
 

@@ -67,11 +67,20 @@ impl Role for Control {
 
     fn call<'a>(&'a self, request: &'a Request, _: &'a str) -> Answer<'a> {
         Box::pin(async move {
-            let Request::Mark { machine, label, app } = request else { return None };
+            let (Request::Mark { machine, .. } | Request::Resume { machine }) = request else { return None };
             if *machine != self.shared.machine.as_str() {
                 let message = format!("this agent protects machine {}, not {machine}: ask the agent of {machine}", self.shared.machine);
                 return Some(Err(ApiError { message }));
             }
+            let Request::Mark { label, app, .. } = request else {
+                let (done, answer) = oneshot::channel();
+                let gone = || ApiError { message: "the agent is stopping".to_owned() };
+                if self.commands.send(Command::Resume(done)).await.is_err() {
+                    return Some(Err(gone()));
+                }
+                let resumed = answer.await.map_err(|_| gone()).and_then(|r| r.map_err(|message| ApiError { message }));
+                return Some(resumed.map(|()| serde_json::Value::Null));
+            };
             let kind = if *app { PointKind::App } else { PointKind::Crash };
             let (done, answer) = oneshot::channel();
             let asked = self.commands.send(Command::Mark { label: label.clone(), kind, done }).await;

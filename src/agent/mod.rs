@@ -14,6 +14,7 @@
 
 pub mod backlog;
 pub mod capture;
+pub mod comparison;
 pub mod control;
 pub mod dirty_map;
 pub mod locks;

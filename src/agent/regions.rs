@@ -102,6 +102,16 @@ impl Regions {
         Some(region)
     }
 
+    /// What is missing.
+    pub fn missing(&self) -> &RegionSet {
+        &self.missing
+    }
+
+    /// Bytes of a region.
+    pub fn region_bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// Whether a region is missing.
     pub fn is_missing(&self, region: u64) -> bool {
         self.missing.contains(region)

@@ -20,7 +20,7 @@ use crate::config::agent::AgentSettings;
 use crate::config::limits::{HANDSHAKE_SECONDS, SILENCE_SECONDS};
 use crate::crypto::pki::{PkiError, Role};
 use crate::crypto::tls::{ALPN_INGEST, Credentials, TlsError, peer_identity, server_name};
-use crate::model::{Change, ChangeKind, Extent};
+use crate::model::{Change, ChangeKind, Compare, Extent};
 use crate::observe::metrics;
 use crate::wire::ingest::{AgentMessage, FRAME_LEN, Frame, FrameType, Refusal, ServerMessage, change_cost, control_frame};
 use crate::wire::{WireError, decode_control};
@@ -180,9 +180,9 @@ async fn receive(link: Rc<Link>, mut read: ReadHalf<TlsStream<TcpStream>>) -> Re
     loop {
         let message = tokio::time::timeout(Duration::from_secs(SILENCE_SECONDS), read_message(&mut read, &mut buffer)).await;
         match message.map_err(|_| SessionError::Silent)?? {
-            ServerMessage::Opened { slot, generation, resume_at, safe, credit } => {
+            ServerMessage::Opened { slot, generation, resume_at, safe, credit, compare } => {
                 let (index, volume) = link.volume(slot)?;
-                link.opened(index, &volume, generation, resume_at, credit).await?;
+                link.opened(index, &volume, generation, resume_at, credit, compare).await?;
                 let epoch = volume.backlog().epoch();
                 volume.backlog().acknowledge(epoch, 0, safe);
             }
@@ -194,6 +194,16 @@ async fn receive(link: Rc<Link>, mut read: ReadHalf<TlsStream<TcpStream>>) -> Re
                 let (index, volume) = link.volume(slot)?;
                 volume.backlog().acknowledge(epoch, cached, safe);
                 link.slots[index].credit.set(credit);
+            }
+            ServerMessage::Wanted { slot, generation, wanted } => {
+                let (volume, _) = link.volume(slot)?;
+                link.command(Command::Wanted { volume, generation, wanted }).await?;
+            }
+            ServerMessage::Verdict { slot, verdict } => {
+                let (index, volume) = link.volume(slot)?;
+                if verdict.at.epoch == volume.backlog().epoch() {
+                    link.command(Command::Verdict { volume: index, verdict }).await?;
+                }
             }
             ServerMessage::Alive => {}
             ServerMessage::Goodbye { message } => return Err(SessionError::Goodbye(message)),
@@ -211,13 +221,23 @@ impl Link {
         Ok((index, volume))
     }
 
-    async fn opened(&self, index: usize, volume: &VolumeShared, generation: u64, resume_at: u64, credit: u64) -> Result<(), SessionError> {
+    async fn opened(
+        &self,
+        index: usize,
+        volume: &VolumeShared,
+        generation: u64,
+        resume_at: u64,
+        credit: u64,
+        compare: Compare,
+    ) -> Result<(), SessionError> {
         let (done, answer) = oneshot::channel();
         self.command(Command::CheckGeneration { volume: index, generation, done }).await?;
         let same = answer.await.map_err(|_| SessionError::Stopped)?;
         if same {
             let resumed = volume.backlog().resume(resume_at);
             if resumed.is_ok() {
+                // Before anything is sent: what the replica may have already is asked first.
+                self.command(Command::Compare { volume: index, compare }).await?;
                 self.slots[index].credit.set(credit);
                 self.slots[index].spent.set(0);
                 self.slots[index].open.set(true);
@@ -420,6 +440,10 @@ fn add_change(index: usize, change: &Change, age_us: u64, staging: &mut Vec<u8>)
         ChangeKind::Mark(mark) => {
             marker = postcard::to_stdvec(mark).map_err(|_| WireError::Illegal("marker"))?;
             (FrameType::Mark, &marker)
+        }
+        ChangeKind::Digest(digest) => {
+            marker = postcard::to_stdvec(digest).map_err(|_| WireError::Illegal("digest"))?;
+            (FrameType::Digest, &marker)
         }
     };
     let frame = Frame {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, oneshot};
 
 use super::backlog::Backlog;
-use crate::model::{DiskId, DiskReport, MachineId, Name, PointId, PointKind};
+use crate::model::{Compare, DiskId, DiskReport, MachineId, Name, PointId, PointKind, Verdict, Wanted};
 
 /// Everything another thread may see of the agent.
 pub struct AgentShared {
@@ -152,6 +152,31 @@ pub enum Command {
         /// The new epoch, or why there is none.
         done: oneshot::Sender<Result<u64, String>>,
     },
+    /// Whether missing regions are compared with the replica before they are sent.
+    Compare {
+        /// Index of the disk.
+        volume: usize,
+        /// Whether.
+        compare: Compare,
+    },
+    /// What the replica says to a digest.
+    Verdict {
+        /// Index of the disk.
+        volume: usize,
+        /// What.
+        verdict: Verdict,
+    },
+    /// What the master target wants, if it speaks of the replica's history that this disk belongs to.
+    Wanted {
+        /// Index of the disk.
+        volume: usize,
+        /// The history.
+        generation: u64,
+        /// What.
+        wanted: Wanted,
+    },
+    /// The machine runs here again after a planned failover.
+    Resume(oneshot::Sender<Result<(), String>>),
     /// Make a recovery point now.
     Mark {
         /// What a person calls it.

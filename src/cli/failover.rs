@@ -303,6 +303,7 @@ fn end(job: &JobView, detached: bool) {
         "running" => println!("the copy stands until `tidegate failover cleanup {id}`; what is written to it is dropped then"),
         "failed-over" => println!("run the machine from the disks above. Then: `tidegate failover change-point {id} --point P`, `commit {id}` or `cancel {id}`"),
         "committed" => println!("the machine goes on from the disks above; to run it from the image files instead, stop it and `tidegate failover cleanup {id}`"),
+        "comparing" => println!("nothing was overwritten. {}", job.remedy.as_deref().unwrap_or_default()),
         "released" => println!("the image files above are yours; to replicate the machine back here later: `tidegate failover reprotect {}`", job.machine),
         _ => {}
     }

@@ -11,6 +11,14 @@ use crate::control::api::{DiskView, MachineView, Request, RoleStatus};
 pub(super) enum MachineCommand {
     /// All machines the server knows.
     List(Ask),
+    /// Let a machine that was handed over in a planned failover run here again. Ask its agent.
+    #[command(after_help = "Example:\n  tidegate machine resume web01 --control unix:/run/tidegate/agent.sock")]
+    Resume {
+        /// Its name.
+        machine: String,
+        #[command(flatten)]
+        ask: Ask,
+    },
     /// One machine with its disks.
     Show {
         /// Its name.
@@ -56,6 +64,11 @@ pub(super) fn machine(command: MachineCommand) -> anyhow::Result<()> {
                 })
                 .collect();
             output::table(&["MACHINE", "HEALTH", "RPO", "DISKS", "POINTS", "NEWEST"], &rows);
+            Ok(())
+        }
+        MachineCommand::Resume { machine, ask: args } => {
+            ask::<()>(&args.control, &Request::Resume { machine: machine.clone() })?;
+            println!("the disks of {machine} take writes again: make sure that it runs nowhere else");
             Ok(())
         }
         MachineCommand::Show { machine, ask } => {

@@ -213,6 +213,7 @@ mod tests {
             data_len,
             extents: 0,
             marker_len: 0,
+            digest: false,
             stored_len: 0,
             body_crc: 0,
             age_us: 0,

@@ -6,8 +6,10 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::points::{Book, Changes, Pending};
+use crate::crypto::keyring::{DataKey, KeyEncryptionKey};
 use crate::disk::Format;
 use crate::model::{DiskId, Job, PointId, Position, RecoveryPoint};
+use crate::storage::log::random_u64;
 use crate::storage::catalogue::{Catalogue, CatalogueError, Table};
 
 const DISKS: Table = Table::new("disks");
@@ -40,6 +42,23 @@ pub struct ReplicaRecord {
     pub path: Option<PathBuf>,
     /// What is known of its content.
     pub content: Content,
+}
+
+impl ReplicaRecord {
+    /// The same image with a new history: its content is what it is, and nobody has allowed it to be overwritten.
+    pub fn anew(&self, kek: &KeyEncryptionKey, disk: DiskId) -> Self {
+        // Never zero: zero is what an agent has that knows no replica.
+        let generation = random_u64() >> 1 | 1;
+        Self {
+            generation,
+            wrapped_key: kek.wrap(&DataKey::generate(), disk, generation),
+            epoch: 0,
+            checkpoint: Position::default(),
+            last_marker: None,
+            content: Content::Unconfirmed,
+            ..self.clone()
+        }
+    }
 }
 
 /// What is known of a replica's content.

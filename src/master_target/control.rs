@@ -333,6 +333,13 @@ fn judge(condition: &Condition, size: u64, state: Option<ReplicationState>) -> (
     if condition.hold != Hold::None && condition.error.is_none() {
         return told(Health::Warning, &condition.hold_reason, "decide with `tidegate failover commit`, `change-point` or `cancel`; once committed, `cleanup` and `reprotect`");
     }
+    if condition.unconfirmed && condition.error.is_none() {
+        return told(
+            Health::Warning,
+            "the replica has content of its own; it is compared with the source, and not overwritten until somebody allows it",
+            "`tidegate failover reprotect` says what differs, and takes the names of the disks that may be overwritten",
+        );
+    }
     if let (None, Some(refused)) = (&condition.error, &condition.refused) {
         return told(Health::Critical, refused, "do what the reason says; the points made so far stay good");
     }

@@ -1,6 +1,6 @@
 //! What the network thread and the apply thread share of each disk: the queue of journaled batches, and figures.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,10 +11,13 @@ use tokio::sync::Notify;
 use super::points::Book;
 use crate::clock::{self, Mono};
 use crate::disk::Format;
-use crate::model::{DiskId, DiskReport, Hold, MachineId, Name, Position, Wanted};
+use crate::model::{DiskId, DiskReport, Hold, MachineId, Name, Position, Verdict, Wanted};
 use crate::storage::AlignedBuf;
 use crate::storage::log::Location;
 use crate::wire::batch::BatchHeader;
+
+/// Verdicts that may wait for the process server.
+const VERDICTS_MAX: usize = 4096;
 
 /// A journaled batch that is not in the replica.
 pub struct Item {
@@ -91,6 +94,8 @@ pub struct Condition {
     pub size: u64,
     /// Bytes of old content kept.
     pub retained_bytes: u64,
+    /// The replica has content that nobody has allowed to be overwritten.
+    pub unconfirmed: bool,
     /// The image, once there is one.
     pub image: Option<(Format, PathBuf)>,
     /// What a failover keeps the replica from.
@@ -115,6 +120,8 @@ pub struct DiskShared {
     pub format: Format,
     /// Size by configuration.
     pub configured_size: Option<u64>,
+    /// An image that is there already and becomes the replica.
+    pub adopt: Option<PathBuf>,
     queue: Mutex<VecDeque<Item>>,
     /// A batch with a marker waits.
     pub marker_waiting: AtomicBool,
@@ -125,6 +132,10 @@ pub struct DiskShared {
     wanted: Mutex<Wanted>,
     /// Rung when there is something to tell the agent.
     pub tell: Notify,
+    /// Changes when streams have to be opened again.
+    pub openings: AtomicU64,
+    verdicts: Mutex<Vec<Verdict>>,
+    compared: Mutex<BTreeMap<u64, u64>>,
     condition: Mutex<Condition>,
 }
 
@@ -139,12 +150,16 @@ impl DiskShared {
             label: format!("{}/{}", machine.name, disk.name),
             format: disk.format,
             configured_size: disk.size,
+            adopt: disk.adopt.clone(),
             queue: Mutex::default(),
             marker_waiting: AtomicBool::new(false),
             queue_bytes: AtomicU64::new(0),
             queued: Notify::new(),
             wanted: Mutex::new(Wanted::Run),
             tell: Notify::new(),
+            openings: AtomicU64::new(0),
+            verdicts: Mutex::default(),
+            compared: Mutex::default(),
             condition: Mutex::default(),
         }
     }
@@ -152,6 +167,54 @@ impl DiskShared {
     /// The condition. Held for moments only.
     pub fn condition(&self) -> MutexGuard<'_, Condition> {
         self.condition.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A comparison was done: the agent is told, and what differs is counted.
+    pub fn add_verdict(&self, verdict: Verdict) {
+        let differs: u64 = verdict.differs.iter().map(|e| e.len).sum();
+        let mut compared = self.compared.lock().unwrap_or_else(PoisonError::into_inner);
+        if differs > 0 {
+            compared.insert(verdict.extent.offset, differs);
+        } else {
+            compared.remove(&verdict.extent.offset);
+        }
+        drop(compared);
+        let mut verdicts = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever does not take them asks again.
+        if verdicts.len() < VERDICTS_MAX {
+            verdicts.push(verdict);
+        }
+        drop(verdicts);
+        self.tell.notify_one();
+    }
+
+    /// Verdicts that the agent has not been told.
+    pub fn take_verdicts(&self) -> Vec<Verdict> {
+        std::mem::take(&mut *self.verdicts.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Bytes found to differ since this history of the replica began, in blocks of [`crate::model::digest::DIGEST_BLOCK`].
+    pub fn differing_bytes(&self) -> u64 {
+        self.compared.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
+    }
+
+    /// Another history begins: positions and comparisons are those of nobody any more, streams are opened again.
+    pub fn begin_history(&self) {
+        self.compared.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.take_verdicts();
+        {
+            let mut condition = self.condition();
+            (condition.received, condition.journaled) = Default::default();
+            (condition.applied, condition.checkpointed) = Default::default();
+            (condition.newest, condition.report) = (None, None);
+        }
+        self.reopen_streams();
+    }
+
+    /// Streams are closed; the process server opens them again and learns what has changed.
+    pub fn reopen_streams(&self) {
+        self.openings.fetch_add(1, Ordering::Relaxed);
+        self.tell.notify_one();
     }
 
     /// What the agent is told to do.

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{DiskId, Extent, MachineId, PointId, PointKind};
+use super::{Digest, DiskId, Extent, MachineId, PointId, PointKind};
 
 /// Largest data of one change, in bytes. Longer writes are cut by the agent.
 pub const CHANGE_BYTES_MAX: usize = 256 * 1024;
@@ -33,15 +33,17 @@ pub enum ChangeKind {
     Zero(Extent),
     /// A point in the stream that becomes a recovery point.
     Mark(Box<Marker>),
+    /// What the source has there at this place in the stream, to be compared with the replica.
+    Digest(Box<Digest>),
 }
 
 impl ChangeKind {
-    /// The bytes of the disk it covers; none for a marker.
+    /// The bytes of the disk it changes; none for a marker or a digest.
     pub fn extent(&self) -> Option<Extent> {
         match self {
             ChangeKind::Write { offset, data } => Some(Extent::new(*offset, data.len() as u64)),
             ChangeKind::Zero(extent) => Some(*extent),
-            ChangeKind::Mark(_) => None,
+            ChangeKind::Mark(_) | ChangeKind::Digest(_) => None,
         }
     }
 
@@ -49,7 +51,7 @@ impl ChangeKind {
     pub fn data_len(&self) -> usize {
         match self {
             ChangeKind::Write { data, .. } => data.len(),
-            ChangeKind::Zero(_) | ChangeKind::Mark(_) => 0,
+            ChangeKind::Zero(_) | ChangeKind::Mark(_) | ChangeKind::Digest(_) => 0,
         }
     }
 }

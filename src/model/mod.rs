@@ -3,6 +3,7 @@
 pub mod address;
 pub mod bits;
 pub mod change;
+pub mod digest;
 pub mod extent;
 pub mod ids;
 pub mod job;
@@ -14,6 +15,7 @@ pub mod state;
 pub use address::Address;
 pub use bits::{BlockSet, RegionSet};
 pub use change::{Change, ChangeKind, Marker};
+pub use digest::{Compare, Digest, Trailer, Verdict};
 pub use extent::{Extent, OverlayMap, Piece};
 pub use ids::{DiskId, MachineId, Name, NameError, PointId};
 pub use job::{Choice, Hold, Job, JobKind, JobState};

@@ -6,14 +6,14 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::crypto::keyring::{DataKey, KeyEncryptionKey, KeyError};
-use crate::model::{DiskId, Position};
+use crate::model::{Compare, DiskId, Position};
 use crate::storage::catalogue::{Catalogue, CatalogueError, Table};
 
 const DISKS: Table = Table::new("disks");
 const SERVER: Table = Table::new("server");
 
 /// Changes with the types stored here.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// One disk's record.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -28,6 +28,8 @@ pub struct DiskRecord {
     pub released: Position,
     /// Bytes of the disk that the master target has room for: nothing behind is accepted.
     pub size: u64,
+    /// Whether the disk is compared with the replica before it is sent.
+    pub compare: Compare,
 }
 
 /// The process server's catalogue.
@@ -74,6 +76,20 @@ impl Records {
                 }
             }
             Ok(())
+        })
+    }
+
+    /// Changes whether a disk is compared, durably, unless its history is another one by now.
+    ///
+    /// # Errors
+    /// Those of the catalogue; nothing was changed then.
+    pub fn set_compare(&self, disk: DiskId, record: &DiskRecord) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            let known: Option<DiskRecord> = batch.get(DISKS, disk.0.as_bytes())?;
+            match known.filter(|k| k.generation == record.generation) {
+                Some(known) => batch.put(DISKS, disk.0.as_bytes(), &DiskRecord { compare: record.compare, ..known }),
+                None => Ok(()),
+            }
         })
     }
 

@@ -1,6 +1,7 @@
 //! One disk at the process server: its stream, its open batch, its seal, and the bells that its tasks wait for.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -11,8 +12,11 @@ use super::catalogue::DiskRecord;
 use super::optimize::batcher::{Batcher, RawBatch};
 use super::stream::{Queued, Stream};
 use crate::crypto::seal::SealingSession;
-use crate::model::{DiskId, DiskReport, MachineId, Position};
+use crate::model::{DiskId, DiskReport, MachineId, Position, Verdict, Wanted};
 use crate::storage::log::Location;
+
+/// Verdicts that may wait for the agent.
+const VERDICTS_MAX: usize = 4096;
 
 /// Why a disk does not take changes now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,6 +71,10 @@ pub struct Disk {
     pub forward: Notify,
     /// Something to acknowledge to the agent.
     pub acknowledge: RefCell<Option<Rc<Notify>>>,
+    /// What the master target wants of the agent, once it said so.
+    pub wanted: Cell<Option<Wanted>>,
+    /// What the replica said to digests and the agent has not heard.
+    pub verdicts: RefCell<VecDeque<Verdict>>,
     /// Locations to give up once the position is durable.
     pub to_release: RefCell<Vec<Location>>,
 }
@@ -89,6 +97,8 @@ impl Disk {
             report_fresh: Cell::new(false),
             forward: Notify::new(),
             acknowledge: RefCell::default(),
+            wanted: Cell::new(None),
+            verdicts: RefCell::default(),
             to_release: RefCell::default(),
         }
     }
@@ -112,6 +122,16 @@ impl Disk {
         if let Some(bell) = &*self.acknowledge.borrow() {
             bell.notify_one();
         }
+    }
+
+    /// Keeps a verdict for the agent. One that is dropped is asked for again.
+    pub fn add_verdict(&self, verdict: Verdict) {
+        let mut verdicts = self.verdicts.borrow_mut();
+        if verdicts.len() < VERDICTS_MAX {
+            verdicts.push_back(verdict);
+        }
+        drop(verdicts);
+        self.tell_agent();
     }
 
     /// Takes the next batch to forward, with its bytes if they are in memory.

@@ -9,6 +9,8 @@
 
 pub mod aligned;
 pub mod catalogue;
+pub mod digest;
+pub mod lock;
 pub mod log;
 pub mod uring;
 

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | 0 | 4 | magic `TGB1` |
 //! | 4 | 2 | version (1) |
-//! | 6 | 2 | flags: bit 0 compressed with LZ4 (block format) |
+//! | 6 | 2 | flags: bit 0 compressed with LZ4 (block format), bit 1 it ends with a digest instead of a marker |
 //! | 8 | 16 | disk |
 //! | 24 | 8 | generation |
 //! | 32 | 8 | epoch |
@@ -15,7 +15,7 @@
 //! | 48 | 8 | last sequence |
 //! | 56 | 4 | data bytes |
 //! | 60 | 4 | extents in the table |
-//! | 64 | 4 | marker bytes (0: no marker) |
+//! | 64 | 4 | marker or digest bytes (0: neither) |
 //! | 68 | 4 | stored bytes after this header, tag included |
 //! | 72 | 4 | CRC-32C of the plain body |
 //! | 76 | 4 | 0 |
@@ -33,7 +33,7 @@ use uuid::Uuid;
 
 use super::{CONTROL_BYTES_MAX, Fields, WireError, check_len};
 use crate::model::change::{CHANGE_BYTES_MAX, ZERO_BYTES_MAX};
-use crate::model::{DiskId, Extent, Marker, Position, SECTOR};
+use crate::model::{Digest, DiskId, Extent, Marker, Position, SECTOR, Trailer};
 
 /// Length of the header, in bytes.
 pub const HEADER_LEN: usize = 160;
@@ -74,8 +74,10 @@ pub struct BatchHeader {
     pub data_len: u32,
     /// Table entries.
     pub extents: u32,
-    /// Marker bytes.
+    /// Marker or digest bytes.
     pub marker_len: u32,
+    /// They are a digest.
+    pub digest: bool,
     /// Bytes after the header.
     pub stored_len: u32,
     /// CRC-32C of the plain body, made where it was folded and checked where it is applied.
@@ -111,7 +113,7 @@ impl BatchHeader {
         let mut out = Vec::with_capacity(HEADER_LEN);
         out.extend_from_slice(&MAGIC);
         out.extend_from_slice(&VERSION.to_le_bytes());
-        out.extend_from_slice(&u16::from(self.compressed).to_le_bytes());
+        out.extend_from_slice(&(u16::from(self.compressed) | u16::from(self.digest) << 1).to_le_bytes());
         out.extend_from_slice(self.disk.0.as_bytes());
         for field in [self.generation, self.epoch, self.first, self.last] {
             out.extend_from_slice(&field.to_le_bytes());
@@ -162,6 +164,7 @@ impl BatchHeader {
             data_len,
             extents,
             marker_len,
+            digest: flags & 2 != 0,
             stored_len,
             body_crc,
             age_us: fields.u64(),
@@ -169,7 +172,7 @@ impl BatchHeader {
             salt: fields.take(),
             nonce: fields.u64(),
         };
-        if flags > 1 {
+        if flags > 3 || flags & 2 != 0 && marker_len == 0 {
             return Err(WireError::Illegal("batch flags"));
         }
         header.check()?;
@@ -237,17 +240,21 @@ pub fn parse_entries(header: &BatchHeader, body: &[u8]) -> Result<Vec<Entry>, Wi
     Ok(entries)
 }
 
-/// Reads the marker of a plain body, if it has one.
+/// Reads what a plain body ends with, if there is something.
 ///
 /// # Errors
-/// [`WireError::Illegal`] if the bytes are not a marker within its bounds.
-pub fn parse_marker(header: &BatchHeader, body: &[u8]) -> Result<Option<Marker>, WireError> {
+/// [`WireError::Illegal`] if the bytes are not a marker or digest within its bounds.
+pub fn parse_trailer(header: &BatchHeader, body: &[u8]) -> Result<Option<Trailer>, WireError> {
     if header.marker_len == 0 {
         return Ok(None);
     }
     let at = body.len().checked_sub(header.marker_len as usize).ok_or(WireError::Short("marker"))?;
+    if header.digest {
+        let digest: Digest = super::decode_control(&body[at..])?;
+        return if digest.is_sane() { Ok(Some(Trailer::Digest(digest))) } else { Err(WireError::Illegal("digest")) };
+    }
     let marker: Marker = super::decode_control(&body[at..])?;
-    if marker.is_sane() { Ok(Some(marker)) } else { Err(WireError::Illegal("marker")) }
+    if marker.is_sane() { Ok(Some(Trailer::Mark(marker))) } else { Err(WireError::Illegal("marker")) }
 }
 
 #[cfg(test)]
@@ -267,6 +274,7 @@ mod tests {
             data_len: 8192,
             extents: 2,
             marker_len: 0,
+            digest: false,
             stored_len: 4000,
             body_crc: 1,
             age_us: 5,
@@ -308,7 +316,8 @@ mod tests {
             let _ = BatchHeader::decode(&bytes);
             let header = BatchHeader { data_len: 16, extents: 3, marker_len: 20, ..header() };
             let _ = parse_entries(&header, &body);
-            let _ = parse_marker(&header, &body);
+            let _ = parse_trailer(&header, &body);
+            let _ = parse_trailer(&BatchHeader { digest: true, ..header }, &body);
         }
 
         #[test]

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::batch::BATCH_BYTES_MAX;
 use super::{CONTROL_BYTES_MAX, Fields, WireError, check_len};
-use crate::model::{DiskId, Position};
+use crate::model::{Compare, DiskId, Position, Verdict, Wanted};
 
 /// Length of an item's prefix, in bytes.
 pub const PREFIX_LEN: usize = 16;
@@ -99,6 +99,10 @@ pub enum Reply {
         journaled: Position,
         /// The disk's data key. Travels inside TLS 1.3, to a certificate of role process-server only.
         data_key: [u8; 32],
+        /// Whether the disk is compared with the replica before it is sent.
+        compare: Compare,
+        /// What the machine's agent is to do.
+        wanted: Wanted,
     },
     /// The stream is refused.
     Refused {
@@ -109,6 +113,10 @@ pub enum Reply {
     },
     /// Everything up to here is durable in the journal.
     Journaled(Position),
+    /// For the agent: what it is to do from now on.
+    Wanted(Wanted),
+    /// For the agent: what the replica says to a digest.
+    Verdict(Verdict),
 }
 
 impl std::fmt::Debug for Reply {
@@ -118,6 +126,8 @@ impl std::fmt::Debug for Reply {
             Reply::Opened { generation, journaled, .. } => write!(f, "Opened {{ generation: {generation}, journaled: {journaled} }}"),
             Reply::Refused { retry, message } => write!(f, "Refused {{ retry: {retry}, message: {message:?} }}"),
             Reply::Journaled(position) => write!(f, "Journaled({position})"),
+            Reply::Wanted(wanted) => write!(f, "{wanted:?}"),
+            Reply::Verdict(verdict) => write!(f, "{verdict:?}"),
         }
     }
 }
@@ -141,7 +151,14 @@ mod tests {
 
     #[test]
     fn the_data_key_is_not_printed() {
-        let reply = Reply::Opened { generation: 1, epoch: 1, journaled: Position::default(), data_key: [0xa5; 32] };
+        let reply = Reply::Opened {
+            generation: 1,
+            epoch: 1,
+            journaled: Position::default(),
+            data_key: [0xa5; 32],
+            compare: Compare::No,
+            wanted: Wanted::Run,
+        };
         assert!(!format!("{reply:?}").contains("165"));
     }
 }

@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | 0 | 4 | magic `TGI1` |
 //! | 4 | 2 | version |
-//! | 6 | 1 | type: 1 control, 2 write, 3 zero, 4 marker |
+//! | 6 | 1 | type: 1 control, 2 write, 3 zero, 4 marker, 5 digest |
 //! | 7 | 1 | 0 |
 //! | 8 | 4 | slot: which opened disk |
 //! | 12 | 4 | payload length |
@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{CONTROL_BYTES_MAX, Fields, PROTOCOL, WireError, check_len};
 use crate::model::change::{CHANGE_BYTES_MAX, ZERO_BYTES_MAX};
-use crate::model::{DiskId, DiskReport, Extent, MachineId, SECTOR};
+use crate::model::{Compare, DiskId, DiskReport, Extent, MachineId, SECTOR, Verdict, Wanted};
 
 /// Length of a frame header, in bytes.
 pub const FRAME_LEN: usize = 64;
@@ -39,6 +39,8 @@ pub enum FrameType {
     Zero,
     /// A marker; the payload is a [`crate::model::Marker`].
     Mark,
+    /// A comparison; the payload is a [`crate::model::Digest`].
+    Digest,
 }
 
 /// The header before every payload.
@@ -71,6 +73,7 @@ impl Frame {
             FrameType::Write => 2,
             FrameType::Zero => 3,
             FrameType::Mark => 4,
+            FrameType::Digest => 5,
         });
         out.push(0);
         out.extend_from_slice(&self.slot.to_le_bytes());
@@ -107,6 +110,7 @@ impl Frame {
             [2, 0] => FrameType::Write,
             [3, 0] => FrameType::Zero,
             [4, 0] => FrameType::Mark,
+            [5, 0] => FrameType::Digest,
             _ => return Err(WireError::Illegal("frame type")),
         };
         let slot = fields.u32();
@@ -124,7 +128,7 @@ impl Frame {
         let payload = self.payload_len as usize;
         let aligned = self.extent.offset.is_multiple_of(SECTOR) && self.extent.len.is_multiple_of(SECTOR);
         match self.kind {
-            FrameType::Control | FrameType::Mark => check_len("control message", payload, CONTROL_BYTES_MAX)?,
+            FrameType::Control | FrameType::Mark | FrameType::Digest => check_len("control message", payload, CONTROL_BYTES_MAX)?,
             FrameType::Write => {
                 check_len("change", payload, CHANGE_BYTES_MAX)?;
                 if payload == 0 || self.extent.len != u64::from(self.payload_len) || !aligned {
@@ -208,6 +212,24 @@ pub enum ServerMessage {
         safe: u64,
         /// Cumulative cost of changes the agent may have sent on this connection, see [`change_cost`].
         credit: u64,
+        /// Whether the disk is compared with the replica before it is sent.
+        compare: Compare,
+    },
+    /// What the master target wants of the agent. Obeyed only for the history that it speaks of.
+    Wanted {
+        /// Which disk's master target.
+        slot: u32,
+        /// The history of its replica.
+        generation: u64,
+        /// What.
+        wanted: Wanted,
+    },
+    /// What the replica says to a digest.
+    Verdict {
+        /// Which disk.
+        slot: u32,
+        /// What.
+        verdict: Verdict,
     },
     /// A disk may not send.
     Refused {

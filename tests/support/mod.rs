@@ -13,6 +13,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 pub mod faulty_storage;
+pub mod mounted;
 mod rng;
 
 /// Roles in the order data flows.
@@ -36,6 +37,10 @@ pub struct Options {
     pub master_target: String,
     /// Time between points.
     pub interval: &'static str,
+    /// Disks that are there already, and their format, instead of new ones.
+    pub sources: Option<(Vec<PathBuf>, &'static str)>,
+    /// Raw disks that become replicas.
+    pub adopt: Vec<PathBuf>,
     /// Where the master target keeps its state, if not in the test's folder.
     pub target_state: Option<PathBuf>,
 }
@@ -51,6 +56,8 @@ impl Default for Options {
             process_server: String::new(),
             master_target: String::new(),
             interval: "1s",
+            sources: None,
+            adopt: Vec::new(),
             target_state: None,
         }
     }
@@ -86,7 +93,7 @@ impl Cluster {
                 s(&cluster.path(&format!("tls-{role}"))),
             ]);
         }
-        for index in 0..cluster.options.disks {
+        for index in 0..if cluster.options.sources.is_none() { cluster.options.disks } else { 0 } {
             let file = File::create(cluster.disk(index)).expect("a disk");
             file.set_len(cluster.options.disk_bytes).expect("space for a sparse disk");
         }
@@ -122,6 +129,9 @@ impl Cluster {
         for index in 0..self.options.disks {
             let (path, nbd, cache) = (self.disk(index), self.nbd(index), self.options.cache);
             agent += &format!("[[disk]]\nname = \"d{index}\"\npath = {path:?}\nnbd = \"unix:{}\"\ncache = \"{cache}\"\n", nbd.display());
+            if let Some((_, format)) = &self.options.sources {
+                agent += &format!("format = \"{format}\"\n");
+            }
         }
         let names: Vec<String> = (0..self.options.disks).map(|i| format!("\"d{i}\"")).collect();
         let gateway = format!(
@@ -139,6 +149,9 @@ impl Cluster {
         );
         for index in 0..self.options.disks {
             target += &format!("[[machine.disk]]\nname = \"d{index}\"\nformat = \"{}\"\n", self.options.format);
+            if let Some(path) = self.options.adopt.get(index) {
+                target += &format!("adopt = {path:?}\n");
+            }
         }
         for (role, text) in ROLES.iter().zip([agent, gateway, target]) {
             fs::write(self.config(role), text).expect("a configuration");
@@ -157,6 +170,9 @@ impl Cluster {
 
     /// Source disk.
     pub fn disk(&self, index: usize) -> PathBuf {
+        if let Some((paths, _)) = &self.options.sources {
+            return paths[index].clone();
+        }
         self.path(&format!("d{index}.raw"))
     }
 

@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 #[derive(Default)]
 pub(super) struct Gate {
     held: Cell<bool>,
+    closed: Cell<bool>,
     inside: Cell<usize>,
     opened: Notify,
     empty: Notify,
@@ -18,13 +19,34 @@ pub(super) struct Gate {
 pub(super) struct Passage(Rc<Gate>);
 
 impl Gate {
-    /// Passes, waiting while the gate is held.
-    pub(super) async fn pass(self: &Rc<Self>) -> Passage {
-        while self.held.get() {
+    /// Passes, waiting while the gate is held. `None` when it is closed.
+    pub(super) async fn pass(self: &Rc<Self>) -> Option<Passage> {
+        while self.held.get() && !self.closed.get() {
             self.opened.notified().await;
         }
+        if self.closed.get() {
+            return None;
+        }
         self.inside.set(self.inside.get() + 1);
-        Passage(self.clone())
+        Some(Passage(self.clone()))
+    }
+
+    /// Nobody passes any more, and whoever waits is told.
+    pub(super) fn close(&self) {
+        self.held.set(true);
+        self.closed.set(true);
+        self.opened.notify_waiters();
+    }
+
+    /// Whether it is closed.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.get()
+    }
+
+    /// Undoes [`Gate::close`].
+    pub(super) fn reopen(&self) {
+        self.closed.set(false);
+        self.release();
     }
 
     /// Whether a write would pass at once.
@@ -44,8 +66,11 @@ impl Gate {
         }
     }
 
-    /// Opens the gate.
+    /// Opens the gate, unless it was closed.
     pub(super) fn release(&self) {
+        if self.closed.get() {
+            return;
+        }
         self.held.set(false);
         self.opened.notify_waiters();
     }

@@ -4,10 +4,8 @@
 //! barrier, with no write under way beside it. So an image behaves as a disk with a volatile cache, whatever the cache mode;
 //! what a crash of the host may take from it unflushed is what the dirty map makes the agent send again.
 
-use std::fs::TryLockError;
 use std::io;
 use std::path::Path;
-use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::RwLock;
@@ -15,12 +13,9 @@ use tokio::sync::RwLock;
 use crate::config::agent::{CacheMode, Disk};
 use crate::disk::{Disk as _, DiskError, Format, Image};
 use crate::model::{Extent, SECTOR};
+use crate::storage::lock::lock_files;
 use crate::storage::uring::{Uring, UringFile};
 use crate::storage::{AlignedBuf, File, OpenMode, Storage};
-
-/// How often a lock that somebody holds is asked for, and how long apart.
-const LOCK_ATTEMPTS: u32 = 20;
-const LOCK_WAIT: Duration = Duration::from_millis(100);
 
 /// An open disk.
 #[allow(clippy::large_enum_variant, reason = "there is one for each disk, not one for each operation")]
@@ -38,7 +33,7 @@ impl Local {
     /// Those of the file system and of the image; a disk shorter than a sector; one that another agent has.
     pub(super) async fn open(disk: &Disk) -> io::Result<(Self, Vec<std::fs::File>)> {
         // Before anything is opened for writing: an image that is opened changes.
-        let lock = lock(disk)?;
+        let lock = lock_files(&disk.kind().files(&disk.path), !disk.read_only)?;
         let storage = if disk.cache == CacheMode::Direct { Uring::direct() } else { Uring::buffered() };
         let local = match disk.kind() {
             Format::Raw => {
@@ -162,30 +157,6 @@ impl Local {
             Local::Image(..) => Ok(false),
         }
     }
-}
-
-/// Takes the disk for this agent: two that write one disk would each undo what the other did.
-fn lock(disk: &Disk) -> io::Result<Vec<std::fs::File>> {
-    let mut held = Vec::new();
-    for path in disk.kind().files(&disk.path).into_iter().filter(|path| path.exists()) {
-        let file = std::fs::File::options().read(true).write(!disk.read_only).open(&path)?;
-        for attempt in 1.. {
-            match if disk.read_only { file.try_lock_shared() } else { file.try_lock() } {
-                Ok(()) => break,
-                // Who looks for file systems on devices locks each for a moment.
-                Err(TryLockError::WouldBlock) if attempt < LOCK_ATTEMPTS => std::thread::sleep(LOCK_WAIT),
-                Err(TryLockError::WouldBlock) => {
-                    return Err(io::Error::other("another agent has it open: one disk is protected by one agent"));
-                }
-                Err(TryLockError::Error(error)) => {
-                    tracing::warn!(disk = %disk.name, %error, "this file system knows no locks: make sure that no other agent has the disk");
-                    break;
-                }
-            }
-        }
-        held.push(file);
-    }
-    Ok(held)
 }
 
 async fn open_image(storage: &Uring, path: &Path, disk: &Disk) -> Result<Image<UringFile>, DiskError> {

@@ -27,6 +27,9 @@ pub enum Skip {
     /// The agent stops.
     #[error("the agent is stopping")]
     Stopping,
+    /// Nothing is written here any more.
+    #[error("the machine was handed over in a planned failover")]
+    HandedOver,
     /// The stream has been cut off for so long that the backlog is full.
     #[error("the backlog is full of changes that wait for the process server")]
     BacklogFull,
@@ -42,6 +45,7 @@ impl Skip {
             Skip::HoldTooLong => "hold-too-long",
             Skip::NoAppPoints => "app-unavailable",
             Skip::Stopping => "stopping",
+            Skip::HandedOver => "handed-over",
             Skip::BacklogFull => "backlog-full",
             Skip::Label => "label",
         }
@@ -107,6 +111,9 @@ impl Capture {
         if self.shared.stopping.load(Ordering::Relaxed) {
             return Err(Skip::Stopping);
         }
+        if self.is_handed_over() {
+            return Err(Skip::HandedOver);
+        }
         if !self.is_consistent() {
             return Err(Skip::NotConsistent);
         }
@@ -121,8 +128,12 @@ impl Capture {
         point
     }
 
-    /// Puts the marker into every stream. Nothing awaits here: no write can come between two disks.
     fn insert(&self, label: Option<String>, kind: PointKind, started: clock::Mono) -> Result<PointId, Skip> {
+        self.insert_as(PointId(Uuid::new_v4()), label, kind, started)
+    }
+
+    /// Puts the marker into every stream. Nothing awaits here: no write can come between two disks.
+    pub(super) fn insert_as(&self, point: PointId, label: Option<String>, kind: PointKind, started: clock::Mono) -> Result<PointId, Skip> {
         // A write that was under way may have met a full backlog.
         if !self.is_consistent() {
             return Err(Skip::NotConsistent);
@@ -131,7 +142,7 @@ impl Capture {
             return Err(Skip::BacklogFull);
         }
         let marker = Marker {
-            point: PointId(Uuid::new_v4()),
+            point,
             machine: self.shared.machine_id,
             kind,
             disks: self.volumes.iter().map(|v| v.shared.id).collect(),

@@ -1,11 +1,13 @@
 //! The capture thread: owns the disks of the machine, serves them over NBD, feeds their streams and makes markers.
 
 mod gate;
+mod handover;
 mod local;
 mod markers;
 mod resync;
 mod volume;
 
+use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -20,7 +22,7 @@ use self::volume::Volume;
 use super::shared::{AgentShared, Command};
 use crate::clock;
 use crate::config::agent::AgentSettings;
-use crate::model::Address;
+use crate::model::{Address, PointId};
 use crate::nbd::{self, Listener};
 use crate::observe::metrics;
 
@@ -33,6 +35,8 @@ pub struct Capture {
     volumes: Vec<Rc<Volume>>,
     gate: Rc<Gate>,
     marking: tokio::sync::Mutex<()>,
+    /// The point that ends a planned failover, once it was asked for in this process.
+    final_point: Cell<Option<PointId>>,
     settings: AgentSettings,
 }
 
@@ -76,7 +80,15 @@ async fn open(settings: AgentSettings) -> io::Result<(Rc<Capture>, Vec<Listener>
     for disk in &settings.disk {
         listeners.push(Listener::bind(&disk.nbd).await?);
     }
-    Ok((Rc::new(Capture { shared, volumes, gate, marking: tokio::sync::Mutex::new(()), settings }), listeners))
+    if handover::is_noted(&settings.state) {
+        tracing::warn!(
+            machine = %settings.machine,
+            "the machine was handed over in a planned failover: its disks take no writes until the failover is cancelled, or `tidegate machine resume` says that it runs here again"
+        );
+        gate.close();
+    }
+    let capture = Capture { shared, volumes, gate, marking: tokio::sync::Mutex::new(()), final_point: Cell::new(None), settings };
+    Ok((Rc::new(capture), listeners))
 }
 
 async fn accept(listener: Listener, volume: Rc<Volume>) {
@@ -151,6 +163,19 @@ impl Capture {
                     let _ =
                         done.send(self.volumes[volume].restart_stream(0, Some(generation), "new replica").await.map_err(|e| e.to_string()));
                 }
+                Command::Wanted { generation, volume, wanted } => {
+                    if self.volumes[volume].generation() == generation {
+                        let capture = self.clone();
+                        tokio::task::spawn_local(async move {
+                            if let Err(error) = capture.obey(wanted).await {
+                                tracing::error!(machine = %capture.shared.machine, error, "the master target's wish cannot be fulfilled now");
+                            }
+                        });
+                    }
+                }
+                Command::Resume(done) => drop(done.send(self.go_on())),
+                Command::Compare { volume, compare } => self.volumes[volume].set_compare(compare),
+                Command::Verdict { volume, verdict } => self.volumes[volume].judge(&verdict),
                 Command::Mark { label, kind, done } => {
                     let capture = self.clone();
                     tokio::task::spawn_local(async move {

@@ -1,4 +1,5 @@
-//! Sends missing regions through the stream: initial replication and resynchronisation alike.
+//! Sends missing regions through the stream: initial replication and resynchronisation alike. Where the replica may have them
+//! already, a digest goes first.
 
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -10,7 +11,9 @@ use super::volume::Volume;
 use crate::clock;
 use crate::config::limits::RESYNC_WINDOW_BYTES;
 use crate::model::change::CHANGE_BYTES_MAX;
-use crate::model::{ChangeKind, Extent};
+use crate::agent::comparison::Task;
+use crate::model::{ChangeKind, Digest, Extent};
+use crate::storage::digest::{hash_blocks, hash_zeroes};
 
 /// Regions being read at once.
 const DEPTH: usize = 6;
@@ -46,14 +49,18 @@ pub(super) async fn run(volume: Rc<Volume>) {
         }
         let Ok(permit) = depth.acquire().await else { return };
         permit.forget();
-        let Some(region) = volume.next_missing() else {
+        let Some((region, task)) = volume.next_task() else {
             depth.add_permits(1);
             tokio::time::sleep(NO_ROOM).await;
             continue;
         };
         let (volume, depth) = (volume.clone(), depth.clone());
         tokio::task::spawn_local(async move {
-            if let Err(error) = send_region(&volume, region).await {
+            let done = match task {
+                Task::Compare => compare_region(&volume, region).await,
+                _ => send_region(&volume, region).await,
+            };
+            if let Err(error) = done {
                 tracing::error!(disk = volume.shared.label, region, %error, "the disk cannot be read; replication of this region waits");
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
@@ -70,7 +77,15 @@ async fn send_region(volume: &Volume, region: u64) -> std::io::Result<()> {
     if !volume.is_missing(region) {
         return Ok(());
     }
-    let changes = read_changes(volume, extent).await?;
+    // Under the lock: what was known to differ may have been written since.
+    let parts = match volume.task_now(region) {
+        Task::Send(parts) => parts.unwrap_or_else(|| vec![extent]),
+        _ => return Ok(()),
+    };
+    let mut changes = Vec::new();
+    for part in parts {
+        changes.extend(read_changes(volume, part).await?);
+    }
     if volume.region_extent(region) != extent || !volume.has(extent) {
         // The disk grew meanwhile, and this was its last region: its new part was not read. Or it shrank, and what is gone
         // looked like a hole.
@@ -89,6 +104,34 @@ async fn send_region(volume: &Volume, region: u64) -> std::io::Result<()> {
         }
     }
     volume.region_sent(region, extent, last, now);
+    Ok(())
+}
+
+/// Puts a digest of one region into the stream. Writes to it wait for the length of one read.
+async fn compare_region(volume: &Volume, region: u64) -> std::io::Result<()> {
+    let extent = volume.region_extent(region);
+    let _lock = volume.lock(extent).await;
+    if !volume.is_missing(region) || volume.task_now(region) != Task::Compare {
+        return Ok(());
+    }
+    let hole = volume.next_data(extent.offset)?.is_none_or(|(start, _)| start >= extent.end());
+    let hashes = match hole {
+        true => hash_zeroes(extent.len),
+        false => {
+            let content = volume.read_raw(extent.offset, extent.len as usize).await?;
+            // Off the thread for which the application waits.
+            tokio::task::spawn_blocking(move || hash_blocks(&content)).await.map_err(std::io::Error::other)?
+        }
+    };
+    if volume.region_extent(region) != extent || !volume.has(extent) {
+        return Ok(());
+    }
+    let now = clock::now();
+    let pushed = volume.shared.backlog().push(ChangeKind::Digest(Box::new(Digest { extent, hashes })), now);
+    // No room: it is tried again.
+    if let Ok(sequence) = pushed {
+        volume.asked(region, sequence, now);
+    }
     Ok(())
 }
 

@@ -18,7 +18,7 @@ use crate::disk::{Disk, DiskError};
 use crate::master_target::points::Changes;
 use crate::master_target::retain::RetainError;
 use crate::master_target::shared::{Item, Newest};
-use crate::model::{Rung, position::assert_ladder};
+use crate::model::{Rung, Trailer, position::assert_ladder};
 use crate::observe::metrics;
 use crate::storage::catalogue::CatalogueError;
 use crate::storage::log::LogError;
@@ -69,7 +69,10 @@ pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Resu
     let mut arrivals = Vec::new();
     for cut in &cuts {
         apply_cut(replica, cut, &bodies).await?;
-        if let Some((position, marker, index)) = &cut.marker {
+        if let Some((position, Trailer::Digest(digest), _)) = &cut.end {
+            super::compare::answer(replica, *position, digest).await?;
+        }
+        if let Some((position, Trailer::Mark(marker), index)) = &cut.end {
             patiently(replica, async || Ok(replica.retention.begin(*position).await?)).await?;
             replica.last_marker.set(Some(*position));
             arrivals.push((*position, marker.clone(), items[*index].travel));

@@ -1,5 +1,6 @@
 //! What a failover does with a replica: halts it, rolls it, serves it, ends its history, gives it out of hand.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -62,6 +63,11 @@ pub enum Order {
         /// Done.
         done: Answer<()>,
     },
+    /// Opens the image again under the record that the catalogue has now; what held it is over.
+    Adopt {
+        /// Done.
+        done: Answer<()>,
+    },
     /// Closes the image and tells its files.
     Retire {
         /// The files.
@@ -72,6 +78,9 @@ pub enum Order {
 impl Apply {
     /// Does what a failover wants.
     pub(super) async fn order(self: &Rc<Self>, disk: DiskId, order: Order) {
+        if let Order::Adopt { done } = order {
+            return drop(done.send(self.adopt_again(disk).await));
+        }
         let replica = self.replicas.borrow().get(&disk).cloned();
         let Some(replica) = replica else {
             let none = || self.shared.disk(disk).map_or_else(|| "the disk is not configured".to_owned(), |d| d.condition().error.clone().unwrap_or_else(|| format!("there is no replica of {}", d.label)));
@@ -83,6 +92,7 @@ impl Apply {
                 Order::NextData { done, .. } => drop(done.send(Err(none()))),
                 Order::Change(request) => drop(request.done.send(Err(standing::StandingError::Failed(none())))),
                 Order::EndHistory { done } => drop(done.send(Err(none()))),
+                Order::Adopt { .. } => {}
                 // Given out of hand before a restart.
                 Order::Retire { done } => drop(done.send(Ok(self.shared.disk(disk).and_then(|d| d.condition().image.clone()).map_or_else(Vec::new, |(format, path)| format.files(&path))))),
             }
@@ -120,7 +130,22 @@ impl Apply {
                 let _ = done.send(ended);
             }
             Order::Retire { done } => drop(done.send(self.retire(&replica).await)),
+            Order::Adopt { .. } => {}
         }
+    }
+
+    async fn adopt_again(self: &Rc<Self>, id: DiskId) -> Result<(), String> {
+        let _one_at_a_time = self.preparing.lock().await;
+        let disk = self.shared.disk(id).cloned().ok_or("the disk is not configured")?;
+        disk.set_hold(Hold::None, "");
+        if self.replicas.borrow().contains_key(&id) {
+            return Ok(());
+        }
+        disk.condition().error = None;
+        self.open_existing(&disk, &mut HashMap::new()).await.map_err(|refusal| {
+            disk.condition().error = Some(refusal.message.clone());
+            refusal.message
+        })
     }
 
     /// Leaves the image to others. Its tasks end, and it is closed with the last of them.

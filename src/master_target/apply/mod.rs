@@ -10,6 +10,7 @@
 //! first attempt kept.
 
 pub mod checkpoint;
+pub mod compare;
 pub mod failover;
 pub mod plan;
 pub mod replica;
@@ -35,7 +36,7 @@ use crate::clock;
 use crate::config::master_target::MasterTargetSettings;
 use crate::crypto::keyring::KeyEncryptionKey;
 use crate::disk::Disk;
-use crate::model::{DiskId, Extent, Hold, PointId, Position};
+use crate::model::{Compare, DiskId, Extent, Hold, PointId, Position};
 use crate::storage::uring::Uring;
 
 /// After a merge failed.
@@ -110,6 +111,8 @@ pub struct Prepared {
     pub epoch: u64,
     /// Everything through here is in the replica or the journal.
     pub journaled: Position,
+    /// Whether the disk is compared with the replica before it is sent.
+    pub compare: Compare,
 }
 
 /// Why there is no replica.

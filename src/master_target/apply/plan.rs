@@ -1,16 +1,16 @@
-//! Plans a checkpoint: batches are cut at markers, and within a cut only the last write to each byte is left. Pure.
+//! Plans a checkpoint: batches are cut at markers and digests, and within a cut only the last write to each byte is left. Pure.
 
-use crate::model::{Extent, Marker, OverlayMap, Position};
+use crate::model::{Extent, OverlayMap, Position, Trailer};
 use crate::wire::WireError;
-use crate::wire::batch::{BatchHeader, parse_entries, parse_marker};
+use crate::wire::batch::{BatchHeader, parse_entries, parse_trailer};
 
-/// What is written between two markers.
+/// What is written between two markers or digests.
 #[derive(Debug, Default)]
 pub struct Cut {
     /// What stands where: which batch, and the place in its data (`None` for zeroes).
     pub pieces: OverlayMap<Content>,
-    /// The marker it ends with: its place, what it says, and the batch that brought it.
-    pub marker: Option<(Position, Marker, usize)>,
+    /// What it ends with: its place, what it says, and the batch that brought it.
+    pub end: Option<(Position, Trailer, usize)>,
 }
 
 /// Where the content of a piece comes from.
@@ -33,12 +33,12 @@ pub fn plan<'a>(batches: impl Iterator<Item = (&'a BatchHeader, &'a [u8])>) -> R
         for entry in parse_entries(header, body)? {
             cut.pieces.insert(entry.extent, Content { batch: index, data_at: entry.data_at });
         }
-        if let Some(marker) = parse_marker(header, body)? {
-            cut.marker = Some((header.end(), marker, index));
+        if let Some(trailer) = parse_trailer(header, body)? {
+            cut.end = Some((header.end(), trailer, index));
             cuts.push(Cut::default());
         }
     }
-    cuts.retain(|cut| !cut.pieces.is_empty() || cut.marker.is_some());
+    cuts.retain(|cut| !cut.pieces.is_empty() || cut.end.is_some());
     Ok(cuts)
 }
 
@@ -55,7 +55,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::model::{DiskId, MachineId, PointId, PointKind};
+    use crate::model::{DiskId, MachineId, Marker, PointId, PointKind};
     use crate::wire::batch::push_entry;
 
     fn batch(last: u64, extents: &[(u64, u64, bool)], marked: bool) -> (BatchHeader, Vec<u8>) {
@@ -88,6 +88,7 @@ mod tests {
             data_len: data_len as u32,
             extents: extents.len() as u32,
             marker_len: (body.len() - table_end) as u32,
+            digest: false,
             stored_len: 16,
             body_crc: 0,
             age_us: 0,
@@ -111,9 +112,9 @@ mod tests {
                 (Extent::new(512, 1024), Content { batch: 1, data_at: Some(0) }),
             ]
         );
-        assert_eq!(cuts[0].marker.as_ref().unwrap().0, Position::new(1, 2));
+        assert_eq!(cuts[0].end.as_ref().unwrap().0, Position::new(1, 2));
         let second: Vec<_> = writes(&cuts[1]).collect();
         assert_eq!(second, [(Extent::new(0, 512), Content { batch: 2, data_at: None })]);
-        assert!(cuts[1].marker.is_none());
+        assert!(cuts[1].end.is_none());
     }
 }

@@ -17,7 +17,8 @@ use crate::master_target::catalogue::{Content, ReplicaRecord};
 use crate::master_target::journal::{self, Found};
 use crate::master_target::retain::{Retention, Subject};
 use crate::master_target::shared::{DiskShared, Item, Travel};
-use crate::model::{DiskId, Hold, PointId, Position, SECTOR};
+use crate::model::{Compare, DiskId, Hold, PointId, Position, SECTOR};
+use crate::storage::lock::lock_files;
 use crate::storage::log::random_u64;
 use crate::storage::uring::{Uring, UringFile, create_dir_durable, is_full};
 
@@ -45,6 +46,8 @@ pub struct Replica {
     pub path: PathBuf,
     /// Its format.
     pub format: Format,
+    /// Held as long as the image is open.
+    _lock: Vec<std::fs::File>,
     key: DataKey,
     generation: u64,
 }
@@ -86,6 +89,7 @@ impl Apply {
             );
         }
         let key = self.kek.unwrap(&record.wrapped_key, disk.id, record.generation).map_err(|e| stop(e.to_string()))?;
+        let lock = lock_image(&path, record.format).map_err(stop)?;
         let image = Image::open(&self.storage, &path, record.format).await.map_err(|e| stop(e.to_string()))?;
         if image.size() < record.size {
             return Err(stop(format!(
@@ -101,7 +105,7 @@ impl Apply {
             unneeded.extend(std::mem::take(&mut queue).into_iter().map(|item| item.location));
         }
         self.journal.release(unneeded).await;
-        let replica = self.assemble(disk, image, key, &record).await.map_err(stop)?;
+        let replica = self.assemble(disk, image, lock, key, &record).await.map_err(stop)?;
         let journaled = queue.last().map_or(record.checkpoint, |item| item.end);
         tracing::info!(disk = disk.label, checkpoint = %record.checkpoint, %journaled, "replica opened");
         {
@@ -122,6 +126,7 @@ impl Apply {
         &self,
         disk: &Arc<DiskShared>,
         image: Image<UringFile>,
+        lock: Vec<std::fs::File>,
         key: DataKey,
         record: &ReplicaRecord,
     ) -> Result<Replica, String> {
@@ -129,6 +134,7 @@ impl Apply {
         let dir = self.settings.state.join("retain").join(disk.id.to_string()).join(format!("{:016x}", record.generation));
         let retention = Retention::open(self.storage.clone(), &dir, subject, record.last_marker).await.map_err(|e| e.to_string())?;
         let opener = Opener::new(key.clone(), Purpose::Stream, disk.id, record.generation);
+        disk.condition().unconfirmed = record.content == Content::Unconfirmed;
         Ok(Replica {
             shared: disk.clone(),
             image,
@@ -141,6 +147,7 @@ impl Apply {
             retired: Cell::new(false),
             path: self.image_path(disk, record),
             format: record.format,
+            _lock: lock,
             key,
             generation: record.generation,
         })
@@ -171,8 +178,18 @@ impl Apply {
                     message: "the size of the disk is not known yet: its agent has not connected".to_owned(),
                 });
             }
-            let size = self.size_of_new(disk, size)?;
-            let replica = self.create(disk, size).await.map_err(|message| Refusal { retry: true, message })?;
+            let known = self.records.replica(id).map_err(|e| Refusal { retry: true, message: e.to_string() })?;
+            if known.is_some() {
+                // Never made anew over one that is there.
+                return Err(Refusal { retry: true, message: format!("the replica of {} is not open", disk.label) });
+            }
+            let replica = match disk.adopt.clone() {
+                Some(path) => self.adopt_image(disk, path).await.map_err(|message| Refusal { retry: false, message })?,
+                None => {
+                    let size = self.size_of_new(disk, size)?;
+                    self.create(disk, size).await.map_err(|message| Refusal { retry: true, message })?
+                }
+            };
             self.adopt(replica);
         }
         let replica = self.replicas.borrow().get(&id).cloned().expect("opened or made above");
@@ -200,8 +217,14 @@ impl Apply {
             generation: replica.generation,
             key: replica.key.clone(),
             size: replica.image.size(),
-            epoch: record.map_or(0, |r| r.epoch).max(journaled.epoch),
+            epoch: record.as_ref().map_or(0, |r| r.epoch).max(journaled.epoch),
             journaled,
+            compare: record.map_or(Compare::No, |r| match r.content {
+                Content::Unconfirmed => Compare::Held,
+                Content::Confirmed => Compare::Yes,
+                Content::Made if r.checkpoint == Position::default() => Compare::No,
+                Content::Made => Compare::Yes,
+            }),
         })
     }
 
@@ -241,7 +264,8 @@ impl Apply {
             tracing::warn!(path = %Path::new(&aside).display(), "a file stood where a new replica goes; it was moved aside, remove it if it is not needed");
         }
         let image = Image::create(&self.storage, &path, record.format, size).await.map_err(|e| e.to_string())?;
-        let replica = self.assemble(disk, image, key, &record).await?;
+        let lock = lock_image(&path, record.format)?;
+        let replica = self.assemble(disk, image, lock, key, &record).await?;
         self.records.put_replica(disk.id, &record).map_err(|e| e.to_string())?;
         {
             let mut condition = disk.condition();
@@ -249,6 +273,34 @@ impl Apply {
             condition.image = Some((record.format, path.clone()));
         }
         tracing::info!(disk = disk.label, path = %path.display(), size, "replica made; initial replication can begin");
+        Ok(replica)
+    }
+
+    /// Makes a replica of an image that is there. It keeps its content until somebody allows it to be overwritten.
+    async fn adopt_image(&self, disk: &Arc<DiskShared>, path: PathBuf) -> Result<Replica, String> {
+        let empty = ReplicaRecord {
+            generation: 0,
+            wrapped_key: Vec::new(),
+            size: 0,
+            format: disk.format,
+            epoch: 0,
+            checkpoint: Position::default(),
+            last_marker: None,
+            path: Some(path.clone()),
+            content: Content::Unconfirmed,
+        };
+        let lock = lock_image(&path, disk.format)?;
+        let image = Image::open(&self.storage, &path, disk.format).await.map_err(|e| e.to_string())?;
+        let record = ReplicaRecord { size: image.size(), ..empty.anew(&self.kek, disk.id) };
+        let key = self.kek.unwrap(&record.wrapped_key, disk.id, record.generation).map_err(|e| e.to_string())?;
+        let replica = self.assemble(disk, image, lock, key, &record).await?;
+        self.records.put_replica(disk.id, &record).map_err(|e| e.to_string())?;
+        {
+            let mut condition = disk.condition();
+            condition.size = record.size;
+            condition.image = Some((record.format, path.clone()));
+        }
+        tracing::warn!(disk = disk.label, path = %path.display(), size = record.size, "an image that was there becomes the replica; nothing in it is overwritten until `tidegate failover reprotect` allows it");
         Ok(replica)
     }
 
@@ -288,6 +340,11 @@ impl Replica {
         item.body = Some(opened);
         Ok(())
     }
+}
+
+/// Keeps agents from an image that is a replica, and the master target from one that an agent has.
+fn lock_image(path: &Path, format: Format) -> Result<Vec<std::fs::File>, String> {
+    lock_files(&format.files(path), true).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 /// The source disk has grown: so does the image, durably, before anything of the new part is accepted. The catalogue learns

@@ -1,12 +1,175 @@
-//! Replicating a machine onto disks that have content.
+//! Replicating a machine onto disks that have content: after a committed failover back to where it came from, or the first
+//! time onto disks that were brought there some other way.
+//!
+//! The replica begins a new history. Source and replica are compared by digests; until a person names every disk that may be
+//! overwritten nothing is written to it. Then only what differs travels, and points begin when all of it is there.
 
+use std::collections::BTreeSet;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
 
 use super::engine::Engine;
-use crate::model::MachineId;
+use crate::clock;
+use crate::config::units::show_size;
+use crate::master_target::apply::failover::Order;
+use crate::master_target::catalogue::{Content, Effects};
+use crate::master_target::shared::DiskShared;
+use crate::model::{Choice, DiskId, DiskReport, Hold, Job, JobKind, JobState, MachineId};
+
+/// How often what is waited for is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+/// A report that is older says nothing about now.
+const FRESH: Duration = Duration::from_secs(5);
 
 impl Engine {
-    pub(super) async fn reprotect(self: &Rc<Self>, _machine: MachineId, _overwrite: Vec<String>, _by: &str) -> Result<u64, String> {
-        Err("not yet".to_owned())
+    pub(super) async fn reprotect(self: &Rc<Self>, machine: MachineId, overwrite: Vec<String>, by: &str) -> Result<u64, String> {
+        let disks = self.disks(machine);
+        let Some(first) = disks.first() else { return Err("the machine has no disks here".to_owned()) };
+        let name = first.machine_name.to_string();
+        if let Some(unknown) = overwrite.iter().find(|wanted| disks.iter().all(|d| d.name.as_str() != wanted.as_str())) {
+            let names: Vec<&str> = disks.iter().map(|d| d.name.as_str()).collect();
+            return Err(format!("{name} has no disk {unknown}: its disks here are {}", names.join(", ")));
+        }
+        let entries = self.setup.jobs.list();
+        let open = entries.iter().find(|e| e.job.machine == machine && e.job.kind == JobKind::Reprotect && !e.job.state.is_over());
+        if let Some(entry) = open {
+            return self.allow(entry.job.clone(), entry.busy, &overwrite).await;
+        }
+        self.may_start(machine, JobKind::Reprotect, &name)?;
+        let mut effects = Effects::default();
+        let jobs: Vec<Job> = entries.into_iter().map(|e| e.job).collect();
+        let mut taken = Vec::new();
+        match crate::model::job::hold(jobs.iter(), machine) {
+            Some((_, Hold::Released)) => {
+                for disk in &disks {
+                    let record = self.setup.records.replica(disk.id).map_err(|e| e.to_string())?;
+                    let record = record.ok_or_else(|| format!("{} has no replica", disk.label))?;
+                    effects.replicas.push((disk.id, record.anew(&self.setup.kek, disk.id)));
+                    taken.push(disk.clone());
+                }
+            }
+            Some(_) => return Err(format!("{name} is failing over: finish that first, see `tidegate failover list`")),
+            None => {
+                for disk in &disks {
+                    let record = self.setup.records.replica(disk.id).map_err(|e| e.to_string())?;
+                    let unconfirmed = record.as_ref().is_some_and(|r| r.content == Content::Unconfirmed);
+                    if unconfirmed || record.is_none() && disk.adopt.is_some() {
+                        taken.push(disk.clone());
+                    }
+                }
+                if taken.is_empty() {
+                    return Err(format!(
+                        "{name} is replicated here already. reprotect is for a machine that failed over from here (commit, cleanup, then reprotect), or for disks with `adopt` in the configuration"
+                    ));
+                }
+            }
+        }
+        let mut job = self.new_job(JobKind::Reprotect, JobState::Comparing, Choice::Latest, None, &taken, by);
+        mark(&mut job, &overwrite);
+        let id = job.id;
+        let begins = !effects.replicas.is_empty();
+        self.keep(job, &effects).await?;
+        if begins {
+            for disk in &taken {
+                disk.begin_history();
+                self.order(disk.id, |done| Order::Adopt { done }).await?;
+            }
+        }
+        self.go_on(id, false);
+        Ok(id)
+    }
+
+    /// Disks are named that may be overwritten.
+    async fn allow(self: &Rc<Self>, mut job: Job, busy: bool, overwrite: &[String]) -> Result<u64, String> {
+        let id = job.id;
+        mark(&mut job, overwrite);
+        if busy {
+            // The task looks at the job that is kept.
+            if let Some(entry) = self.setup.jobs.lock().get_mut(&id) {
+                entry.job.disks = job.disks;
+            }
+            return Ok(id);
+        }
+        (job.error, job.remedy) = (None, None);
+        self.keep(job, &Effects::default()).await?;
+        self.go_on(id, false);
+        Ok(id)
+    }
+
+    pub(super) async fn compare(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        let disks: Vec<Arc<DiskShared>> = self.disks(job.machine).into_iter().filter(|d| job.disk(d.id).is_some()).collect();
+        self.step(job, "compare source and disks").await?;
+        let mut found = Vec::new();
+        for disk in &disks {
+            self.wait_for(disk, |report| report.unverified_bytes == Some(0)).await;
+            let size = disk.condition().size;
+            found.push(format!("{}: {} of {} differ", disk.name, show_size(disk.differing_bytes()), show_size(size)));
+            if let Some(d) = job.disks.iter_mut().find(|d| d.id == disk.id) {
+                d.size = size;
+            }
+        }
+        self.done(job, Some(found.join("; "))).await?;
+        // Named while it was compared.
+        if let Some(entry) = self.setup.jobs.get(job.id) {
+            let allowed: BTreeSet<DiskId> = entry.job.disks.iter().filter(|d| d.overwrite).map(|d| d.id).collect();
+            job.disks.iter_mut().for_each(|d| d.overwrite |= allowed.contains(&d.id));
+        }
+        let unnamed: Vec<String> = job.disks.iter().filter(|d| !d.overwrite).map(|d| format!("--overwrite {}", d.name)).collect();
+        if !unnamed.is_empty() {
+            let all: Vec<String> = job.disks.iter().map(|d| format!("--overwrite {}", d.name)).collect();
+            job.remedy = Some(format!("if what stands on these disks may be overwritten: tidegate failover reprotect {} {}", job.machine_name, all.join(" ")));
+            return self.keep(job.clone(), &Effects::default()).await;
+        }
+        let mut effects = Effects::default();
+        for disk in &disks {
+            let record = self.setup.records.replica(disk.id).map_err(|e| e.to_string())?;
+            let mut record = record.ok_or_else(|| format!("{} has no replica yet: its agent has not connected", disk.label))?;
+            record.content = Content::Confirmed;
+            effects.replicas.push((disk.id, record));
+        }
+        job.remedy = None;
+        job.enter(JobState::Resynchronising, clock::wall_ms());
+        self.keep(job.clone(), &effects).await?;
+        self.resynchronise(job).await
+    }
+
+    pub(super) async fn resynchronise(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        let disks: Vec<Arc<DiskShared>> = self.disks(job.machine).into_iter().filter(|d| job.disk(d.id).is_some()).collect();
+        for disk in &disks {
+            disk.condition().unconfirmed = false;
+            disk.reopen_streams();
+        }
+        self.step(job, "send what differs").await?;
+        for disk in &disks {
+            self.wait_for(disk, |report| report.missing_bytes == 0 && report.unverified_bytes == Some(0)).await;
+        }
+        self.done(job, None).await?;
+        self.step(job, "wait for the first point").await?;
+        while self.setup.shared.book().of(job.machine).is_empty() {
+            tokio::time::sleep(LOOK).await;
+        }
+        self.done(job, None).await?;
+        job.enter(JobState::Protected, clock::wall_ms());
+        self.keep(job.clone(), &Effects::default()).await
+    }
+
+    async fn wait_for(&self, disk: &DiskShared, enough: impl Fn(&DiskReport) -> bool) {
+        loop {
+            let report = disk.condition().report.clone();
+            if let Some((report, at)) = report
+                && clock::now().since(at) < FRESH
+                && enough(&report)
+            {
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+fn mark(job: &mut Job, overwrite: &[String]) {
+    for disk in &mut job.disks {
+        disk.overwrite |= overwrite.contains(&disk.name);
     }
 }

@@ -39,6 +39,8 @@ impl Engine {
             JobState::Cancelling => self.roll_back(&mut job).await,
             JobState::Committing => self.end_history(&mut job).await,
             JobState::Releasing => self.release(&mut job).await,
+            JobState::Comparing => self.compare(&mut job).await,
+            JobState::Resynchronising => self.resynchronise(&mut job).await,
             _ => Ok(()),
         };
         let Err(error) = result else { return };

@@ -50,6 +50,8 @@ pub struct Receiver {
 pub struct IncomingDisk {
     /// Order of its batches; there once the replica is.
     pub order: RefCell<Option<Order>>,
+    /// The history of the replica that it belongs to.
+    pub generation: Cell<u64>,
     /// The highest epoch stored.
     pub epoch: Cell<u64>,
     /// Which stream may send; older ones end.
@@ -72,6 +74,7 @@ impl Receiver {
         let disk = || {
             Rc::new(IncomingDisk {
                 order: RefCell::default(),
+                generation: Cell::new(0),
                 epoch: Cell::new(0),
                 owner: Cell::new(0),
                 journaled: Notify::new(),

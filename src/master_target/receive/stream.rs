@@ -16,14 +16,14 @@ use crate::crypto::seal::{OpenError, Opener, Purpose};
 use crate::master_target::apply::{Command, Prepared};
 use crate::master_target::journal::Tag;
 use crate::master_target::shared::{DiskShared, Item, Travel};
-use crate::model::{DiskReport, Hold};
+use crate::model::{Compare, DiskReport, Hold, Trailer};
 use crate::observe::metrics;
 use crate::storage::AlignedBuf;
 use crate::storage::catalogue::CatalogueError;
 use crate::storage::log::Location;
 use crate::storage::log::format::RECORD_HEADER_LEN;
 use crate::storage::log::service::Append;
-use crate::wire::batch::{BatchHeader, parse_entries, parse_marker};
+use crate::wire::batch::{BatchHeader, parse_entries, parse_trailer};
 use crate::wire::forward::{ItemType, Open, PREFIX_LEN, Prefix, Reply};
 use crate::wire::{PROTOCOL, WireError, control_len, decode_control, encode_control};
 
@@ -50,6 +50,8 @@ enum StreamError {
     StaleEpoch { found: u64, obeyed: u64 },
     #[error("a marker of another machine")]
     ForeignMarker,
+    #[error("content for a replica that may not be overwritten yet")]
+    Unconfirmed,
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
     #[error("{message}")]
@@ -110,14 +112,27 @@ async fn run(
     let owner = receiver.new_owner();
     disk.owner.set(owner);
     disk.epoch.set(disk.epoch.get().max(prepared.epoch));
+    if disk.generation.replace(prepared.generation) != prepared.generation {
+        // Another history: nothing of the older one is under way any more.
+        disk.epoch.set(prepared.epoch);
+        *disk.order.borrow_mut() = Some(Order::new(prepared.journaled));
+    }
     let journaled = disk.order.borrow_mut().get_or_insert_with(|| Order::new(prepared.journaled)).positions().1;
-    let reply = Reply::Opened { generation: prepared.generation, epoch: disk.epoch.get(), journaled, data_key: *prepared.key.bytes() };
+    let reply = Reply::Opened {
+        generation: prepared.generation,
+        epoch: disk.epoch.get(),
+        journaled,
+        data_key: *prepared.key.bytes(),
+        compare: prepared.compare,
+        wanted: shared.wanted(),
+    };
     write_reply(send, &reply).await?;
     tracing::info!(disk = shared.label, %journaled, "process server forwards this disk");
+    let stream_shared = shared.clone();
     let mut stream = DiskStream { receiver, disk: disk.clone(), shared, prepared, owner, opener: None };
     tokio::select! {
         result = stream.take_items(connection, receive) => result,
-        result = acknowledge(&disk, owner, send) => result,
+        result = acknowledge(&disk, &stream_shared, owner, send) => result,
     }
 }
 
@@ -138,14 +153,29 @@ async fn write_reply(send: &mut quinn::SendStream, reply: &Reply) -> Result<(), 
 }
 
 /// Tells the newest journaled position, once for however many batches.
-async fn acknowledge(disk: &Rc<IncomingDisk>, owner: u64, send: &mut quinn::SendStream) -> Result<(), StreamError> {
+async fn acknowledge(disk: &Rc<IncomingDisk>, shared: &DiskShared, owner: u64, send: &mut quinn::SendStream) -> Result<(), StreamError> {
     let mut told = None;
+    let (mut wanted, openings) = (shared.wanted(), shared.openings.load(Ordering::Relaxed));
     loop {
-        disk.journaled.notified().await;
+        tokio::select! {
+            () = disk.journaled.notified() => {}
+            () = shared.tell.notified() => {}
+        }
         if disk.owner.get() != owner {
             // The bell rang for the newer stream.
             disk.journaled.notify_one();
+            shared.tell.notify_one();
             return Err(StreamError::Superseded);
+        }
+        if shared.openings.load(Ordering::Relaxed) != openings {
+            return Err(StreamError::Refused { retry: true, message: "the disk has to be opened again".to_owned() });
+        }
+        if shared.wanted() != wanted {
+            wanted = shared.wanted();
+            write_reply(send, &Reply::Wanted(wanted)).await?;
+        }
+        for verdict in shared.take_verdicts() {
+            write_reply(send, &Reply::Verdict(verdict)).await?;
         }
         if let Some(reason) = disk.failed.borrow().clone() {
             return Err(StreamError::Refused { retry: false, message: format!("the journal is closed for writing: {reason}") });
@@ -206,13 +236,21 @@ impl DiskStream<'_> {
             return Ok(());
         }
         let (header, body) = self.opener().open(sealed)?;
-        for entry in parse_entries(&header, &body)? {
+        let entries = parse_entries(&header, &body)?;
+        if self.prepared.compare == Compare::Held && !entries.is_empty() {
+            return Err(StreamError::Unconfirmed);
+        }
+        for entry in entries {
             if !entry.extent.fits(self.prepared.size) {
                 return Err(StreamError::Outside { offset: entry.extent.offset, len: entry.extent.len, size: self.prepared.size });
             }
         }
-        if parse_marker(&header, &body)?.is_some_and(|m| m.machine != self.shared.machine) {
-            return Err(StreamError::ForeignMarker);
+        match parse_trailer(&header, &body)? {
+            Some(Trailer::Mark(marker)) if marker.machine != self.shared.machine => return Err(StreamError::ForeignMarker),
+            Some(Trailer::Digest(digest)) if !digest.extent.fits(self.prepared.size) => {
+                return Err(StreamError::Outside { offset: digest.extent.offset, len: digest.extent.len, size: self.prepared.size });
+            }
+            _ => {}
         }
         // Only what is authentic may raise the epoch.
         if header.epoch > self.disk.epoch.get() {

@@ -380,6 +380,7 @@ async fn seal(
         data_len: data_len as u32,
         extents: extents as u32,
         marker_len: 0,
+        digest: false,
         stored_len: 0,
         body_crc: 0,
         age_us: 0,

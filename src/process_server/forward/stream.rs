@@ -10,7 +10,7 @@ use thiserror::Error;
 use crate::clock::{self, micros};
 use crate::crypto::keyring::DataKey;
 use crate::crypto::seal::{Purpose, SealingSession};
-use crate::model::Position;
+use crate::model::{Compare, Position};
 use crate::observe::metrics;
 use crate::process_server::catalogue::DiskRecord;
 use crate::process_server::disk::{Disk, NotReady};
@@ -78,11 +78,13 @@ async fn session(server: &Server, disk: &Disk, connection: &quinn::Connection) -
     let open = encode_control(&Open { protocol: PROTOCOL, disk: disk.id, size })?;
     send.write_all(&open).await.map_err(|e| quic(&e))?;
     match read_reply(&mut receive).await? {
-        Reply::Opened { generation, epoch, journaled, data_key } => {
-            adopt(server, disk, &Told { generation, epoch, journaled, size, key: DataKey::from_bytes(data_key) }).await?;
+        Reply::Opened { generation, epoch, journaled, data_key, compare, wanted } => {
+            adopt(server, disk, &Told { generation, epoch, journaled, size, compare, key: DataKey::from_bytes(data_key) }).await?;
+            disk.wanted.set(Some(wanted));
+            disk.tell_agent();
         }
         Reply::Refused { retry, message } => return Err(StreamError::Refused { retry, message }),
-        Reply::Journaled(_) => return Err(WireError::Illegal("first reply of the master target").into()),
+        _ => return Err(WireError::Illegal("first reply of the master target").into()),
     }
     tokio::select! {
         result = send_items(server, disk, &mut send, size) => result,
@@ -97,6 +99,7 @@ struct Told {
     journaled: Position,
     /// Bytes it was asked for and has room for now; 0 if it was not asked.
     size: u64,
+    compare: Compare,
     key: DataKey,
 }
 
@@ -118,6 +121,18 @@ async fn adopt(server: &Server, disk: &Disk, told: &Told) -> Result<(), StreamEr
                 record.size = record.size.max(told.size);
             }
         }
+        let known = disk.record.borrow().clone();
+        if let Some(mut record) = known.filter(|r| r.compare != told.compare) {
+            record.compare = told.compare;
+            let (records, id) = (server.records.clone(), disk.id);
+            let stored = tokio::task::spawn_blocking(move || records.set_compare(id, &record)).await;
+            stored.map_err(|e| StreamError::Quic(e.to_string()))??;
+            if let Some(record) = disk.record.borrow_mut().as_mut() {
+                record.compare = told.compare;
+            }
+            // The agent learns it when it opens the disk again.
+            disk.owner.set(server.new_owner());
+        }
         let mut gone = disk.stream.borrow_mut().link_opened(told.journaled);
         gone.extend(disk.stream.borrow_mut().drop_epochs_before(told.epoch));
         disk.give_up(gone);
@@ -125,7 +140,7 @@ async fn adopt(server: &Server, disk: &Disk, told: &Told) -> Result<(), StreamEr
         // An epoch that no stream has: the agent must start one above it.
         let epoch = known.as_ref().map_or(told.epoch, |r| r.epoch.max(told.epoch) + 1);
         let wrapped_key = server.kek.wrap(&told.key, disk.id, told.generation);
-        let record = DiskRecord { generation: told.generation, wrapped_key, epoch, released: told.journaled, size: told.size };
+        let record = DiskRecord { generation: told.generation, wrapped_key, epoch, released: told.journaled, size: told.size, compare: told.compare };
         let (records, update) = (server.records.clone(), [(disk.id, record.clone())]);
         let stored = tokio::task::spawn_blocking(move || records.put(&update)).await;
         stored.map_err(|e| StreamError::Quic(e.to_string()))??;
@@ -185,6 +200,11 @@ async fn take_replies(disk: &Disk, receive: &mut quinn::RecvStream) -> Result<()
                 let gone = disk.stream.borrow_mut().acknowledged_through(position);
                 disk.give_up(gone);
             }
+            Reply::Wanted(wanted) => {
+                disk.wanted.set(Some(wanted));
+                disk.tell_agent();
+            }
+            Reply::Verdict(verdict) => disk.add_verdict(verdict),
             Reply::Refused { retry, message } => return Err(StreamError::Refused { retry, message }),
             Reply::Opened { .. } => return Err(WireError::Illegal("second opening").into()),
         }

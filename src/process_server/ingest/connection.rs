@@ -13,7 +13,7 @@ use tokio_rustls::server::TlsStream;
 
 use crate::clock;
 use crate::config::limits::{DISKS_PER_CONNECTION_MAX, SILENCE_SECONDS};
-use crate::model::{Marker, Name};
+use crate::model::{Compare, Digest, Marker, Name, Trailer, Wanted};
 use crate::observe::metrics;
 use crate::process_server::disk::{Disk, NotReady};
 use crate::process_server::optimize::batcher::{Collected, Input};
@@ -57,6 +57,7 @@ struct Slot {
     disk: Rc<Disk>,
     owner: u64,
     told: Cell<(u64, u64, u64)>,
+    wanted: Cell<Option<Wanted>>,
 }
 
 /// Answers that may wait for an agent that does not read.
@@ -138,7 +139,14 @@ impl Connection {
                     if !marker.is_sane() {
                         return Err(WireError::Illegal("marker").into());
                     }
-                    self.change(&frame, Input::Mark(marker)).await?;
+                    self.change(&frame, Input::End(Trailer::Mark(marker))).await?;
+                }
+                FrameType::Digest => {
+                    let digest: Digest = decode_control(&payload)?;
+                    if !digest.is_sane() {
+                        return Err(WireError::Illegal("digest").into());
+                    }
+                    self.change(&frame, Input::End(Trailer::Digest(digest))).await?;
                 }
             }
         }
@@ -247,14 +255,14 @@ impl Connection {
             let resume_at = stream.open(epoch);
             (resume_at, stream.safe_in_epoch(), stream.credit(self.server.window(), frozen))
         };
-        let generation = disk.record.borrow().as_ref().map_or(0, |r| r.generation);
+        let (generation, compare) = disk.record.borrow().as_ref().map_or((0, Compare::No), |r| (r.generation, r.compare));
         tracing::info!(disk = %disk.label, epoch, resume_at, "agent sends this disk");
-        self.reply(ServerMessage::Opened { slot, generation, resume_at, safe, credit });
+        self.reply(ServerMessage::Opened { slot, generation, resume_at, safe, credit, compare });
         let mut slots = self.slots.borrow_mut();
         if slots.len() <= slot as usize {
             slots.resize_with(slot as usize + 1, || None);
         }
-        slots[slot as usize] = Some(Slot { disk, owner, told: Cell::default() });
+        slots[slot as usize] = Some(Slot { disk, owner, told: Cell::default(), wanted: Cell::new(None) });
         Ok(())
     }
 
@@ -275,8 +283,8 @@ impl Connection {
             return Ok(());
         }
         let now = clock::now();
-        // Markers are not counted by the agent: they always may travel.
-        let payload = if frame.kind == FrameType::Mark { 0 } else { frame.payload_len as usize };
+        // Markers and digests are not counted by the agent: they are few, and always may travel.
+        let payload = if matches!(frame.kind, FrameType::Mark | FrameType::Digest) { 0 } else { frame.payload_len as usize };
         let cost = change_cost(payload);
         let epoch;
         {
@@ -348,6 +356,14 @@ impl Connection {
                 *slot.disk.acknowledge.borrow_mut() = None;
                 *entry = None;
                 continue;
+            }
+            let wanted = slot.disk.wanted.get();
+            if let Some(wanted) = wanted.filter(|&wanted| slot.wanted.replace(Some(wanted)) != Some(wanted)) {
+                let generation = slot.disk.record.borrow().as_ref().map_or(0, |r| r.generation);
+                out.extend(encode(&ServerMessage::Wanted { slot: index as u32, generation, wanted }));
+            }
+            for verdict in slot.disk.verdicts.borrow_mut().drain(..) {
+                out.extend(encode(&ServerMessage::Verdict { slot: index as u32, verdict }));
             }
             let frozen = self.server.over_share(&slot.disk);
             let mut stream = slot.disk.stream.borrow_mut();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::clock::Mono;
-use crate::model::{Extent, Marker};
+use crate::model::{Extent, Trailer};
 use crate::storage::AlignedBuf;
 use crate::wire::batch::{BATCH_DATA_TARGET, BATCH_EXTENTS_MAX};
 
@@ -25,8 +25,8 @@ pub struct RawBatch {
     pub last: u64,
     /// The changes that touch bytes, in order.
     pub changes: Vec<Collected>,
-    /// The marker it ends with.
-    pub marker: Option<Marker>,
+    /// What it ends with.
+    pub trailer: Option<Trailer>,
     /// When the last change was captured, on this process's clock.
     pub captured: Mono,
     /// What it counts against the agent's credit.
@@ -43,22 +43,22 @@ pub struct Batcher {
 pub enum Input {
     /// Bytes or zeroes.
     Change(Collected),
-    /// A marker.
-    Mark(Marker),
+    /// What ends a batch.
+    End(Trailer),
 }
 
 impl Batcher {
     /// Adds the next change. Returns a batch when this one completes it.
     pub fn add(&mut self, now: Mono, epoch: u64, sequence: u64, cost: u64, captured: Mono, input: Input) -> Option<RawBatch> {
         let (batch, _, data_len) = self.open.get_or_insert_with(|| {
-            (RawBatch { epoch, first: sequence, last: sequence, changes: Vec::new(), marker: None, captured, cost: 0 }, now, 0)
+            (RawBatch { epoch, first: sequence, last: sequence, changes: Vec::new(), trailer: None, captured, cost: 0 }, now, 0)
         });
         debug_assert_eq!(batch.epoch, epoch, "a batch is closed before its epoch ends");
         batch.last = sequence;
         batch.cost += cost;
         batch.captured = captured;
         match input {
-            Input::Mark(marker) => batch.marker = Some(marker),
+            Input::End(trailer) => batch.trailer = Some(trailer),
             Input::Change(change) => {
                 *data_len += change.data.as_ref().map_or(0, |d| d.len());
                 batch.changes.push(change);
@@ -66,7 +66,7 @@ impl Batcher {
         }
         // Folding may cut an extent in two for each change, and zeroes inside data in more.
         let full = *data_len >= BATCH_DATA_TARGET || batch.changes.len() >= BATCH_EXTENTS_MAX / 4;
-        if full || batch.marker.is_some() { self.close() } else { None }
+        if full || batch.trailer.is_some() { self.close() } else { None }
     }
 
     /// Closes the open batch if it is older than `age`.
@@ -89,7 +89,7 @@ impl Batcher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{MachineId, PointId, PointKind};
+    use crate::model::{MachineId, Marker, PointId, PointKind};
 
     fn write(len: usize) -> Input {
         Input::Change(Collected { extent: Extent::new(0, len as u64), data: Some(AlignedBuf::zeroed(len)) })
@@ -114,7 +114,7 @@ mod tests {
             wall_ms: 0,
             hold_us: 0,
         };
-        let marked = batcher.add(Mono(0), 1, 4, 1, Mono(0), Input::Mark(marker)).expect("a marker ends a batch");
-        assert!(marked.marker.is_some() && !batcher.is_open());
+        let marked = batcher.add(Mono(0), 1, 4, 1, Mono(0), Input::End(Trailer::Mark(marker))).expect("a marker ends a batch");
+        assert!(marked.trailer.is_some() && !batcher.is_open());
     }
 }

@@ -2,7 +2,7 @@
 
 use super::batcher::RawBatch;
 use crate::model::change::ZERO_BYTES_MAX;
-use crate::model::{BLOCK, Extent, OverlayMap};
+use crate::model::{BLOCK, Extent, OverlayMap, Trailer};
 use crate::wire::batch::{BATCH_EXTENTS_MAX, push_entry};
 
 /// Zero runs shorter than this stay data: LZ4 packs them as well, and each run cuts an extent.
@@ -44,10 +44,12 @@ pub fn fold(batch: &RawBatch, out: &mut Folded) {
         push_entry(&mut out.body, extent, zero);
     }
     let table_end = out.body.len();
-    if let Some(marker) = &batch.marker {
-        let bytes = postcard::to_stdvec(marker).expect("a marker within its bounds encodes");
-        out.body.extend_from_slice(&bytes);
-    }
+    let bytes = match &batch.trailer {
+        None => Vec::new(),
+        Some(Trailer::Mark(marker)) => postcard::to_stdvec(marker).expect("a marker within its bounds encodes"),
+        Some(Trailer::Digest(digest)) => postcard::to_stdvec(digest).expect("a digest within its bounds encodes"),
+    };
+    out.body.extend_from_slice(&bytes);
     out.marker_len = out.body.len() - table_end;
 }
 
@@ -133,12 +135,12 @@ mod tests {
                 let data = (fill != 3).then(|| { let mut d = AlignedBuf::zeroed(range.len()); d.fill(fill); d });
                 changes.push(Collected { extent, data });
             }
-            let batch = RawBatch { epoch: 1, first: 1, last: 9, changes, marker: None, captured: Mono(0), cost: 0 };
+            let batch = RawBatch { epoch: 1, first: 1, last: 9, changes, trailer: None, captured: Mono(0), cost: 0 };
             let mut folded = Folded::default();
             fold(&batch, &mut folded);
             let header = BatchHeader {
                 compressed: false, disk: DiskId(uuid::Uuid::nil()), generation: 1, epoch: 1, first: 1, last: 9,
-                data_len: folded.data_len as u32, extents: folded.extents as u32, marker_len: 0, stored_len: 16,
+                data_len: folded.data_len as u32, extents: folded.extents as u32, marker_len: 0, digest: false, stored_len: 16,
                 body_crc: 0, age_us: 0, accepted_wall_ms: 0, salt: [0; 32], nonce: 0,
             };
             let mut applied = vec![0xeeu8; 100 * sector];

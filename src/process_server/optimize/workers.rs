@@ -11,7 +11,7 @@ use super::fold::{Folded, fold};
 use crate::clock::{self, micros};
 use crate::config::limits::BATCHES_IN_PIPELINE_MAX;
 use crate::crypto::seal::{Packer, SealingSession};
-use crate::model::DiskId;
+use crate::model::{DiskId, Trailer};
 use crate::observe::metrics;
 use crate::process_server::cache::{CacheHandle, Tag};
 use crate::storage::log::service::Append;
@@ -59,6 +59,7 @@ fn work(queue: &Receiver<Job>, cache: &CacheHandle) {
             data_len: folded.data_len as u32,
             extents: folded.extents as u32,
             marker_len: folded.marker_len as u32,
+            digest: matches!(job.batch.trailer, Some(Trailer::Digest(_))),
             stored_len: 0,
             body_crc: 0,
             age_us: micros(clock::now().since(job.batch.captured)),

@@ -1,5 +1,6 @@
 //! One protected disk: the path of a write through gate, lock, dirty map, disk and stream.
 
+mod compare;
 mod size;
 
 use std::cell::{Cell, RefCell};
@@ -16,6 +17,7 @@ use bytes::Bytes;
 use super::gate::Gate;
 use super::local::Local;
 use crate::agent::backlog::Backlog;
+use crate::agent::comparison::Comparison;
 use crate::agent::dirty_map::DirtyMap;
 use crate::agent::locks::{RangeGuard, RangeLocks};
 use crate::agent::regions::Regions;
@@ -87,6 +89,9 @@ pub(super) struct Volume {
     read_only: bool,
     map: DirtyMap<UringFile>,
     regions: RefCell<Regions>,
+    comparison: RefCell<Comparison>,
+    /// The epoch for which it was decided what is compared.
+    compared_epoch: Cell<u64>,
     sending: RefCell<HashSet<u64>>,
     locks: Rc<RangeLocks>,
     gate: Rc<Gate>,
@@ -122,6 +127,8 @@ impl Volume {
         }
         Self {
             regions: RefCell::new(Regions::new(header.region, parts.shared.size(), marked)),
+            comparison: RefCell::default(),
+            compared_epoch: Cell::new(0),
             sending: RefCell::default(),
             shared: parts.shared,
             agent,
@@ -178,6 +185,7 @@ impl Volume {
         // A new replica holds nothing, whatever the map says.
         let marked = self.map.marked();
         let missing = if generation.is_some() { RegionSet::full(marked.regions()) } else { marked };
+        self.comparison.borrow_mut().restart();
         if self.regions.borrow_mut().restart(&missing) {
             metrics::disk_count(metrics::RESYNCS, &self.shared.label, 1);
         }
@@ -266,6 +274,14 @@ impl Volume {
         self.map.clear(&clean).await
     }
 
+    /// Makes everything answered durable on the local disk.
+    ///
+    /// # Errors
+    /// Those of the disk.
+    pub(super) async fn make_durable(&self) -> io::Result<()> {
+        if self.read_only { Ok(()) } else { self.file.sync_data().await }
+    }
+
     /// Makes everything answered durable on the local disk, at the end.
     ///
     /// # Errors
@@ -280,6 +296,7 @@ impl Volume {
         let missing_bytes = self.missing_bytes();
         let state = match (missing_bytes, self.map.header().initial) {
             _ if self.broken.borrow().is_some() || self.is_short() => ReplicationState::Error,
+            (0, _) if self.gate.is_closed() => ReplicationState::FailedOver,
             (0, _) => ReplicationState::Delta,
             (_, true) => ReplicationState::InitialReplication,
             (_, false) => ReplicationState::Resynchronising,
@@ -290,18 +307,13 @@ impl Volume {
             backlog_bytes: backlog.bytes(),
             captured: backlog.rungs()[0].1,
             lag_us: micros(backlog.lag(now)),
+            unverified_bytes: self.unverified_bytes(),
         }
     }
 
     /// Bytes captured since the last call.
     pub(super) fn take_captured_bytes(&self) -> u64 {
         self.captured_bytes.replace(0)
-    }
-
-    /// The next missing region that nobody is sending.
-    pub(super) fn next_missing(&self) -> Option<u64> {
-        let region = self.regions.borrow_mut().next_missing()?;
-        self.sending.borrow_mut().insert(region).then_some(region)
     }
 
     /// The attempt to send a region ended.
@@ -325,6 +337,7 @@ impl Volume {
         regions.captured(extent, sequence, now);
         regions.sent(region);
         drop(regions);
+        self.comparison.borrow_mut().sent(region);
         self.agent.wake.ring();
     }
 
@@ -354,7 +367,7 @@ impl Volume {
         if self.broken.borrow().is_some() {
             return Err(NbdError::Io);
         }
-        let _passage = self.gate.pass().await;
+        let Some(_passage) = self.gate.pass().await else { return Err(NbdError::Shutdown) };
         let _lock = self.locks.lock(extent).await;
         self.regions.borrow_mut().begin(extent);
         let result = self.change_locked(extent, action).await;
@@ -426,6 +439,7 @@ impl Volume {
     /// Puts a change that is on the local disk into the stream, or marks its regions missing. Never waits.
     fn capture(&self, extent: Extent, content: Option<(Bytes, u64)>) {
         self.captured_bytes.set(self.captured_bytes.get() + extent.len);
+        self.comparison.borrow_mut().touched(self.regions.borrow().of(extent));
         if self.regions.borrow().all_missing(extent) {
             return;
         }
@@ -455,6 +469,7 @@ impl Volume {
     }
 
     fn lose(&self, extent: Extent, reason: &'static str) {
+        self.comparison.borrow_mut().lost(self.regions.borrow().of(extent));
         if self.regions.borrow_mut().lose(extent) {
             metrics::disk_count(metrics::RESYNCS, &self.shared.label, 1);
             tracing::warn!(

@@ -1,0 +1,113 @@
+//! Hands the machine over in a planned failover: takes no more writes, makes the final point, and stays so over restarts until
+//! the machine may go on.
+//!
+//! The note that writes are refused is durable before the final marker is made: whatever happens to this process afterwards,
+//! nothing is written behind the point from which the machine goes on elsewhere.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::Capture;
+use crate::clock;
+use crate::model::{PointId, PointKind, Wanted};
+use crate::storage::uring::sync_dir;
+
+/// Between two attempts at the final point: regions may still have to be sent.
+const AGAIN: Duration = Duration::from_millis(200);
+/// Writes under way have this long to finish.
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+const LABEL: &str = "planned failover";
+
+fn note_path(state: &Path) -> PathBuf {
+    state.join("handed-over")
+}
+
+/// Whether the machine was handed over before the last stop.
+pub(super) fn is_noted(state: &Path) -> bool {
+    note_path(state).exists()
+}
+
+impl Capture {
+    /// Whether writes are refused.
+    pub(super) fn is_handed_over(&self) -> bool {
+        self.gate.is_closed()
+    }
+
+    /// Does what the master target wants. Repeating changes nothing.
+    pub(super) async fn obey(self: &Rc<Self>, wanted: Wanted) -> Result<(), String> {
+        match wanted {
+            Wanted::Run if self.is_handed_over() => self.go_on(),
+            Wanted::Run => Ok(()),
+            Wanted::Quiesce(point) => {
+                if self.final_point.replace(Some(point)) == Some(point) {
+                    return Ok(());
+                }
+                let result = self.quiesce(point).await;
+                if result.is_err() {
+                    // Asked again by the next word from there.
+                    self.final_point.set(None);
+                }
+                result
+            }
+        }
+    }
+
+    async fn quiesce(self: &Rc<Self>, point: PointId) -> Result<(), String> {
+        let _one_at_a_time = self.marking.lock().await;
+        if !self.is_handed_over() {
+            self.gate.hold();
+            if tokio::time::timeout(DRAIN_LIMIT, self.gate.drained()).await.is_err() {
+                self.gate.release();
+                return Err("writes under way did not finish: the machine goes on".to_owned());
+            }
+            if let Err(error) = self.note() {
+                self.gate.release();
+                return Err(format!("cannot note that the machine is handed over: {error}"));
+            }
+            self.gate.close();
+            tracing::warn!(machine = %self.shared.machine, %point, "planned failover: the disks take no more writes from here on");
+        }
+        for volume in &self.volumes {
+            volume.make_durable().await.map_err(|e| format!("{}: {e}", volume.shared.label))?;
+        }
+        let capture = self.clone();
+        // Regions that are not in the stream come first; the capture thread serves reads meanwhile.
+        tokio::task::spawn_local(async move {
+            while capture.final_point.get() == Some(point) && capture.is_handed_over() {
+                if capture.is_consistent() {
+                    let _one_at_a_time = capture.marking.lock().await;
+                    match capture.insert_as(point, Some(LABEL.to_owned()), PointKind::Crash, clock::now()) {
+                        Ok(point) => return tracing::info!(machine = %capture.shared.machine, %point, "the final point is in the stream"),
+                        Err(skip) => tracing::debug!(%skip, "the final point waits"),
+                    }
+                }
+                tokio::time::sleep(AGAIN).await;
+            }
+        });
+        Ok(())
+    }
+
+    /// The machine is here again.
+    ///
+    /// # Errors
+    /// If the note cannot be removed durably: writes stay refused.
+    pub(super) fn go_on(&self) -> Result<(), String> {
+        let path = note_path(&self.settings.state);
+        let removed = match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+            _ => sync_dir(&self.settings.state),
+        };
+        removed.map_err(|e| format!("{}: {e}", path.display()))?;
+        self.final_point.set(None);
+        self.gate.reopen();
+        tracing::info!(machine = %self.shared.machine, "the disks take writes again");
+        Ok(())
+    }
+
+    fn note(&self) -> std::io::Result<()> {
+        let file = std::fs::File::create(note_path(&self.settings.state))?;
+        file.sync_all()?;
+        sync_dir(&self.settings.state)
+    }
+}
