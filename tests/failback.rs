@@ -47,7 +47,10 @@ fn move_away(cluster: &mut Cluster, what: &str) -> String {
     let told = job["steps"].as_array().unwrap().iter().filter_map(|s| s["detail"].as_str()).find(|d| d.contains("nothing is lost"));
     assert!(told.is_some_and(|d| d.contains("captured")), "{what}: by position: {job}");
     let refused = try_tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4k", &source]);
-    assert!(!refused.status.success() || String::from_utf8_lossy(&refused.stdout).contains("failed"), "{what}: the old disk takes no writes");
+    assert!(
+        !refused.status.success() || String::from_utf8_lossy(&refused.stdout).contains("failed"),
+        "{what}: the old disk takes no writes"
+    );
     job["disks"][0]["nbd"].as_str().unwrap().to_owned()
 }
 
@@ -89,7 +92,10 @@ fn a_machine_moves_to_the_other_site_and_home_again_and_only_what_changed_travel
     // A wish to stop is remembered: the old source stays stopped when it is started again.
     a.kill("agent");
     a.start_role("agent");
-    assert!(try_tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4k", &a.nbd_uri(0)]).stdout.windows(6).any(|w| w == b"failed") || machine_state(&a, "agent") != "delta");
+    assert!(
+        try_tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4k", &a.nbd_uri(0)]).stdout.windows(6).any(|w| w == b"failed")
+            || machine_state(&a, "agent") != "delta"
+    );
     a.kill("agent");
     a.kill("process-server");
     a.kill("master-target");

@@ -126,7 +126,13 @@ fn a_test_failover_stands_alone_runs_the_hook_and_leaves_no_trace() {
     assert_eq!((job["state"].as_str(), job["passed"].as_bool()), (Some("running"), Some(true)), "{job}");
     m.check_served(&job, &before, "tested");
     let env = m.env("start");
-    for wanted in ["TIDEGATE_KIND=test", "TIDEGATE_DISKS=d0 d1 d2", "TIDEGATE_NBD_D1=nbd+unix", &format!("TIDEGATE_POINT={first}"), "TIDEGATE_SIZE_2=25165824"] {
+    for wanted in [
+        "TIDEGATE_KIND=test",
+        "TIDEGATE_DISKS=d0 d1 d2",
+        "TIDEGATE_NBD_D1=nbd+unix",
+        &format!("TIDEGATE_POINT={first}"),
+        "TIDEGATE_SIZE_2=25165824",
+    ] {
         assert!(env.contains(wanted), "{wanted} in {env}");
     }
     // Written on both sides: neither sees the other.
@@ -296,7 +302,9 @@ fn a_planned_failover_loses_nothing_and_a_cancelled_one_lets_the_source_go_on() 
     m.check_served(&job, &now, "everything is there");
     let refused = try_tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4k", &sources[0]]);
     assert!(!refused.status.success() || String::from_utf8_lossy(&refused.stdout).contains("failed"), "the source takes no writes");
-    assert!(m.cluster.try_tidegate(&["point", "mark", "--machine", "m1", "--control", &m.cluster.control("agent")]).status.code() == Some(1));
+    assert!(
+        m.cluster.try_tidegate(&["point", "mark", "--machine", "m1", "--control", &m.cluster.control("agent")]).status.code() == Some(1)
+    );
     // Written here, thrown away with the cancel.
     m.scribble(&Machine::uris(&job), 61);
     m.cluster.kill("agent");

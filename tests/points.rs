@@ -5,8 +5,9 @@
 mod support;
 
 use std::collections::HashMap;
-use std::fs;
-use std::path::PathBuf;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use support::{Cluster, Options, Rng, s, same_bytes, tool};
@@ -187,4 +188,217 @@ fn a_point_is_mounted_for_writing_and_neither_it_nor_the_replica_sees_the_writes
     cluster.wait_for_delta();
     cluster.mark("end");
     tool("qemu-img", &["compare", "-f", "raw", "-F", "vhdx", s(&cluster.disk(0)), s(&cluster.replica(0))]);
+}
+
+/// The interval files of the only disk, in order.
+fn intervals(cluster: &Cluster) -> Vec<PathBuf> {
+    let mut todo = vec![cluster.path("master-target").join("retain")];
+    let mut found = Vec::new();
+    while let Some(dir) = todo.pop() {
+        for entry in fs::read_dir(dir).unwrap().flatten() {
+            match entry.file_type().unwrap().is_dir() {
+                true => todo.push(entry.path()),
+                false if entry.file_name().to_string_lossy().ends_with(".tgu") => found.push(entry.path()),
+                false => {}
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn flip(path: &Path, at: u64) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x40], at).unwrap();
+    file.sync_all().unwrap();
+}
+
+/// Flips a byte in the middle of a data record of an interval file: the first one, or the last.
+fn damage_record(path: &Path, last: bool) {
+    let bytes = fs::read(path).unwrap();
+    let record = |at: &usize| bytes[*at..].starts_with(b"TGR1") && bytes[at + 64..].starts_with(b"TGB1");
+    let records: Vec<usize> = (4096..bytes.len()).step_by(4096).filter(record).collect();
+    let at = if last { *records.last().unwrap() } else { records[0] };
+    let len = u32::from_le_bytes(bytes[at + 16..at + 20].try_into().unwrap()) as usize;
+    flip(path, (at + 64 + len / 2) as u64);
+}
+
+/// Labels of points, sorted; `n` and a digit only.
+fn labels(points: &serde_json::Value) -> Vec<String> {
+    let all = points.as_array().unwrap().iter().filter_map(|p| p["label"].as_str().map(str::to_owned));
+    let mut all: Vec<String> = all.collect();
+    all.sort();
+    all
+}
+
+fn change_config(cluster: &Cluster, from: &str, to: &str) {
+    let path = cluster.config("master-target");
+    let text = fs::read_to_string(&path).unwrap();
+    assert!(text.contains(from), "{text}");
+    fs::write(&path, text.replace(from, to)).unwrap();
+}
+
+#[test]
+fn damaged_old_content_costs_exactly_the_points_that_need_it() {
+    let retain = "[retain]\nscrub_every = \"0s\"\n[apply]\ncheckpoint_interval = \"200ms\"\n".to_owned();
+    let options = Options { disk_bytes: 16 << 20, format: "raw", interval: "1h", master_target: retain, ..Options::default() };
+    let mut cluster = Cluster::start(options);
+    let nbd = cluster.nbd_uri(0);
+    let write = |n: u8, areas: &[&str]| {
+        for area in areas {
+            let offset = match *area {
+                "a" => "1M",
+                "b" => "4M",
+                "c" => "8M",
+                _ => "12M",
+            };
+            tool("qemu-io", &["-f", "raw", "-c", &format!("write -P {n} {offset} 1M"), &nbd]);
+        }
+    };
+    tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 16M", &nbd]);
+    cluster.wait_for_delta();
+    let (mut ids, mut models) = (Vec::new(), HashMap::new());
+    // What is written after each point: its interval keeps the content from before.
+    for (n, areas) in [&["a", "b"][..], &["a", "c"], &["b", "d"], &["a"], &["b"], &["c"], &["d"]].into_iter().enumerate() {
+        let point = cluster.mark(&format!("n{n}"));
+        let model = cluster.path(&format!("model-{n}.raw"));
+        fs::copy(cluster.disk(0), &model).unwrap();
+        models.insert(point.clone(), model);
+        ids.push(point);
+        write(n as u8 + 2, areas);
+    }
+    let control = cluster.control("master-target");
+    let all = |bad: &[usize]| -> Vec<String> { (0..7).filter(|n| !bad.contains(n)).map(|n| format!("n{n}")).collect() };
+    let expect = |cluster: &Cluster, bad: &[usize]| {
+        let found = cluster.json("master-target", &["point", "list", "--bad"]);
+        assert_eq!(labels(&found), bad.iter().map(|n| format!("n{n}")).collect::<Vec<_>>(), "{found}");
+        assert_eq!(labels(&cluster.json("master-target", &["point", "list"])), all(bad));
+        assert_eq!(check_all(cluster, &models), 7 - bad.len(), "the others come back exactly");
+    };
+    cluster.wait_for_delta();
+    cluster.wait("the last interval has a file", Duration::from_secs(10), || intervals(&cluster).len() >= 7);
+    // By name: what only unusable points needed is merged away later.
+    let files = intervals(&cluster).split_off(intervals(&cluster).len() - 7);
+    expect(&cluster, &[]);
+    let good = cluster.json("master-target", &["point", "verify", &ids[1]]);
+    assert_eq!((good["state"].as_str(), good["first"].as_bool()), (Some("good"), Some(true)), "{good}");
+    let shown = cluster.json("master-target", &["point", "show", &ids[1]]);
+    assert_eq!(shown["disks"][0]["digest"], good["disks"][0]["digest"]);
+    assert!(shown["verified"].is_string());
+
+    // Stopped: `a` of interval 1. Point 0 has its own content of `a`, so point 1 alone needs the record.
+    cluster.kill("master-target");
+    damage_record(&files[1], false);
+    cluster.start_role("master-target");
+    let listed = cluster.points().len();
+    let refused = cluster.try_tidegate(&["point", "verify", &ids[1], "--control", &control]);
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && told.contains("retention record damaged"), "{told}");
+    assert_eq!(cluster.points().len(), listed - 1);
+    expect(&cluster, &[1]);
+    cluster.kill("master-target");
+    cluster.start_role("master-target");
+    expect(&cluster, &[1]);
+    cluster.wait_for_delta();
+    cluster.wait("the status says so", Duration::from_secs(20), || {
+        let status = cluster.json("master-target", &["status"]);
+        let reason = status[0]["reason"].as_str().unwrap_or_default();
+        status[0]["health"] == "warning" && reason.starts_with("1 recovery point became unusable: retention record damaged")
+    });
+
+    // Running: `a` of interval 3, met by an export of point 3. Points 2 and 3 need it; 0 has its own.
+    damage_record(&files[3], false);
+    let out = cluster.path("out.raw");
+    let refused = cluster.try_tidegate(&["recover", "export", &ids[3], "--format", "raw", "--output", s(&out), "--control", &control]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("became unusable"), "{refused:?}");
+    expect(&cluster, &[1, 2, 3]);
+    // A header, and an index: the records say the same.
+    flip(&files[4], 9);
+    let index = fs::metadata(&files[5]).unwrap().len() - 4096;
+    flip(&files[5], index + 64 + 40);
+    expect(&cluster, &[1, 2, 3]);
+
+    // A scrub meets what nobody asked for. Of interval 5 the index and a record are gone: nobody knows what it lost, so the
+    // points before its end go, and 6 stays.
+    damage_record(&files[5], true);
+    change_config(&cluster, "scrub_every = \"0s\"", "scrub_every = \"1s\"");
+    cluster.kill("master-target");
+    cluster.start_role("master-target");
+    cluster.wait("the scrub finds it", Duration::from_secs(30), || {
+        cluster.json("master-target", &["point", "list", "--bad"]).as_array().unwrap().len() >= 6
+    });
+    expect(&cluster, &[0, 1, 2, 3, 4, 5]);
+    cluster.wait("the scrub verifies what is left", Duration::from_secs(30), || {
+        cluster.points().iter().any(|p| p["label"] == "n6" && p["verified"].is_string())
+    });
+    cluster.tidegate(&["point", "forget", &ids[1], "--control", &control]);
+    assert_eq!(labels(&cluster.json("master-target", &["point", "list", "--bad"])), ["n0", "n2", "n3", "n4", "n5"]);
+    cluster.tidegate(&["point", "forget", "--all", "--control", &control]);
+    let good_again = || cluster.json("master-target", &["status"])[0]["health"] == "healthy";
+    cluster.wait("cleared", Duration::from_secs(20), good_again);
+
+    // A file that is gone is noticed at the start, by what the catalogue knows.
+    cluster.mark("n7");
+    write(20, &["a"]);
+    cluster.wait_for_delta();
+    cluster.mark("n8");
+    cluster.kill("master-target");
+    let files = intervals(&cluster);
+    fs::remove_file(&files[files.len() - 1]).unwrap();
+    cluster.start_role("master-target");
+    cluster.wait("what needed it is off the list", Duration::from_secs(20), || {
+        labels(&cluster.json("master-target", &["point", "list"])) == ["n8"]
+    });
+    println!("7 points, damage by record, header, index and file: each time exactly the points that need it went");
+}
+
+#[test]
+fn a_digest_holds_over_thinning_and_growth_and_finds_a_silent_change() {
+    let retain = "[retain]\nscrub_every = \"0s\"\nladder = \"all for 1h\"\n[apply]\ncheckpoint_interval = \"200ms\"\n".to_owned();
+    let options = Options { disk_bytes: 16 << 20, format: "raw", interval: "1h", master_target: retain, ..Options::default() };
+    let mut cluster = Cluster::start(options);
+    tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 12M", &cluster.nbd_uri(0)]);
+    cluster.wait_for_delta();
+    let control = cluster.control("master-target");
+    let mut points = Vec::new();
+    for n in 0..8u64 {
+        points.push(cluster.mark(&format!("n{n}")));
+        tool("qemu-io", &["-f", "raw", "-c", &format!("write -P {} {}k 1M", n + 2, 512 * n), &cluster.nbd_uri(0)]);
+    }
+    cluster.wait_for_delta();
+    let verify = |cluster: &Cluster, point: &str| cluster.json("master-target", &["point", "verify", point]);
+    let digest = |view: &serde_json::Value| view["disks"][0]["digest"].as_str().unwrap_or_else(|| panic!("{view}")).to_owned();
+    let (first, third) = (verify(&cluster, &points[0]), verify(&cluster, &points[3]));
+    assert_ne!(digest(&first), digest(&third));
+    for point in [&points[0], &points[3]] {
+        cluster.tidegate(&["point", "pin", point, "--control", &control]);
+    }
+    let before = intervals(&cluster).len();
+    change_config(&cluster, "all for 1h", "all for 1s, 1/1h to 1d");
+    cluster.kill("master-target");
+    cluster.start_role("master-target");
+    cluster.wait_for_delta();
+    cluster.mark("end");
+    cluster.wait("points are thinned and intervals merged", Duration::from_secs(30), || intervals(&cluster).len() < before - 2);
+    for (point, known) in [(&points[0], &first), (&points[3], &third)] {
+        let again = verify(&cluster, point);
+        assert_eq!((again["state"].as_str(), again["first"].as_bool(), digest(&again)), (Some("good"), Some(false), digest(known)));
+    }
+    File::options().write(true).open(cluster.disk(0)).unwrap().set_len(20 << 20).unwrap();
+    cluster.wait("the replica grows", Duration::from_secs(20), || fs::metadata(cluster.replica(0)).unwrap().len() == 20 << 20);
+    assert_eq!(digest(&verify(&cluster, &points[0])), digest(&first));
+    let told = cluster.tidegate(&["point", "verify", &points[0], "--control", &control]);
+    assert!(told.contains("good, the same as before") && told.contains(&digest(&first)), "{told}");
+    // A place that nobody has written since: all points read it from the replica.
+    cluster.kill("master-target");
+    flip(&cluster.replica(0), 11 << 20);
+    cluster.start_role("master-target");
+    let changed = verify(&cluster, &points[0]);
+    assert_eq!(changed["state"], "bad", "{changed}");
+    assert!(changed["error"].as_str().unwrap().contains("is not what it was"), "{changed}");
+    let bad = cluster.json("master-target", &["point", "list", "--bad"]);
+    assert_eq!((labels(&bad), bad[0]["pinned"].as_bool()), (vec!["n0".to_owned()], Some(true)));
+    assert!(cluster.points().iter().any(|p| p["id"] == points[3].as_str()), "what was not found is not judged");
 }

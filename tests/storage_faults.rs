@@ -234,7 +234,7 @@ impl Site {
                     self.points.remove(which);
                     retention.forget_before(self.points.first().map(|(at, _)| *at)).map_err(|e| text(&e))?;
                     let needed = self.points.iter().map(|(at, _)| *at).collect();
-                    while retention.merge_some(&needed, self.last_marker).await.map_err(|e| text(&e))? {
+                    while retention.merge_some(&needed, self.last_marker, async |_| true).await.map_err(|e| text(&e))? {
                         self.merges += 1;
                     }
                 }

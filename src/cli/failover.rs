@@ -25,7 +25,9 @@ pub(super) struct Wait {
 #[derive(clap::Subcommand)]
 pub(super) enum FailoverCommand {
     /// Try it: all disks of a machine at one point, as writable block devices that nobody else sees. Replication goes on.
-    #[command(after_help = "Examples:\n  tidegate failover test web01                        the newest point\n  tidegate failover test web01 --hook kvm             and start and check the machine\n  tidegate failover test web01 --hook kvm --cleanup   and take everything away again")]
+    #[command(
+        after_help = "Examples:\n  tidegate failover test web01                        the newest point\n  tidegate failover test web01 --hook kvm             and start and check the machine\n  tidegate failover test web01 --hook kvm --cleanup   and take everything away again"
+    )]
     Test {
         /// Which machine.
         machine: String,
@@ -59,7 +61,9 @@ pub(super) enum FailoverCommand {
         wait: Wait,
     },
     /// Bring a machine back here although its source is gone. Says first what will be lost.
-    #[command(after_help = "Examples:\n  tidegate failover unplanned web01\n  tidegate failover unplanned web01 --point latest-app --hook kvm --yes")]
+    #[command(
+        after_help = "Examples:\n  tidegate failover unplanned web01\n  tidegate failover unplanned web01 --point latest-app --hook kvm --yes"
+    )]
     Unplanned {
         /// Which machine.
         machine: String,
@@ -110,7 +114,9 @@ pub(super) enum FailoverCommand {
         wait: Wait,
     },
     /// Replicate a machine onto disks that have content: compares first; only differences travel, once every disk is named.
-    #[command(after_help = "Examples:\n  tidegate failover reprotect web01                                      compares, and says what differs\n  tidegate failover reprotect web01 --overwrite sda --overwrite sdb      then the differences are sent")]
+    #[command(
+        after_help = "Examples:\n  tidegate failover reprotect web01                                      compares, and says what differs\n  tidegate failover reprotect web01 --overwrite sda --overwrite sdb      then the differences are sent"
+    )]
     Reprotect {
         /// Which machine.
         machine: String,
@@ -150,7 +156,8 @@ pub(super) fn run(command: FailoverCommand) -> anyhow::Result<()> {
             verdict(&job)
         }
         FailoverCommand::Planned { machine, point, hook, yes, wait } => {
-            let question = format!("The agent of {machine} stops taking writes now: shut the machine down first if it can be. Nothing is lost.");
+            let question =
+                format!("The agent of {machine} stops taking writes now: shut the machine down first if it can be. Nothing is lost.");
             confirm(&question, yes, wait.ask.json)?;
             request(Request::FailoverStart { kind: JobKind::Planned, machine, point, hook, overwrite: Vec::new() }, &wait).map(drop)
         }
@@ -174,18 +181,32 @@ pub(super) fn run(command: FailoverCommand) -> anyhow::Result<()> {
 
 /// What an unplanned failover takes and loses.
 fn lost(plan: &PlanView, choice: &Choice) -> String {
-    let mut text = format!("point    {} of {}{}\n", plan.point, plan.point_time, plan.label.as_ref().map_or_else(String::new, |l| format!(" {l:?}")));
+    let mut text =
+        format!("point    {} of {}{}\n", plan.point, plan.point_time, plan.label.as_ref().map_or_else(String::new, |l| format!(" {l:?}")));
     if *choice == Choice::Latest {
         text += "         or a newer one, if one is complete once everything that arrived is applied\n";
     }
     let clock = if plan.lost_seconds_monotonic { "measured here" } else { "by the source's clock" };
     text += &format!("lost     what the machine wrote after it: {} ({clock})\n", output::seconds(Some(plan.lost_seconds)));
-    text += &format!("         about {} that came here after the point, {} that wait here to be applied\n", show_size(plan.newer_bytes), show_size(plan.waiting_bytes));
+    text += &format!(
+        "         about {} that came here after the point, {} that wait here to be applied\n",
+        show_size(plan.newer_bytes),
+        show_size(plan.waiting_bytes)
+    );
     match plan.heard_seconds {
-        Some(heard) => text += &format!("         {} that the agent had and not sent when it was heard, {} ago\n", show_size(plan.unsent_bytes), output::seconds(Some(heard))),
+        Some(heard) => {
+            text += &format!(
+                "         {} that the agent had and not sent when it was heard, {} ago\n",
+                show_size(plan.unsent_bytes),
+                output::seconds(Some(heard))
+            )
+        }
         None => text += "         what the agent had and not sent is not known: it was not heard since this master target started\n",
     }
-    text + &format!("The source of {} is refused from now on, until the failover is cancelled. Points stay until it is committed.", plan.machine)
+    text + &format!(
+        "The source of {} is refused from now on, until the failover is cancelled. Points stay until it is committed.",
+        plan.machine
+    )
 }
 
 /// Asks a person.
@@ -231,7 +252,8 @@ fn watch(request: &Request, wait: &Wait) -> anyhow::Result<JobView> {
     let (id, before) = (job.id, if matches!(request, Request::FailoverDecide { .. }) { usize::MAX } else { 0 });
     let mut told = Told { steps: before.min(job.steps.len().saturating_sub(usize::from(job.busy))), open: false };
     let mut job = job;
-    let bar = if wait.ask.json || !std::io::stderr().is_terminal() { indicatif::ProgressBar::hidden() } else { indicatif::ProgressBar::new(0) };
+    let bar =
+        if wait.ask.json || !std::io::stderr().is_terminal() { indicatif::ProgressBar::hidden() } else { indicatif::ProgressBar::new(0) };
     bar.set_style(indicatif::ProgressStyle::with_template("  {bar:40} {binary_bytes} of {binary_total_bytes}")?);
     let mut missed = 0;
     while job.busy && !wait.detach {
@@ -301,10 +323,17 @@ fn end(job: &JobView, detached: bool) {
     let id = job.id;
     match job.state.as_str() {
         "running" => println!("the copy stands until `tidegate failover cleanup {id}`; what is written to it is dropped then"),
-        "failed-over" => println!("run the machine from the disks above. Then: `tidegate failover change-point {id} --point P`, `commit {id}` or `cancel {id}`"),
-        "committed" => println!("the machine goes on from the disks above; to run it from the image files instead, stop it and `tidegate failover cleanup {id}`"),
+        "failed-over" => println!(
+            "run the machine from the disks above. Then: `tidegate failover change-point {id} --point P`, `commit {id}` or `cancel {id}`"
+        ),
+        "committed" => println!(
+            "the machine goes on from the disks above; to run it from the image files instead, stop it and `tidegate failover cleanup {id}`"
+        ),
         "comparing" => println!("nothing was overwritten. {}", job.remedy.as_deref().unwrap_or_default()),
-        "released" => println!("the image files above are yours; to replicate the machine back here later: `tidegate failover reprotect {}`", job.machine),
+        "released" => println!(
+            "the image files above are yours; to replicate the machine back here later: `tidegate failover reprotect {}`",
+            job.machine
+        ),
         _ => {}
     }
 }

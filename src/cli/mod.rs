@@ -66,7 +66,7 @@ enum Command {
     /// Recovery points.
     #[command(
         subcommand,
-        after_help = "Examples:\n  tidegate point list --machine web01\n  tidegate point mark --machine web01 --label before-upgrade --control unix:/run/tidegate/agent.sock"
+        after_help = "Examples:\n  tidegate point list --machine web01\n  tidegate point verify latest\n  tidegate point list --bad\n  tidegate point mark --machine web01 --label before-upgrade --control unix:/run/tidegate/agent.sock"
     )]
     Point(point::PointCommand),
     /// Bring points back.

@@ -36,3 +36,14 @@ pub(super) fn seconds(value: Option<f64>) -> String {
         Some(s) => format!("{:.1} h", s / 3600.0),
     }
 }
+
+/// How long ago something was, in a word.
+pub(super) fn ago(seconds: Option<f64>) -> String {
+    match seconds {
+        None => "-".to_owned(),
+        Some(s) if s < 60.0 => "just now".to_owned(),
+        Some(s) if s < 3600.0 => format!("{:.0} min ago", (s / 60.0).floor()),
+        Some(s) if s < 48.0 * 3600.0 => format!("{:.0} h ago", (s / 3600.0).floor()),
+        Some(s) => format!("{:.0} d ago", (s / 86400.0).floor()),
+    }
+}

@@ -1,16 +1,48 @@
 //! `tidegate point`.
 
-use anyhow::bail;
+use std::io::IsTerminal;
+use std::time::Duration;
 
-use super::{Ask, ask, output};
+use anyhow::bail;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{Ask, Usage, ask, output};
 use crate::config::units::show_size;
-use crate::control::api::{Marked, PointView, Request};
+use crate::control::api::{BadPointView, Marked, PointView, Request, VerifyView};
+use crate::control::client;
 
 /// Recovery points.
 #[derive(clap::Subcommand)]
 pub(super) enum PointCommand {
     /// Listed points, the oldest first. Ask the master target.
     List {
+        /// Of one machine only.
+        #[arg(long)]
+        machine: Option<String>,
+        /// Points that became unusable instead, with the cause.
+        #[arg(long)]
+        bad: bool,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Read a point from end to end, as a recovery would, and compare it with the first time. Ask the master target.
+    #[command(
+        after_help = "Examples:\n  tidegate point verify latest\n  tidegate point verify 3f2a --json\n\nThe digest is BLAKE3 of the content; it does not depend on how that is stored. Exit code 1: the point is bad, or could not be read."
+    )]
+    Verify {
+        /// Its id, the beginning of it, or `latest`.
+        point: String,
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Clear points that became unusable from `point list --bad` and from the status. Ask the master target.
+    #[command(after_help = "Examples:\n  tidegate point forget 3f2a\n  tidegate point forget --all --machine web01")]
+    Forget {
+        /// Its id, or the beginning of it.
+        point: Option<String>,
+        /// All of them.
+        #[arg(long, conflicts_with = "point")]
+        all: bool,
         /// Of one machine only.
         #[arg(long)]
         machine: Option<String>,
@@ -68,10 +100,84 @@ fn pin(point: String, pinned: bool, args: &Ask) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn list_bad(machine: Option<String>, args: &Ask) -> anyhow::Result<()> {
+    let points: Vec<BadPointView> = ask(&args.control, &Request::BadPoints { machine })?;
+    if args.json {
+        return output::json(&points);
+    }
+    let row = |b: &BadPointView| {
+        vec![
+            b.point.id.clone(),
+            b.point.machine.clone(),
+            b.point.time.clone(),
+            b.point.kind.clone(),
+            b.disk.clone(),
+            b.noticed.clone(),
+            b.point.label.clone().unwrap_or_default(),
+            b.cause.clone(),
+        ]
+    };
+    output::table(&["POINT", "MACHINE", "TIME", "KIND", "DISK", "NOTICED", "LABEL", "CAUSE"], &points.iter().map(row).collect::<Vec<_>>());
+    Ok(())
+}
+
+fn verify(point: String, args: &Ask) -> anyhow::Result<()> {
+    let mut view: VerifyView = ask(&args.control, &Request::Verify { point })?;
+    let bar = if args.json || !std::io::stderr().is_terminal() { ProgressBar::hidden() } else { ProgressBar::new(view.total_bytes) };
+    bar.set_style(ProgressStyle::with_template("{bar:40} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left")?);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        while view.state == "running" {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let all: Vec<VerifyView> = client::call(&args.control, &Request::Verifications).await?;
+            let Some(now) = all.into_iter().find(|v| v.name == view.name) else { bail!("the master target was restarted: try again") };
+            bar.set_position(now.done_bytes);
+            view = now;
+        }
+        Ok(())
+    })?;
+    bar.finish_and_clear();
+    if args.json {
+        output::json(&view)?;
+    } else {
+        println!("point   {}", view.point);
+        for disk in &view.disks {
+            println!("disk    {}: blake3 {}", disk.name, disk.digest);
+        }
+        println!("read    {} of {} in {:.1} s", show_size(view.read_bytes), show_size(view.total_bytes), view.seconds);
+    }
+    match (view.state.as_str(), &view.error) {
+        ("good", _) if args.json => Ok(()),
+        ("good", _) => {
+            println!("result  good, {}", if view.first { "verified for the first time" } else { "the same as before" });
+            Ok(())
+        }
+        ("bad", cause) => bail!(
+            "point {} is not usable and not listed any more: {}; see `tidegate point list --bad`",
+            view.point,
+            cause.as_deref().unwrap_or("-")
+        ),
+        (_, error) => bail!("the point could not be verified: {}", error.as_deref().unwrap_or("unknown")),
+    }
+}
+
 /// Runs the command.
 pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
     match command {
-        PointCommand::List { machine, ask: args } => {
+        PointCommand::List { machine, bad: true, ask: args } => list_bad(machine, &args),
+        PointCommand::Verify { point, ask: args } => verify(point, &args),
+        PointCommand::Forget { point: None, all: false, .. } => {
+            Err(Usage("which one? Give the id of an unusable point, or --all".to_owned()).into())
+        }
+        PointCommand::Forget { point, all: _, machine, ask: args } => {
+            let count: usize = ask(&args.control, &Request::ForgetBad { point, machine })?;
+            if args.json {
+                return output::json(&serde_json::json!({ "forgotten": count }));
+            }
+            println!("{count} unusable {} cleared", if count == 1 { "point" } else { "points" });
+            Ok(())
+        }
+        PointCommand::List { machine, bad: false, ask: args } => {
             let points: Vec<PointView> = ask(&args.control, &Request::Points { machine })?;
             if args.json {
                 return output::json(&points);
@@ -86,11 +192,12 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
                     disks.join(","),
                     format!("{:.1} ms", p.hold_seconds * 1e3),
                     if p.pinned { "pinned".to_owned() } else { String::new() },
+                    output::ago(p.verified_age_seconds),
                     p.label.clone().unwrap_or_default(),
                 ]
             };
             output::table(
-                &["POINT", "MACHINE", "TIME", "KIND", "DISKS", "HELD", "PINNED", "LABEL"],
+                &["POINT", "MACHINE", "TIME", "KIND", "DISKS", "HELD", "PINNED", "VERIFIED", "LABEL"],
                 &points.iter().map(row).collect::<Vec<_>>(),
             );
             Ok(())
@@ -115,9 +222,14 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
             println!("held     {:.1} ms", found.hold_seconds * 1e3);
             println!("label    {}", found.label.as_deref().unwrap_or("-"));
             println!("pinned   {}", if found.pinned { "yes" } else { "no" });
+            let ago = output::ago(found.verified_age_seconds);
+            println!("verified {}", found.verified.as_ref().map_or("-".to_owned(), |at| format!("{at} ({ago})")));
             for disk in &found.disks {
                 let size = disk.size_bytes.map_or_else(|| "-".to_owned(), show_size);
                 println!("  disk {} ({}) of {size} at {}", disk.name, disk.id, disk.position);
+                if let Some(digest) = &disk.digest {
+                    println!("    blake3 {digest}");
+                }
             }
             Ok(())
         }

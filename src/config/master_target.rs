@@ -127,6 +127,12 @@ pub struct Retain {
     /// Most bytes of old content of a machine.
     #[serde(deserialize_with = "units::size_option")]
     pub space_max: Option<u64>,
+    /// Bytes a second that looking for damage reads; 0: do not look.
+    #[serde(deserialize_with = "units::rate")]
+    pub scrub_rate: u64,
+    /// Time between two looks at everything that is kept; 0: do not look.
+    #[serde(deserialize_with = "units::duration")]
+    pub scrub_every: Duration,
 }
 
 impl Retain {
@@ -144,7 +150,15 @@ impl Retain {
 
 impl Default for Retain {
     fn default() -> Self {
-        Self { ladder: Ladder::default(), points_max: 10_000, points_min: 1, span: None, space_max: None }
+        Self {
+            ladder: Ladder::default(),
+            points_max: 10_000,
+            points_min: 1,
+            span: None,
+            space_max: None,
+            scrub_rate: 32 << 20,
+            scrub_every: Duration::from_secs(7 * 86400),
+        }
     }
 }
 
@@ -270,6 +284,7 @@ impl Settings for MasterTargetSettings {
         in_range("apply.memory_max", self.apply.memory_max, 16 << 20, 1 << 40)?;
         in_range("retain.points_max", self.retain.points_max, 1, 100_000)?;
         in_range("retain.points_min", self.retain.points_min, 1, self.retain.points_max)?;
+        in_range("retain.scrub_rate", self.retain.scrub_rate, 0, 1 << 40)?;
         if !self.journal.segment.is_multiple_of(4096) {
             return Err("journal.segment must be a multiple of 4096".to_owned());
         }

@@ -56,6 +56,17 @@ pub fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error>
     }
 }
 
+/// For `#[serde(deserialize_with)]`: bytes a second, written `32MiB/s` or as a size.
+///
+/// # Errors
+/// See [`parse_size`].
+pub fn rate<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    match NumberOrText::deserialize(deserializer)? {
+        NumberOrText::Number(bytes) => Ok(bytes),
+        NumberOrText::Text(text) => parse_size(text.trim_end_matches("/s")).map_err(de::Error::custom),
+    }
+}
+
 /// For `#[serde(deserialize_with)]`: a size that may be absent.
 ///
 /// # Errors

@@ -96,6 +96,25 @@ pub enum Request {
     },
     /// Mounts and exports: [`RecoveryView`].
     Recoveries,
+    /// Points that became unusable: [`BadPointView`], the oldest first.
+    BadPoints {
+        /// Of one machine only.
+        machine: Option<String>,
+    },
+    /// Clear points that became unusable: how many were.
+    ForgetBad {
+        /// Its id, or the beginning of it; all of them if left out.
+        point: Option<String>,
+        /// Of one machine only.
+        machine: Option<String>,
+    },
+    /// Recompute a point: [`VerifyView`].
+    Verify {
+        /// As in `Mount`.
+        point: String,
+    },
+    /// Verifications that run or ended lately: [`VerifyView`].
+    Verifications,
     /// End a mount, or forget a finished export.
     Unmount {
         /// Its name.
@@ -325,8 +344,60 @@ pub struct PointView {
     pub hold_seconds: f64,
     /// Somebody wants it kept.
     pub pinned: bool,
+    /// When its last verification ended, RFC 3339.
+    pub verified: Option<String>,
+    /// How long ago that was, seconds.
+    pub verified_age_seconds: Option<f64>,
     /// Its disks.
     pub disks: Vec<PointDisk>,
+}
+
+/// A point that became unusable.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BadPointView {
+    /// As it was listed.
+    #[serde(flatten)]
+    pub point: PointView,
+    /// The disk that is not what it was.
+    pub disk: String,
+    /// Why.
+    pub cause: String,
+    /// When that was noticed, RFC 3339.
+    pub noticed: String,
+}
+
+/// A verification.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct VerifyView {
+    /// Its name.
+    pub name: String,
+    /// The point.
+    pub point: String,
+    /// `running`, `good`, `bad` (the point is off the list) or `failed` (it could not be read to the end).
+    pub state: String,
+    /// Bytes of the disks gone through.
+    pub done_bytes: u64,
+    /// Bytes of the disks.
+    pub total_bytes: u64,
+    /// Bytes that were read; the rest is known to be zeroes.
+    pub read_bytes: u64,
+    /// How long it took.
+    pub seconds: f64,
+    /// There was none before it to compare with.
+    pub first: bool,
+    /// Why it is bad, or failed.
+    pub error: Option<String>,
+    /// What was found.
+    pub disks: Vec<VerifiedDisk>,
+}
+
+/// A disk that was verified.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VerifiedDisk {
+    /// Its name.
+    pub name: String,
+    /// BLAKE3 of its content, hexadecimal.
+    pub digest: String,
 }
 
 /// Which points stay.
@@ -387,6 +458,8 @@ pub struct PointDisk {
     pub position: String,
     /// Bytes it had.
     pub size_bytes: Option<u64>,
+    /// Digest of its content by the last verification.
+    pub digest: Option<String>,
 }
 
 /// Answer to `Mark`.

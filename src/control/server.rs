@@ -38,11 +38,14 @@ struct Caller(String);
 
 impl Connected<axum::serve::IncomingStream<'_, UnixListener>> for Caller {
     fn connect_info(stream: axum::serve::IncomingStream<'_, UnixListener>) -> Self {
-        let told = stream.io().peer_cred().map_or_else(|_| "unknown".to_owned(), |peer| {
-            let uid = peer.uid();
-            let process = peer.pid().map_or_else(String::new, |pid| format!(", process {pid}"));
-            format!("{} (uid {uid}{process})", user_name(uid))
-        });
+        let told = stream.io().peer_cred().map_or_else(
+            |_| "unknown".to_owned(),
+            |peer| {
+                let uid = peer.uid();
+                let process = peer.pid().map_or_else(String::new, |pid| format!(", process {pid}"));
+                format!("{} (uid {uid}{process})", user_name(uid))
+            },
+        );
         Self(told)
     }
 }
@@ -89,7 +92,11 @@ pub async fn serve(listener: UnixListener, roles: Vec<Arc<dyn Role>>) {
     }
 }
 
-async fn call(State(roles): State<Arc<Vec<Arc<dyn Role>>>>, ConnectInfo(caller): ConnectInfo<Caller>, Json(request): Json<Request>) -> Response {
+async fn call(
+    State(roles): State<Arc<Vec<Arc<dyn Role>>>>,
+    ConnectInfo(caller): ConnectInfo<Caller>,
+    Json(request): Json<Request>,
+) -> Response {
     if matches!(request, Request::Status) {
         let all: Vec<RoleStatus> = roles.iter().map(|r| r.status()).collect();
         return Json(all).into_response();

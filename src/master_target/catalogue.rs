@@ -1,22 +1,33 @@
 //! What a master target remembers: replicas, points, and how long it has run.
 
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::bad::BadPoint;
 use super::points::{Book, Changes, Pending};
+use super::verify::{ScrubState, Verification};
 use crate::crypto::keyring::{DataKey, KeyEncryptionKey};
 use crate::disk::Format;
-use crate::model::{DiskId, Job, PointId, Position, RecoveryPoint};
-use crate::storage::log::random_u64;
+use crate::model::{DiskId, Job, MachineId, PointId, Position, RecoveryPoint};
 use crate::storage::catalogue::{Catalogue, CatalogueError, Table};
+use crate::storage::log::random_u64;
 
 const DISKS: Table = Table::new("disks");
 const POINTS: Table = Table::new("points");
 const PENDING: Table = Table::new("pending-points");
 const JOBS: Table = Table::new("jobs");
 const SERVER: Table = Table::new("server");
+/// Points that became unusable.
+const BAD: Table = Table::new("bad-points");
+/// The last verification of each listed point.
+const VERIFIED: Table = Table::new("verified-points");
+/// Intervals of the retention journals: key disk and begin, value begin and durable length.
+const INTERVALS: Table = Table::new("intervals");
+/// How far each machine's scrub has come.
+const SCRUBS: Table = Table::new("scrubs");
 
 /// Changes with the types stored here.
 const FORMAT: u32 = 4;
@@ -79,6 +90,8 @@ pub struct Effects {
     pub stand: Vec<(DiskId, Option<Position>)>,
     /// Replicas with a new record.
     pub replicas: Vec<(DiskId, ReplicaRecord)>,
+    /// Replicas whose history is another one from here on.
+    pub ended: Vec<DiskId>,
     /// Points that go.
     pub dropped: Vec<PointId>,
     /// Old jobs that go.
@@ -99,7 +112,8 @@ impl Records {
     /// # Errors
     /// See [`Catalogue::open`].
     pub fn open(state: &Path) -> Result<Self, CatalogueError> {
-        let catalogue = Catalogue::open(&state.join("master-target.redb"), &[DISKS, POINTS, PENDING, JOBS, SERVER])?;
+        let tables = [DISKS, POINTS, PENDING, JOBS, SERVER, BAD, VERIFIED, INTERVALS, SCRUBS];
+        let catalogue = Catalogue::open(&state.join("master-target.redb"), &tables)?;
         let journal_id = catalogue.identity(SERVER, b"journal-id", FORMAT)?;
         Ok(Self { catalogue, journal_id })
     }
@@ -151,7 +165,85 @@ impl Records {
     pub fn book(&self) -> Result<Book, CatalogueError> {
         let listed = self.catalogue.all::<RecoveryPoint>(POINTS)?.into_iter().map(|(_, point)| point).collect();
         let pending = self.catalogue.all::<Pending>(PENDING)?.into_iter().map(|(_, p)| (p.marker.point, p)).collect();
-        Ok(Book::load(listed, pending))
+        let bad = self.catalogue.all::<BadPoint>(BAD)?.into_iter().map(|(_, bad)| bad).collect();
+        let verified = self.catalogue.all::<(PointId, Verification)>(VERIFIED)?.into_iter().map(|(_, v)| v).collect();
+        Ok(Book::load(listed, pending, bad, verified))
+    }
+
+    /// The intervals that every disk's retention journal had at its last checkpoint, and how much of each file was durable.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn intervals(&self) -> Result<HashMap<DiskId, BTreeMap<Position, u64>>, CatalogueError> {
+        let mut all: HashMap<DiskId, BTreeMap<Position, u64>> = HashMap::new();
+        for (_, (disk, start, end)) in self.catalogue.all::<(DiskId, Position, u64)>(INTERVALS)? {
+            all.entry(disk).or_default().insert(start, end);
+        }
+        Ok(all)
+    }
+
+    /// Intervals of a disk will go.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn forget_intervals(&self, disk: DiskId, starts: &[Position]) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| starts.iter().try_for_each(|start| batch.remove(INTERVALS, &interval_key(disk, *start))))
+    }
+
+    /// Takes points off the list that became unusable, and gives up others that wait, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue; nothing was changed then.
+    pub fn mark_bad(&self, bad: &[BadPoint], waiting: &[PointId]) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            for bad in bad {
+                let id = bad.point.id.0;
+                batch.remove(POINTS, id.as_bytes())?;
+                batch.remove(VERIFIED, id.as_bytes())?;
+                batch.put(BAD, id.as_bytes(), bad)?;
+            }
+            waiting.iter().try_for_each(|id| batch.remove(PENDING, id.0.as_bytes()))
+        })
+    }
+
+    /// Clears unusable points, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn clear_bad(&self, points: &[PointId]) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| points.iter().try_for_each(|id| batch.remove(BAD, id.0.as_bytes())))
+    }
+
+    /// Notes a verification of a point, if it is still listed, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn put_verified(&self, id: PointId, verification: &Verification) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| match batch.get::<RecoveryPoint>(POINTS, id.0.as_bytes())? {
+            Some(_) => batch.put(VERIFIED, id.0.as_bytes(), &(id, verification)),
+            None => Ok(()),
+        })
+    }
+
+    /// How far the scrub of a machine has come.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn scrub(&self, machine: MachineId) -> Result<ScrubState, CatalogueError> {
+        Ok(self.catalogue.get(SCRUBS, machine.0.as_bytes())?.unwrap_or_default())
+    }
+
+    /// Notes how far the scrub of a machine has come.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn put_scrub(&self, machine: MachineId, state: &ScrubState) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| batch.put(SCRUBS, machine.0.as_bytes(), state))
+    }
+
+    /// An error that names the catalogue.
+    pub fn failed(&self, error: impl std::fmt::Display) -> CatalogueError {
+        self.catalogue.failed(error)
     }
 
     /// Seconds this master target has run before.
@@ -171,6 +263,7 @@ impl Records {
         disk: DiskId,
         checkpoint: Position,
         last_marker: Option<Position>,
+        intervals: &[(Position, u64)],
         changes: &[Changes],
         clock: u64,
     ) -> Result<(), CatalogueError> {
@@ -181,6 +274,7 @@ impl Records {
             record.epoch = record.epoch.max(checkpoint.epoch);
             batch.put(DISKS, disk.0.as_bytes(), &record)?;
             batch.put(SERVER, b"clock", &clock)?;
+            intervals.iter().try_for_each(|(start, end)| batch.put(INTERVALS, &interval_key(disk, *start), &(disk, *start, *end)))?;
             for change in changes {
                 if let Some((id, pending)) = &change.pending {
                     batch.put(PENDING, id.0.as_bytes(), pending)?;
@@ -208,6 +302,10 @@ impl Records {
     /// # Errors
     /// Those of the catalogue; nothing was changed then.
     pub fn put_job(&self, job: &Job, effects: &Effects) -> Result<(), CatalogueError> {
+        // A history that ends takes its intervals along.
+        let ending = effects.stand.iter().filter(|(_, at)| at.is_none()).map(|(disk, _)| *disk);
+        let ending: Vec<DiskId> = ending.chain(effects.ended.iter().copied()).collect();
+        let mut intervals = if ending.is_empty() { HashMap::new() } else { self.intervals()? };
         self.catalogue.write(|batch| {
             batch.put(JOBS, &job.id.to_be_bytes(), job)?;
             for (disk, last_marker) in &effects.stand {
@@ -220,8 +318,14 @@ impl Records {
             for (disk, record) in &effects.replicas {
                 batch.put(DISKS, disk.0.as_bytes(), record)?;
             }
+            for disk in &ending {
+                for start in intervals.remove(disk).unwrap_or_default().into_keys() {
+                    batch.remove(INTERVALS, &interval_key(*disk, start))?;
+                }
+            }
             for id in &effects.dropped {
                 batch.remove(POINTS, id.0.as_bytes())?;
+                batch.remove(VERIFIED, id.0.as_bytes())?;
                 batch.remove(PENDING, id.0.as_bytes())?;
             }
             effects.forgotten.iter().try_for_each(|id| batch.remove(JOBS, &id.to_be_bytes()))
@@ -233,10 +337,13 @@ impl Records {
     /// # Errors
     /// Those of the catalogue; nothing was changed then.
     pub fn forget_replica(&self, disk: DiskId, points: &[PointId]) -> Result<(), CatalogueError> {
+        let intervals: Vec<Position> = self.intervals()?.remove(&disk).unwrap_or_default().into_keys().collect();
         self.catalogue.write(|batch| {
             batch.remove(DISKS, disk.0.as_bytes())?;
+            intervals.iter().try_for_each(|start| batch.remove(INTERVALS, &interval_key(disk, *start)))?;
             points.iter().try_for_each(|id| {
                 batch.remove(POINTS, id.0.as_bytes())?;
+                batch.remove(VERIFIED, id.0.as_bytes())?;
                 batch.remove(PENDING, id.0.as_bytes())
             })
         })
@@ -261,8 +368,13 @@ impl Records {
         self.catalogue.write(|batch| {
             points.iter().try_for_each(|id| {
                 batch.remove(POINTS, id.0.as_bytes())?;
+                batch.remove(VERIFIED, id.0.as_bytes())?;
                 batch.remove(PENDING, id.0.as_bytes())
             })
         })
     }
+}
+
+fn interval_key(disk: DiskId, start: Position) -> Vec<u8> {
+    [&disk.0.as_bytes()[..], &start.epoch.to_le_bytes(), &start.sequence.to_le_bytes()].concat()
 }

@@ -10,14 +10,17 @@ use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
 
 use super::MasterTarget;
+use super::bad::BadPoint;
 use super::catalogue::Records;
 use super::failover::Desk;
 use super::journal::JournalHandle;
 use super::recover::{self, Recoveries, Target};
 use super::shared::{Condition, DiskShared, TargetShared};
+use super::verify::{self, digest};
 use crate::clock::{self, Mono};
 use crate::control::api::{
-    ApiError, DiskView, MachineView, PointDisk, PointView, PolicyGone, PolicyMachine, PolicyView, RecoveryView, Request, RoleStatus,
+    ApiError, BadPointView, DiskView, MachineView, PointDisk, PointView, PolicyGone, PolicyMachine, PolicyView, RecoveryView, Request,
+    RoleStatus,
 };
 use crate::control::server::{Answer, Role};
 use crate::disk::Format;
@@ -35,6 +38,7 @@ pub struct Control {
     recover: mpsc::Sender<recover::Command>,
     name: String,
     records: Records,
+    verify: verify::Handle,
     policy: Policy,
     failovers: Desk,
 }
@@ -48,6 +52,7 @@ impl MasterTarget {
             recover: self.recover.clone(),
             name: self.name.clone(),
             records: self.records.clone(),
+            verify: self.verify.clone(),
             policy: self.policy.clone(),
             failovers: self.failovers.clone(),
         })
@@ -57,7 +62,9 @@ impl MasterTarget {
 impl Role for Control {
     fn status(&self) -> RoleStatus {
         let mut machines = machines(&self.shared);
-        for (view, disk) in machines.iter_mut().filter_map(|m| self.shared.disks.iter().find(|d| d.machine_name.as_str() == m.name).map(|d| (m, d))) {
+        for (view, disk) in
+            machines.iter_mut().filter_map(|m| self.shared.disks.iter().find(|d| d.machine_name.as_str() == m.name).map(|d| (m, d)))
+        {
             (view.failover, view.last_test) = self.failovers.of_machine(disk.machine);
         }
         let health = machines.iter().map(|m| m.health).max().unwrap_or_default();
@@ -99,6 +106,15 @@ impl Role for Control {
                 Request::FailoverDecide { job, decision } => self.failovers.decide(job, decision, by).await.and_then(|job| to_value(&job)),
                 Request::Failovers => to_value(&self.failovers.list()),
                 Request::Recoveries => to_value(&self.recoveries.list()),
+                Request::BadPoints { machine } => self.bad_points(machine.as_deref()).and_then(|points| to_value(&points)),
+                Request::ForgetBad { point, machine } => {
+                    self.forget_bad(point.as_deref(), machine.as_deref()).await.and_then(|count| to_value(&count))
+                }
+                Request::Verify { point } => match self.find_point(point) {
+                    Ok(point) => self.verify.start(point.id).await.and_then(|view| to_value(&view)),
+                    Err(message) => Err(message),
+                },
+                Request::Verifications => to_value(&self.verify.list()),
                 Request::Unmount { name } => self.unmount(name).await.and_then(|()| to_value(&())),
                 Request::Status | Request::Mark { .. } | Request::Resume { .. } => return None,
             };
@@ -118,22 +134,63 @@ impl Control {
 
     fn points(&self, machine: Option<&str>) -> Result<Vec<PointView>, String> {
         let names = self.machine_names();
-        if let Some(wanted) = machine
-            && !names.values().any(|n| n == wanted)
-        {
-            return Err(format!("machine {wanted} is not known here: see `tidegate machine list`"));
-        }
+        check_machine(&names, machine)?;
         let wanted = |p: &RecoveryPoint| machine.is_none_or(|m| names.get(&p.machine).is_some_and(|n| n == m));
-        Ok(self.shared.book().all().into_iter().filter(wanted).map(|p| self.view(&p, &names)).collect())
+        // The book is looked into for each of them again: not while it is held.
+        let all = self.shared.book().all();
+        Ok(all.into_iter().filter(wanted).map(|p| self.view(&p, &names)).collect())
+    }
+
+    fn bad_of(&self, machine: Option<&str>) -> Result<Vec<BadPoint>, String> {
+        let names = self.machine_names();
+        check_machine(&names, machine)?;
+        let wanted = |b: &&&BadPoint| machine.is_none_or(|m| names.get(&b.point.machine).is_some_and(|n| n == m));
+        Ok(self.shared.book().bad().iter().filter(wanted).map(|b| (*b).clone()).collect())
+    }
+
+    fn bad_points(&self, machine: Option<&str>) -> Result<Vec<BadPointView>, String> {
+        let names = self.machine_names();
+        let view = |b: BadPoint| BadPointView {
+            point: self.view(&b.point, &names),
+            disk: self.shared.disk(b.disk).map_or_else(|| b.disk.to_string(), |d| d.name.to_string()),
+            noticed: clock::rfc3339(b.wall_ms),
+            cause: b.cause,
+        };
+        Ok(self.bad_of(machine)?.into_iter().map(view).collect())
+    }
+
+    /// Durable when it returns.
+    async fn forget_bad(&self, point: Option<&str>, machine: Option<&str>) -> Result<usize, String> {
+        let _alone = self.shared.noting.lock().await;
+        let mut ids: Vec<PointId> = self.bad_of(machine)?.into_iter().map(|b| b.point.id).collect();
+        if let Some(text) = point {
+            ids.retain(|id| id.to_string().starts_with(text));
+            match ids.len() {
+                0 if self.find_point(text).is_ok() => {
+                    return Err(format!("point {text} is good and listed: the policy decides when it goes, see `tidegate policy show`"));
+                }
+                0 => return Err(format!("no unusable point begins with {text:?}: see `tidegate point list --bad`")),
+                1 if text.len() >= 4 => {}
+                1 => return Err(format!("{text:?} is too short to name a point: give at least four characters")),
+                n => return Err(format!("{text} begins the ids of {n} unusable points: give more of it")),
+            }
+        }
+        let (records, cleared) = (self.records.clone(), ids.clone());
+        let noted = tokio::task::spawn_blocking(move || records.clear_bad(&cleared)).await;
+        noted.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+        self.shared.book().clear_bad(&ids);
+        Ok(ids.len())
     }
 
     fn view(&self, point: &RecoveryPoint, names: &HashMap<MachineId, String>) -> PointView {
+        let verification = self.shared.book().verification(point.id).cloned();
         let disk_name = |id: DiskId| self.shared.disk(id).map_or_else(|| "(removed)".to_owned(), |d| d.name.to_string());
         let disk = |(id, at): (&DiskId, &Position)| PointDisk {
             name: disk_name(*id),
             id: id.to_string(),
             position: at.to_string(),
             size_bytes: point.sizes.get(id).copied(),
+            digest: verification.as_ref().and_then(|v| v.digests.get(id)).map(digest::show),
         };
         PointView {
             id: point.id.to_string(),
@@ -143,6 +200,8 @@ impl Control {
             pinned: point.pinned,
             time: clock::rfc3339(point.wall_ms),
             hold_seconds: Duration::from_micros(point.hold_us).as_secs_f64(),
+            verified: verification.as_ref().map(|v| clock::rfc3339(v.wall_ms)),
+            verified_age_seconds: verification.as_ref().map(|v| age_seconds(v.wall_ms)),
             disks: point.disks.iter().map(disk).collect(),
         }
     }
@@ -162,7 +221,13 @@ impl Control {
         match <[_; 1]>::try_from(found) {
             Ok([point]) if text.len() >= 4 => Ok(point),
             Ok(_) => Err(format!("{text:?} is too short to name a point: give at least four characters")),
-            Err(found) if found.is_empty() => Err(format!("there is no recovery point {text}: see `tidegate point list`")),
+            Err(found) if found.is_empty() => {
+                let book = self.shared.book();
+                Err(match book.bad().iter().find(|b| text.len() >= 4 && b.point.id.to_string().starts_with(text)) {
+                    Some(bad) => format!("recovery point {} became unusable: {}; choose another one", bad.point.id, bad.cause),
+                    None => format!("there is no recovery point {text}: see `tidegate point list`"),
+                })
+            }
             Err(found) => Err(format!("{text} begins the ids of {} points: give more of it", found.len())),
         }
     }
@@ -260,11 +325,41 @@ impl Control {
     }
 }
 
+fn check_machine(names: &HashMap<MachineId, String>, wanted: Option<&str>) -> Result<(), String> {
+    match wanted {
+        Some(wanted) if !names.values().any(|n| n == wanted) => {
+            Err(format!("machine {wanted} is not known here: see `tidegate machine list`"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Age of something that is labelled by the wall clock.
+fn age_seconds(wall_ms: i64) -> f64 {
+    Duration::from_millis(u64::try_from(clock::wall_ms().saturating_sub(wall_ms)).unwrap_or(0)).as_secs_f64()
+}
+
+/// A disk that goes on well, whose history was damaged, says so until somebody has seen it.
+fn tell_bad(shared: &TargetShared, disk: DiskId, view: &mut DiskView) {
+    let book = shared.book();
+    let bad: Vec<&BadPoint> = book.bad().into_iter().filter(|b| b.disk == disk).collect();
+    if let (Health::Healthy, Some(newest)) = (view.health, bad.iter().max_by_key(|b| b.wall_ms)) {
+        let points = if bad.len() == 1 { "1 recovery point".to_owned() } else { format!("{} recovery points", bad.len()) };
+        view.health = Health::Warning;
+        view.reason = Some(format!("{points} became unusable: {}; the others are good", newest.cause));
+        view.remedy = Some(
+            "look at `tidegate point list --bad`, check the storage of the master target; `tidegate point forget P` (or --all) clears this"
+                .to_owned(),
+        );
+    }
+}
+
 fn machines(shared: &TargetShared) -> Vec<MachineView> {
     let now = clock::now();
     let mut machines: Vec<MachineView> = Vec::new();
     for disk in &shared.disks {
-        let view = disk_view(disk, now);
+        let mut view = disk_view(disk, now);
+        tell_bad(shared, disk.id, &mut view);
         match machines.iter_mut().find(|m| m.id == disk.machine.to_string()) {
             Some(machine) => {
                 machine.health = machine.health.max(view.health);
@@ -331,7 +426,11 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
 fn judge(condition: &Condition, size: u64, state: Option<ReplicationState>) -> (Health, Option<String>, Option<String>) {
     let told = |health, reason: &str, remedy: &str| (health, Some(reason.to_owned()), Some(remedy.to_owned()));
     if condition.hold != Hold::None && condition.error.is_none() {
-        return told(Health::Warning, &condition.hold_reason, "decide with `tidegate failover commit`, `change-point` or `cancel`; once committed, `cleanup` and `reprotect`");
+        return told(
+            Health::Warning,
+            &condition.hold_reason,
+            "decide with `tidegate failover commit`, `change-point` or `cancel`; once committed, `cleanup` and `reprotect`",
+        );
     }
     if condition.unconfirmed && condition.error.is_none() {
         return told(
@@ -396,6 +495,19 @@ pub async fn publish(shared: &TargetShared, journal: &JournalHandle) {
         for machine in machines(shared) {
             metrics::machine_points(&machine.name, machine.points.unwrap_or_default());
         }
+        publish_trust(shared);
         tokio::time::sleep(FIGURES_EVERY).await;
+    }
+}
+
+/// Publishes how far the points can be trusted.
+fn publish_trust(shared: &TargetShared) {
+    let book = shared.book();
+    let names: HashMap<MachineId, &str> = shared.disks.iter().map(|d| (d.machine, d.machine_name.as_str())).collect();
+    for (machine, name) in names {
+        let bad = book.bad().iter().filter(|b| b.point.machine == machine).count();
+        metrics::machine_gauge(metrics::POINTS_BAD, name, metrics::number(bad as u64));
+        let newest = book.of(machine).into_iter().rev().find_map(|p| book.verification(p.id));
+        metrics::machine_gauge(metrics::POINT_VERIFIED_AGE, name, newest.map_or(f64::NAN, |v| age_seconds(v.wall_ms)));
     }
 }

@@ -6,9 +6,10 @@
 //! - A point is listed when every disk of its machine has the marker durably in its replica, so it can be read at once.
 //!
 //! Threads: network (QUIC, AES-GCM, LZ4), `journal` (io_uring), `apply` (io_uring: replicas, retention), `recover`
-//! (io_uring: mounts, exports).
+//! (io_uring: mounts, exports, verifications).
 
 pub mod apply;
+pub mod bad;
 pub mod catalogue;
 pub mod control;
 pub mod failover;
@@ -18,6 +19,7 @@ pub mod receive;
 pub mod recover;
 pub mod retain;
 pub mod shared;
+pub mod verify;
 
 use std::io;
 use std::net::SocketAddr;
@@ -77,6 +79,8 @@ pub struct MasterTarget {
     pub recoveries: Recoveries,
     /// To the recover thread.
     pub recover: mpsc::Sender<recover::Command>,
+    /// Verifications.
+    pub verify: verify::Handle,
     /// For /readyz.
     pub readiness: Readiness,
     /// Where it listens for process servers.
@@ -135,18 +139,27 @@ impl MasterTarget {
         let recoveries = Recoveries::default();
         let (recover, recover_commands) = mpsc::channel(COMMANDS_QUEUED_MAX);
         let (apply, views) = (to_apply.clone(), recoveries.clone());
+        let (verifier, verify, wanted) = verify::make(&settings.retain, shared.clone(), records.clone(), to_apply.clone());
         let scratch = recover::Scratch {
             dir: settings.recover.scratch.clone().unwrap_or_else(|| settings.state.join("scratch")),
             max: settings.recover.scratch_max,
         };
         std::thread::Builder::new().name("recover".to_owned()).spawn(move || {
-            if let Err(error) = uring::run(recover::run(recover_commands, apply, views, scratch)) {
+            let work = async {
+                tokio::task::spawn_local(verify::run(verifier, wanted));
+                recover::run(recover_commands, apply, views, scratch).await;
+            };
+            if let Err(error) = uring::run(work) {
                 tracing::error!(%error, "the recover thread cannot run");
             }
         })?;
         let (failover_requests, asked) = mpsc::channel(COMMANDS_QUEUED_MAX);
-        let failovers =
-            failover::Desk { shared: shared.clone(), jobs: failover::Jobs::default(), requests: failover_requests, apply: to_apply.clone() };
+        let failovers = failover::Desk {
+            shared: shared.clone(),
+            jobs: failover::Jobs::default(),
+            requests: failover_requests,
+            apply: to_apply.clone(),
+        };
         let setup = failover::Setup {
             settings: settings.clone(),
             shared: shared.clone(),
@@ -176,7 +189,7 @@ impl MasterTarget {
             runtime.block_on(tokio::task::LocalSet::new().run_until(work));
         })?;
         let listen = bound_rx.recv().map_err(|_| io::Error::other("the master target's thread ended while starting"))??;
-        Ok(Self { shared, recoveries, recover, readiness, listen, records: for_control, policy, failovers, name, stop, thread })
+        Ok(Self { shared, recoveries, recover, verify, readiness, listen, records: for_control, policy, failovers, name, stop, thread })
     }
 
     /// Stops receiving and ends; what is journaled is applied by the next start.

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::bad::BadPoint;
+use super::verify::Verification;
 use crate::model::policy::{self, Candidate, Policy, Reason};
 use crate::model::{DiskId, MachineId, Marker, PointId, Position, RecoveryPoint};
 
@@ -36,17 +38,26 @@ pub struct Book {
     listed: BTreeMap<PointId, RecoveryPoint>,
     pending: HashMap<PointId, Pending>,
     in_use: HashMap<PointId, u32>,
+    bad: BTreeMap<PointId, BadPoint>,
+    verified: HashMap<PointId, Verification>,
     next_order: u64,
     incomplete: u64,
 }
 
 impl Book {
     /// The book as the catalogue has it.
-    pub fn load(listed: Vec<RecoveryPoint>, pending: Vec<(PointId, Pending)>) -> Self {
-        let next_order = listed.iter().map(|p| p.order + 1).max().unwrap_or(1);
+    pub fn load(
+        listed: Vec<RecoveryPoint>,
+        pending: Vec<(PointId, Pending)>,
+        bad: Vec<BadPoint>,
+        verified: Vec<(PointId, Verification)>,
+    ) -> Self {
+        let next_order = listed.iter().chain(bad.iter().map(|b| &b.point)).map(|p| p.order + 1).max().unwrap_or(1);
         Self {
             listed: listed.into_iter().map(|p| (p.id, p)).collect(),
             pending: pending.into_iter().collect(),
+            bad: bad.into_iter().map(|b| (b.point.id, b)).collect(),
+            verified: verified.into_iter().collect(),
             next_order,
             ..Self::default()
         }
@@ -58,7 +69,7 @@ impl Book {
         let mut changes = Changes::default();
         // A point that is there, or an id that another machine uses already, changes nothing.
         let foreign = self.pending.get(&marker.point).is_some_and(|p| p.marker.machine != marker.machine);
-        if self.listed.contains_key(&marker.point) || foreign {
+        if self.listed.contains_key(&marker.point) || self.bad.contains_key(&marker.point) || foreign {
             return changes;
         }
         let mut pending = self.pending.get(&marker.point).cloned().unwrap_or_else(|| Pending {
@@ -135,7 +146,57 @@ impl Book {
     pub fn unlist(&mut self, points: &[PointId]) {
         for id in points {
             self.listed.remove(id);
+            self.verified.remove(id);
         }
+    }
+
+    /// Takes points off the list that became unusable, which is durable.
+    pub fn mark_bad(&mut self, points: Vec<BadPoint>) {
+        for bad in points {
+            self.unlist(&[bad.point.id]);
+            self.bad.insert(bad.point.id, bad);
+        }
+    }
+
+    /// Points that became unusable and were not cleared, the oldest first.
+    pub fn bad(&self) -> Vec<&BadPoint> {
+        let mut all: Vec<_> = self.bad.values().collect();
+        all.sort_by_key(|b| b.point.order);
+        all
+    }
+
+    /// A point that became unusable.
+    pub fn get_bad(&self, id: PointId) -> Option<&BadPoint> {
+        self.bad.get(&id)
+    }
+
+    /// Clears unusable points, which is durable.
+    pub fn clear_bad(&mut self, points: &[PointId]) {
+        for id in points {
+            self.bad.remove(id);
+        }
+    }
+
+    /// The last verification of a listed point.
+    pub fn verification(&self, id: PointId) -> Option<&Verification> {
+        self.verified.get(&id)
+    }
+
+    /// Notes a verification, which is durable.
+    pub fn note_verified(&mut self, id: PointId, verification: Verification) {
+        if self.listed.contains_key(&id) {
+            self.verified.insert(id, verification);
+        }
+    }
+
+    /// Points that are listed or wait, as far as they have a disk: id, position, bytes of the disk there.
+    pub fn with_disk(&self, disk: DiskId) -> Vec<(PointId, Position, u64)> {
+        let listed = self.listed.values().filter_map(|p| {
+            let size = p.sizes.get(&disk).copied().unwrap_or(u64::MAX);
+            p.disks.get(&disk).map(|at| (p.id, *at, size))
+        });
+        let waiting = self.pending.iter().filter_map(|(id, p)| p.arrived.get(&disk).map(|at| (*id, *at, u64::MAX)));
+        listed.chain(waiting).collect()
     }
 
     /// A listed point.

@@ -86,10 +86,7 @@ mod tests {
         let digest = Digest { extent, hashes: vec![[1; 32], [2; 32], [3; 32], [4; 32]] };
         assert!(digest.is_sane());
         assert_eq!(digest.differs(&digest.hashes.clone()), []);
-        assert_eq!(
-            digest.differs(&[[1; 32], [0; 32], [0; 32], [4; 32]]),
-            [Extent::new(DIGEST_BLOCK * 5, DIGEST_BLOCK * 2)]
-        );
+        assert_eq!(digest.differs(&[[1; 32], [0; 32], [0; 32], [4; 32]]), [Extent::new(DIGEST_BLOCK * 5, DIGEST_BLOCK * 2)]);
         assert_eq!(digest.differs(&[[1; 32], [2; 32], [3; 32]]), [Extent::new(DIGEST_BLOCK * 7, 512)], "what is not there differs");
         assert!(!Digest { hashes: vec![[0; 32]; 3], ..digest.clone() }.is_sane());
         assert!(!Digest { extent: Extent::new(512, DIGEST_BLOCK), hashes: vec![[0; 32]] }.is_sane());

@@ -161,7 +161,11 @@ impl std::str::FromStr for Choice {
             "latest-app" => Choice::LatestApp,
             "latest-multi-vm" => Choice::LatestMultiVm,
             id if id.len() >= 4 && id.chars().all(|c| c.is_ascii_hexdigit() || c == '-') => Choice::Point(id.to_owned()),
-            _ => return Err(format!("{text:?} names no point: use latest, latest-processed, latest-app, latest-multi-vm, or at least four characters of an id from `tidegate point list`")),
+            _ => {
+                return Err(format!(
+                    "{text:?} names no point: use latest, latest-processed, latest-app, latest-multi-vm, or at least four characters of an id from `tidegate point list`"
+                ));
+            }
         })
     }
 }
@@ -340,7 +344,11 @@ mod tests {
         };
         let of = |jobs: &[Job]| hold(jobs.iter(), MachineId(uuid::Uuid::nil())).map(|(j, h)| (j.id, h));
         let released = job(1, JobKind::Planned, JobState::Released);
-        assert_eq!(of(std::slice::from_ref(&released)), Some((1, Hold::Released)), "a released machine stays so until it is protected again");
+        assert_eq!(
+            of(std::slice::from_ref(&released)),
+            Some((1, Hold::Released)),
+            "a released machine stays so until it is protected again"
+        );
         assert_eq!(of(&[released.clone(), job(2, JobKind::Test, JobState::Running)]), Some((1, Hold::Released)));
         assert_eq!(of(&[released.clone(), job(2, JobKind::Unplanned, JobState::Failed)]), Some((1, Hold::Released)));
         assert_eq!(of(&[released, job(2, JobKind::Reprotect, JobState::Comparing)]), None);

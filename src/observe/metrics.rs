@@ -67,6 +67,8 @@ declare! {
     CHECKPOINT = "tidegate_checkpoint_seconds", Histogram, "", "Time of one checkpoint of a replica, seconds";
     RETAINED_BYTES = "tidegate_retained_bytes", Gauge, "disk", "Bytes of old content in the retention journal";
     POINTS = "tidegate_points", Gauge, "machine, kind", "Listed recovery points";
+    POINTS_BAD = "tidegate_points_bad", Gauge, "machine", "Recovery points that became unusable and were not cleared with `point forget`";
+    POINT_VERIFIED_AGE = "tidegate_point_verified_age_seconds", Gauge, "machine", "Time since the newest of the listed points that were ever verified was verified last, seconds; NaN without one";
     CERTIFICATE_EXPIRY = "tidegate_certificate_expiry_seconds", Gauge, "role", "Time until the certificate of this process expires, seconds";
 }
 
@@ -117,6 +119,11 @@ pub fn disk_count(name: &'static str, disk: &str, by: u64) {
 /// Sets the number of crash-consistent points of a machine.
 pub fn machine_points(machine: &str, points: usize) {
     gauge!(POINTS, "machine" => machine.to_owned(), "kind" => "crash").set(number(points as u64));
+}
+
+/// Sets a gauge of a machine.
+pub fn machine_gauge(name: &'static str, machine: &str, value: f64) {
+    gauge!(name, "machine" => machine.to_owned()).set(value);
 }
 
 /// Sets how many points were given up because a disk's marker never came.

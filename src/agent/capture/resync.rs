@@ -8,10 +8,10 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 
 use super::volume::Volume;
+use crate::agent::comparison::Task;
 use crate::clock;
 use crate::config::limits::RESYNC_WINDOW_BYTES;
 use crate::model::change::CHANGE_BYTES_MAX;
-use crate::agent::comparison::Task;
 use crate::model::{ChangeKind, Digest, Extent};
 use crate::storage::digest::{hash_blocks, hash_zeroes};
 

@@ -170,7 +170,8 @@ async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arr
         }
     }
     let (records, id, last_marker, batch) = (apply.records.clone(), disk.id, replica.last_marker.get(), changes.clone());
-    let noted = tokio::task::spawn_blocking(move || records.checkpoint(id, end, last_marker, &batch, clock_now)).await;
+    let grown = replica.retention.take_grown();
+    let noted = tokio::task::spawn_blocking(move || records.checkpoint(id, end, last_marker, &grown, &batch, clock_now)).await;
     noted.map_err(|e| io::Error::other(e.to_string()))??;
     replica.noted_marker.set(last_marker);
     let now = clock::now();
@@ -239,6 +240,13 @@ async fn expire(apply: &Apply, replica: &Replica) -> Result<(), ApplyError> {
     let replicas: Vec<_> = apply.replicas.borrow().values().filter(|r| r.shared.machine == replica.shared.machine).cloned().collect();
     for other in replicas {
         let needed = apply.shared.book().oldest_needed(other.shared.id);
+        // Forgotten before they go, so that a file that is noted and not there was lost.
+        let unneeded = other.retention.unneeded(needed);
+        if !unneeded.is_empty() {
+            let (records, id) = (apply.records.clone(), other.shared.id);
+            let forgotten = tokio::task::spawn_blocking(move || records.forget_intervals(id, &unneeded)).await;
+            forgotten.map_err(|e| io::Error::other(e.to_string()))??;
+        }
         if let Err(error) = other.retention.forget_before(needed) {
             tracing::warn!(disk = other.shared.label, %error, "old content that nobody needs could not be removed; it is tried again");
         }

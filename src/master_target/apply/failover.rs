@@ -83,7 +83,12 @@ impl Apply {
         }
         let replica = self.replicas.borrow().get(&disk).cloned();
         let Some(replica) = replica else {
-            let none = || self.shared.disk(disk).map_or_else(|| "the disk is not configured".to_owned(), |d| d.condition().error.clone().unwrap_or_else(|| format!("there is no replica of {}", d.label)));
+            let none = || {
+                self.shared.disk(disk).map_or_else(
+                    || "the disk is not configured".to_owned(),
+                    |d| d.condition().error.clone().unwrap_or_else(|| format!("there is no replica of {}", d.label)),
+                )
+            };
             match order {
                 Order::Halt { done } => drop(done.send(Err(none()))),
                 Order::Since { done, .. } => drop(done.send(Err(none()))),
@@ -94,7 +99,13 @@ impl Apply {
                 Order::EndHistory { done } => drop(done.send(Err(none()))),
                 Order::Adopt { .. } => {}
                 // Given out of hand before a restart.
-                Order::Retire { done } => drop(done.send(Ok(self.shared.disk(disk).and_then(|d| d.condition().image.clone()).map_or_else(Vec::new, |(format, path)| format.files(&path))))),
+                Order::Retire { done } => drop(
+                    done.send(Ok(self
+                        .shared
+                        .disk(disk)
+                        .and_then(|d| d.condition().image.clone())
+                        .map_or_else(Vec::new, |(format, path)| format.files(&path)))),
+                ),
             }
             return;
         };

@@ -11,6 +11,7 @@
 
 pub mod checkpoint;
 pub mod compare;
+mod damage;
 pub mod failover;
 pub mod plan;
 pub mod replica;
@@ -18,7 +19,7 @@ pub mod roll;
 pub mod standing;
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -96,6 +97,17 @@ pub enum Command {
         /// What.
         order: failover::Order,
     },
+    /// Read every record of the next interval of a disk's retention journal. Damage is dealt with.
+    Inspect {
+        /// Which disk.
+        disk: DiskId,
+        /// The interval before, if any.
+        after: Option<Position>,
+        /// Bytes a second.
+        rate: u64,
+        /// Which one it was; `None` after the last.
+        done: oneshot::Sender<Result<Option<Position>, String>>,
+    },
 }
 
 /// What the link needs of a replica.
@@ -139,6 +151,8 @@ pub struct Apply {
     /// Files.
     pub storage: Uring,
     replicas: RefCell<HashMap<DiskId, Rc<Replica>>>,
+    /// Intervals that the catalogue knows of replicas that are not open yet.
+    intervals: RefCell<HashMap<DiskId, BTreeMap<Position, u64>>>,
     preparing: tokio::sync::Mutex<()>,
     views: RefCell<HashMap<u64, OpenView>>,
     next_view: std::cell::Cell<u64>,
@@ -172,6 +186,11 @@ pub struct Setup {
 
 /// Opens every replica that exists, reports, then serves until every sender of commands is gone.
 pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: std::sync::mpsc::SyncSender<()>) {
+    // Without them the replicas are opened all the same: nothing is known to be missing then.
+    let intervals = setup.records.intervals().unwrap_or_else(|error| {
+        tracing::error!(%error, "the catalogue does not say which intervals there are");
+        HashMap::new()
+    });
     let apply = Rc::new(Apply {
         settings: setup.settings,
         shared: setup.shared,
@@ -180,6 +199,7 @@ pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: st
         journal: setup.journal,
         storage: Uring::direct(),
         replicas: RefCell::default(),
+        intervals: RefCell::new(intervals),
         preparing: tokio::sync::Mutex::new(()),
         views: RefCell::default(),
         next_view: std::cell::Cell::new(1),
@@ -201,17 +221,22 @@ pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: st
 }
 
 /// Gives back the space of points that were dropped from the middle, beside everything else.
-async fn thin(shared: Arc<TargetShared>, replica: Rc<Replica>) {
+async fn thin(apply: Rc<Apply>, replica: Rc<Replica>) {
     let disk = &replica.shared;
     let mut told = String::new();
     while !replica.retired.get() {
         tokio::time::sleep(THIN_EVERY).await;
         while !replica.retired.get() {
-            let needed = shared.book().needed(disk.id);
-            match replica.retention.merge_some(&needed, replica.noted_marker.get()).await {
+            let needed = apply.shared.book().needed(disk.id);
+            let forget = async |starts: Vec<Position>| {
+                let (records, id) = (apply.records.clone(), disk.id);
+                matches!(tokio::task::spawn_blocking(move || records.forget_intervals(id, &starts)).await, Ok(Ok(())))
+            };
+            match replica.retention.merge_some(&needed, replica.noted_marker.get(), forget).await {
                 Ok(false) => break,
                 Ok(true) => disk.condition().retained_bytes = replica.retention.bytes(),
                 Err(error) => {
+                    apply.judge(&replica, &error, None).await;
                     let error = error.to_string();
                     if error != told {
                         tracing::error!(disk = disk.label, error, "space of dropped points cannot be given back now; it is tried again");
@@ -239,6 +264,7 @@ impl Apply {
                 let _ = done.send(found);
             }
             Command::Failover { disk, order } => self.order(disk, order).await,
+            Command::Inspect { disk, after, rate, done } => drop(done.send(self.inspect(disk, after, rate).await)),
             Command::CloseView { view } => {
                 let closed = self.views.borrow_mut().remove(&view);
                 if let Some(open) = closed {
@@ -253,17 +279,20 @@ impl Apply {
     }
 
     async fn read(&self, view: u64, extent: Extent) -> Result<Bytes, String> {
-        let OpenView { view, replica, size, .. } = self.open_view_of(view)?;
+        let OpenView { view, replica, size, point } = self.open_view_of(view)?;
         if !extent.fits(size) {
             return Err("the read lies outside the disk".to_owned());
         }
-        view.read(&replica.image, extent).await.map(crate::storage::AlignedBuf::freeze).map_err(|e| e.to_string())
+        match view.read(&replica.image, extent).await {
+            Ok(content) => Ok(content.freeze()),
+            Err(error) => Err(self.judge_of(&replica, &error, point).await),
+        }
     }
 
     async fn open_view(&self, point: PointId, disk: DiskId) -> Result<(u64, u64), String> {
         let (position, size) = {
             let mut book = self.shared.book();
-            let found = book.get(point).ok_or_else(|| format!("there is no recovery point {point}: see `tidegate point list`"))?;
+            let found = book.get(point).ok_or_else(|| damage::why_not_listed(&book, point))?;
             let position = found.disks.get(&disk).copied().ok_or("the point does not have this disk")?;
             let size = found.sizes.get(&disk).copied();
             book.pin(point);
@@ -271,10 +300,16 @@ impl Apply {
         };
         let opened = async {
             let replica = self.replicas.borrow().get(&disk).cloned().ok_or("the replica of this disk is not open")?;
-            let view = replica.retention.view(position).await.map_err(|e| e.to_string())?;
+            let view = match replica.retention.view(position).await {
+                Ok(view) => view,
+                Err(error) => return Err(self.judge_of(&replica, &error, point).await),
+            };
             if self.shared.book().get(point).is_none() {
                 // It expired while it was opened: what it needs may have gone.
-                return Err("the recovery point expired while it was opened: choose another one".to_owned());
+                return Err(match self.shared.book().get_bad(point) {
+                    Some(bad) => damage::unusable(&bad.cause),
+                    None => "the recovery point expired while it was opened: choose another one".to_owned(),
+                });
             }
             Ok::<_, String>((view, replica))
         };
@@ -298,7 +333,8 @@ impl Apply {
         let replica = Rc::new(replica);
         self.replicas.borrow_mut().insert(replica.shared.id, replica.clone());
         let apply = self.clone();
-        tokio::task::spawn_local(thin(self.shared.clone(), replica.clone()));
+        tokio::task::spawn_local(damage::judge_found_at_start(self.clone(), replica.clone()));
+        tokio::task::spawn_local(thin(self.clone(), replica.clone()));
         tokio::task::spawn_local(async move {
             let disk = replica.shared.clone();
             if let Err(error) = apply.keep_applying(&replica).await {

@@ -1,7 +1,7 @@
 //! A replica: its image, its retention journal, its key. Made, opened, and replaced when it is gone.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -48,6 +48,8 @@ pub struct Replica {
     pub format: Format,
     /// Held as long as the image is open.
     _lock: Vec<std::fs::File>,
+    /// Begins of intervals whose damage was judged.
+    pub judged: tokio::sync::Mutex<BTreeSet<Position>>,
     key: DataKey,
     generation: u64,
 }
@@ -132,7 +134,9 @@ impl Apply {
     ) -> Result<Replica, String> {
         let subject = Subject { disk: disk.id, generation: record.generation, key: key.clone() };
         let dir = self.settings.state.join("retain").join(disk.id.to_string()).join(format!("{:016x}", record.generation));
-        let retention = Retention::open(self.storage.clone(), &dir, subject, record.last_marker).await.map_err(|e| e.to_string())?;
+        let noted = self.intervals.borrow_mut().remove(&disk.id).unwrap_or_default();
+        let retention = Retention::open_noted(self.storage.clone(), &dir, subject, record.last_marker, &noted);
+        let retention = retention.await.map_err(|e| e.to_string())?;
         let opener = Opener::new(key.clone(), Purpose::Stream, disk.id, record.generation);
         disk.condition().unconfirmed = record.content == Content::Unconfirmed;
         Ok(Replica {
@@ -148,6 +152,7 @@ impl Apply {
             path: self.image_path(disk, record),
             format: record.format,
             _lock: lock,
+            judged: tokio::sync::Mutex::default(),
             key,
             generation: record.generation,
         })
@@ -315,6 +320,7 @@ impl Apply {
     /// A replica is gone: so are its points. The record goes too, so that a new history begins.
     fn forget(&self, disk: &DiskShared) -> Result<(), String> {
         let points = self.shared.book().needing(disk.id);
+        self.intervals.borrow_mut().remove(&disk.id);
         self.records.forget_replica(disk.id, &points).map_err(|e| e.to_string())?;
         let mut book = self.shared.book();
         book.unlist(&points);

@@ -70,7 +70,15 @@ impl Desk {
     ///
     /// # Errors
     /// A sentence.
-    pub async fn start(&self, kind: JobKind, machine: &str, choice: Choice, hook: Option<String>, overwrite: Vec<String>, by: &str) -> Result<JobView, String> {
+    pub async fn start(
+        &self,
+        kind: JobKind,
+        machine: &str,
+        choice: Choice,
+        hook: Option<String>,
+        overwrite: Vec<String>,
+        by: &str,
+    ) -> Result<JobView, String> {
         let machine = self.machine(machine)?;
         self.ask(Ask::Start { kind, machine, choice, hook, overwrite }, by).await
     }
@@ -93,20 +101,28 @@ impl Desk {
     fn find(&self, text: &str) -> Result<u64, String> {
         let all = self.jobs.list();
         if let Ok(id) = text.parse::<u64>() {
-            return all.iter().any(|e| e.job.id == id).then_some(id).ok_or_else(|| format!("there is no failover {id}: see `tidegate failover list`"));
+            return all
+                .iter()
+                .any(|e| e.job.id == id)
+                .then_some(id)
+                .ok_or_else(|| format!("there is no failover {id}: see `tidegate failover list`"));
         }
         let open: Vec<u64> = all.iter().filter(|e| e.job.machine_name == text && !e.job.state.is_over()).map(|e| e.job.id).collect();
         match open[..] {
             [only] => Ok(only),
             [] => Err(format!("{text} has no failover that is not over: see `tidegate failover list`")),
-            _ => Err(format!("{text} has {} failovers that are not over: give the number of one, see `tidegate failover list`", open.len())),
+            _ => {
+                Err(format!("{text} has {} failovers that are not over: give the number of one, see `tidegate failover list`", open.len()))
+            }
         }
     }
 
     /// A machine by name.
     fn machine(&self, name: &str) -> Result<MachineId, String> {
         let found = self.shared.disks.iter().find(|d| d.machine_name.as_str() == name);
-        found.map(|d| d.machine).ok_or_else(|| format!("machine {name} is not known here: see `tidegate machine list`. Replication groups are not available in this version"))
+        found.map(|d| d.machine).ok_or_else(|| {
+            format!("machine {name} is not known here: see `tidegate machine list`. Replication groups are not available in this version")
+        })
     }
 
     /// What an unplanned failover would take and lose.

@@ -120,7 +120,14 @@ impl Engine {
         Ok(job)
     }
 
-    async fn start(self: &Rc<Self>, kind: JobKind, machine: MachineId, choice: Choice, hook: Option<String>, by: &str) -> Result<u64, String> {
+    async fn start(
+        self: &Rc<Self>,
+        kind: JobKind,
+        machine: MachineId,
+        choice: Choice,
+        hook: Option<String>,
+        by: &str,
+    ) -> Result<u64, String> {
         if let Some(name) = &hook {
             self.hook(name)?;
         }
@@ -129,14 +136,19 @@ impl Engine {
         let name = first.machine_name.to_string();
         self.may_start(machine, kind, &name)?;
         if kind == JobKind::Planned && choice != Choice::Latest {
-            return Err("a planned failover makes a final point of its own: leave --point out, or use `failover unplanned` for an older one".to_owned());
+            return Err(
+                "a planned failover makes a final point of its own: leave --point out, or use `failover unplanned` for an older one"
+                    .to_owned(),
+            );
         }
         {
             let book = self.setup.shared.book();
             let points = book.of(machine);
             match kind {
                 // The final point needs no older one; but a machine that never had one is still being copied.
-                JobKind::Planned if points.is_empty() => return Err(format!("{name} has no recovery point yet: wait until initial replication is complete")),
+                JobKind::Planned if points.is_empty() => {
+                    return Err(format!("{name} has no recovery point yet: wait until initial replication is complete"));
+                }
                 JobKind::Planned => {}
                 _ => drop(super::choose(&points, &choice)?),
             }
@@ -154,7 +166,15 @@ impl Engine {
     }
 
     /// A job that is not durable yet.
-    pub(super) fn new_job(&self, kind: JobKind, state: JobState, choice: Choice, hook: Option<String>, disks: &[Arc<DiskShared>], by: &str) -> Job {
+    pub(super) fn new_job(
+        &self,
+        kind: JobKind,
+        state: JobState,
+        choice: Choice,
+        hook: Option<String>,
+        disks: &[Arc<DiskShared>],
+        by: &str,
+    ) -> Job {
         let id = self.next_id.get();
         self.next_id.set(id + 1);
         let disk = |d: &Arc<DiskShared>| JobDisk {
@@ -193,13 +213,21 @@ impl Engine {
         if kind != JobKind::Test
             && let Some(other) = jobs.iter().map(|e| &e.job).find(|j| j.machine == machine && j.kind != JobKind::Test && !j.state.is_over())
         {
-            return Err(format!("{name} has failover {} ({}): finish it first, see `tidegate failover show {}`", other.id, other.state.as_str(), other.id));
+            return Err(format!(
+                "{name} has failover {} ({}): finish it first, see `tidegate failover show {}`",
+                other.id,
+                other.state.as_str(),
+                other.id
+            ));
         }
         match crate::model::job::hold(jobs.iter().map(|e| &e.job), machine) {
-            Some((other, Hold::Released)) if kind != JobKind::Reprotect => {
-                Err(format!("{name} failed over and its disks were given out of hand (failover {}): protect it again first, `tidegate failover reprotect {name}`", other.id))
+            Some((other, Hold::Released)) if kind != JobKind::Reprotect => Err(format!(
+                "{name} failed over and its disks were given out of hand (failover {}): protect it again first, `tidegate failover reprotect {name}`",
+                other.id
+            )),
+            Some((other, Hold::Committed)) if kind == JobKind::Test => {
+                Err(format!("{name} runs from its replicas (failover {}): there is no point to test", other.id))
             }
-            Some((other, Hold::Committed)) if kind == JobKind::Test => Err(format!("{name} runs from its replicas (failover {}): there is no point to test", other.id)),
             _ => Ok(()),
         }
     }
@@ -231,7 +259,10 @@ impl Engine {
         let entry = self.setup.jobs.get(id).ok_or_else(|| format!("there is no failover {id}: see `tidegate failover list`"))?;
         if entry.busy {
             let step = entry.job.steps.last().map_or_else(String::new, |s| format!(" ({})", s.name));
-            return Err(format!("failover {id} is {}{step}: wait until it is done, see `tidegate failover show {id}`", entry.job.state.as_str()));
+            return Err(format!(
+                "failover {id} is {}{step}: wait until it is done, see `tidegate failover show {id}`",
+                entry.job.state.as_str()
+            ));
         }
         if !states.contains(&entry.job.state) {
             return Err(format!("failover {id} is {}: {wanted}", entry.job.state.as_str()));

@@ -60,12 +60,16 @@ pub(super) async fn run(hook: &Hook, phase: Phase, job: &Job, dir: &Path) -> Res
                 return Ok(());
             }
             if phase != Phase::Check {
-                return Err(code.map_or_else(|| format!("{program} was ended by a signal"), |code| format!("{program} ended with code {code}")));
+                return Err(
+                    code.map_or_else(|| format!("{program} was ended by a signal"), |code| format!("{program} ended with code {code}"))
+                );
             }
             tokio::time::sleep(CHECK_AGAIN).await;
         }
     };
-    let result = tokio::time::timeout(limit, attempt).await.unwrap_or_else(|_| Err(format!("{program} did not succeed within {} s", limit.as_secs())));
+    let result = tokio::time::timeout(limit, attempt)
+        .await
+        .unwrap_or_else(|_| Err(format!("{program} did not succeed within {} s", limit.as_secs())));
     match result {
         Ok(()) => Ok(Some(tail(&log)).filter(|t| !t.is_empty())),
         Err(error) => Err(format!("{error}; output in {}: {}", log.display(), tail(&log))),

@@ -46,6 +46,7 @@ impl Engine {
                     let record = self.setup.records.replica(disk.id).map_err(|e| e.to_string())?;
                     let record = record.ok_or_else(|| format!("{} has no replica", disk.label))?;
                     effects.replicas.push((disk.id, record.anew(&self.setup.kek, disk.id)));
+                    effects.ended.push(disk.id);
                     taken.push(disk.clone());
                 }
             }
@@ -118,7 +119,11 @@ impl Engine {
         let unnamed: Vec<String> = job.disks.iter().filter(|d| !d.overwrite).map(|d| format!("--overwrite {}", d.name)).collect();
         if !unnamed.is_empty() {
             let all: Vec<String> = job.disks.iter().map(|d| format!("--overwrite {}", d.name)).collect();
-            job.remedy = Some(format!("if what stands on these disks may be overwritten: tidegate failover reprotect {} {}", job.machine_name, all.join(" ")));
+            job.remedy = Some(format!(
+                "if what stands on these disks may be overwritten: tidegate failover reprotect {} {}",
+                job.machine_name,
+                all.join(" ")
+            ));
             return self.keep(job.clone(), &Effects::default()).await;
         }
         let mut effects = Effects::default();

@@ -174,7 +174,10 @@ impl Engine {
                         break;
                     }
                     if let Some(error) = condition.error {
-                        return Err(format!("what arrived of {} cannot be applied ({error}): choose latest-processed to go without it", disk.label));
+                        return Err(format!(
+                            "what arrived of {} cannot be applied ({error}): choose latest-processed to go without it",
+                            disk.label
+                        ));
                     }
                     tokio::time::sleep(LOOK).await;
                 }
@@ -231,7 +234,11 @@ impl Engine {
                     break;
                 }
                 if clock::now().since(started) > JOURNAL_LIMIT {
-                    return Err(format!("the agent has {} of {} and the final point stands at {marker}: something was written after it", captured.map_or_else(|| "nothing".to_owned(), |p| p.to_string()), disk.label));
+                    return Err(format!(
+                        "the agent has {} of {} and the final point stands at {marker}: something was written after it",
+                        captured.map_or_else(|| "nothing".to_owned(), |p| p.to_string()),
+                        disk.label
+                    ));
                 }
                 tokio::time::sleep(LOOK).await;
             }
@@ -242,7 +249,9 @@ impl Engine {
 
     async fn roll(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
         for disk in job.disks.clone() {
-            let (Some(before), Some(target)) = (disk.before, disk.target) else { return Err(format!("{} has no place to roll to", disk.name)) };
+            let (Some(before), Some(target)) = (disk.before, disk.target) else {
+                return Err(format!("{} has no place to roll to", disk.name));
+            };
             self.step(job, &format!("roll {}", disk.name)).await?;
             let bytes = self.roll_disk(job.id, &disk, before, target).await?;
             self.done(job, Some(format!("{} written", show_size(bytes)))).await?;
@@ -296,7 +305,8 @@ impl Engine {
 
     /// Another point for a failover that is not committed; the same again goes on with one that failed.
     pub(super) async fn change_point(self: &Rc<Self>, id: u64, choice: Choice) -> Result<u64, String> {
-        let mut job = self.at_rest(id, &[JobState::FailedOver, JobState::Rolling], "only a failover that is not committed can change its point")?;
+        let mut job =
+            self.at_rest(id, &[JobState::FailedOver, JobState::Rolling], "only a failover that is not committed can change its point")?;
         job.choice = match choice {
             // Nothing arrives any more; the newest is the newest.
             Choice::Latest => Choice::LatestProcessed,
@@ -321,7 +331,10 @@ impl Engine {
             let book = self.setup.shared.book();
             let pinned = book.of(job.machine).iter().filter(|p| p.pinned).count();
             if pinned > 0 && !drop_pinned {
-                return Err(format!("{pinned} points of {} are pinned, and committing drops every point: export what you need, then add --drop-pinned", job.machine_name));
+                return Err(format!(
+                    "{pinned} points of {} are pinned, and committing drops every point: export what you need, then add --drop-pinned",
+                    job.machine_name
+                ));
             }
             if let Some(used) = book.of(job.machine).iter().find(|p| book.is_in_use(p.id)) {
                 return Err(format!("point {} is mounted or being exported: end that first, see `tidegate recover list`", used.id));
@@ -365,7 +378,11 @@ impl Engine {
         let entry = self.setup.jobs.get(id).ok_or_else(|| format!("there is no failover {id}: see `tidegate failover list`"))?;
         match entry.job.kind {
             JobKind::Test => return self.cleanup(id).await,
-            JobKind::Reprotect => return Err(format!("failover {id} protects the machine again, which has no way back: take the disk out of the configuration to stop it")),
+            JobKind::Reprotect => {
+                return Err(format!(
+                    "failover {id} protects the machine again, which has no way back: take the disk out of the configuration to stop it"
+                ));
+            }
             _ => {}
         }
         if entry.busy && matches!(entry.job.state, JobState::Quiescing | JobState::Draining) {
@@ -406,7 +423,8 @@ impl Engine {
     /// Ends a test, or gives the images of a committed failover out of hand.
     pub(super) async fn cleanup(self: &Rc<Self>, id: u64) -> Result<u64, String> {
         let states = [JobState::Running, JobState::Committed, JobState::CleaningUp, JobState::Releasing];
-        let mut job = self.at_rest(id, &states, "cleanup is for tests and for committed failovers; `cancel` goes back, `commit` goes on")?;
+        let mut job =
+            self.at_rest(id, &states, "cleanup is for tests and for committed failovers; `cancel` goes back, `commit` goes on")?;
         let next = if job.kind == JobKind::Test { JobState::CleaningUp } else { JobState::Releasing };
         job.enter(next, clock::wall_ms());
         self.keep(job, &Effects::default()).await?;
@@ -546,7 +564,8 @@ fn set_disk(job: &mut Job, id: DiskId, change: impl FnOnce(&mut JobDisk)) {
 fn aim(job: &mut Job, point: &RecoveryPoint) -> Result<(), String> {
     for disk in &mut job.disks {
         let target = point.disks.get(&disk.id).copied();
-        disk.target = Some(target.ok_or_else(|| format!("point {} has no disk {}: it joined later. Choose a newer point", point.id, disk.name))?);
+        disk.target =
+            Some(target.ok_or_else(|| format!("point {} has no disk {}: it joined later. Choose a newer point", point.id, disk.name))?);
         if let Some(&size) = point.sizes.get(&disk.id) {
             disk.size = size;
         }

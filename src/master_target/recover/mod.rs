@@ -117,14 +117,14 @@ impl Recoveries {
 }
 
 /// A disk at a point, open; the point stays pinned until it is closed.
-struct OpenPoint {
+pub(super) struct OpenPoint {
     apply: mpsc::Sender<ApplyCommand>,
-    view: u64,
-    size: u64,
+    pub(super) view: u64,
+    pub(super) size: u64,
 }
 
 impl OpenPoint {
-    async fn open(apply: &mpsc::Sender<ApplyCommand>, point: PointId, disk: DiskId) -> Result<Self, String> {
+    pub(super) async fn open(apply: &mpsc::Sender<ApplyCommand>, point: PointId, disk: DiskId) -> Result<Self, String> {
         let (done, answer) = oneshot::channel();
         let gone = || "the master target is stopping".to_owned();
         apply.send(ApplyCommand::OpenView { point, disk, done }).await.map_err(|_| gone())?;
@@ -132,14 +132,14 @@ impl OpenPoint {
         Ok(Self { apply: apply.clone(), view, size })
     }
 
-    async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<Result<T, String>>) -> ApplyCommand) -> Result<T, String> {
+    pub(super) async fn ask<T>(&self, make: impl FnOnce(oneshot::Sender<Result<T, String>>) -> ApplyCommand) -> Result<T, String> {
         let (done, answer) = oneshot::channel();
         let gone = || "the master target is stopping".to_owned();
         self.apply.send(make(done)).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 
-    async fn close(&self) {
+    pub(super) async fn close(&self) {
         let _ = self.apply.send(ApplyCommand::CloseView { view: self.view }).await;
     }
 }

@@ -102,7 +102,12 @@ pub struct Serve {
 }
 
 /// Serves until stopped; answers whether it could begin.
-pub(super) async fn serve(serve: Serve, apply: mpsc::Sender<ApplyCommand>, stop: Rc<tokio::sync::Notify>, done: oneshot::Sender<Result<(), String>>) {
+pub(super) async fn serve(
+    serve: Serve,
+    apply: mpsc::Sender<ApplyCommand>,
+    stop: Rc<tokio::sync::Notify>,
+    done: oneshot::Sender<Result<(), String>>,
+) {
     let listener = match crate::nbd::Listener::bind(&serve.address).await {
         Ok(listener) => listener,
         Err(e) => return drop(done.send(Err(e.to_string()))),

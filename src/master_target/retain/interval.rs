@@ -4,6 +4,7 @@
 //! 32 offset of the index u64 (0 while open), 40 CRC-32C of bytes 0..40. Records follow from byte 4096.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -47,6 +48,10 @@ pub(super) struct Interval<F> {
     index: RefCell<OverlayMap<Source>>,
     pending: RefCell<Vec<(Extent, Source)>>,
     published: RefCell<Vec<Extent>>,
+    /// The header is gone.
+    headless: Cell<bool>,
+    /// A record whose extents nobody knows any more: where it stood.
+    lost: Cell<Option<u64>>,
 }
 
 impl<F: File> Interval<F> {
@@ -81,15 +86,20 @@ impl<F: File> Interval<F> {
         })
     }
 
-    /// Opens a file to go on with it after a restart: its records are read, an index is cut off.
+    /// Opens a file to go on with it after a restart: its records are read, an index is cut off. Everything before `durable`
+    /// was durable once: what is not whole there was damaged, and what follows it still counts.
     pub(super) async fn reopen<S: Storage<File = F>>(
         storage: &S,
         dir: &Path,
         start: Position,
         opener: &RefCell<Opener>,
+        durable: u64,
     ) -> Result<Self, RetainError> {
         let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Write).await?;
-        interval.scan(opener).await?;
+        if index_at == 0 || !interval.read_index(index_at).await {
+            interval.pending.borrow_mut().clear();
+            interval.scan(opener, durable.max(index_at)).await?;
+        }
         if index_at != 0 {
             let opened = async {
                 interval.write_header(0).await?;
@@ -112,7 +122,11 @@ impl<F: File> Interval<F> {
         let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Read).await?;
         if index_at == 0 || !interval.read_index(index_at).await {
             interval.pending.borrow_mut().clear();
-            interval.scan(opener).await?;
+            interval.scan(opener, 0).await?;
+            // A closed file has a header, and its records reach to its index.
+            if (durable && interval.headless.get()) || (index_at != 0 && interval.end.get() < index_at) {
+                return Err(interval.damaged_at(interval.end.get()));
+            }
             if durable {
                 interval.check_tail().await?;
             }
@@ -121,18 +135,19 @@ impl<F: File> Interval<F> {
         Ok(interval)
     }
 
-    /// After the last whole record of a closed file no other record of it may follow: one in between was damaged.
+    /// After the last whole record of a closed file its index follows, or nothing: else one in between was damaged.
     async fn check_tail(&self) -> Result<(), RetainError> {
         let len = self.file.len().map_err(|e| self.io(e))?;
-        let mut at = self.end.get();
+        let (mut at, mut first) = (self.end.get(), true);
         while at + FIRST_RECORD <= len {
             let step = (len - at).min(1 << 20) / FIRST_RECORD * FIRST_RECORD;
             let pages = self.file.read_at(at, step as usize).await.map_err(|e| self.io(e))?;
             for page in pages.chunks(FIRST_RECORD as usize) {
-                let index = page[RECORD_HEADER_LEN..].starts_with(&index::MAGIC);
-                if !index && peek_record(page, self.incarnation, BATCH_BYTES_MAX).is_some() {
-                    return Err(RetainError::Damaged { path: self.path.clone(), offset: self.end.get(), source: OpenError::Body });
+                if peek_record(page, self.incarnation, BATCH_BYTES_MAX).is_some() {
+                    let index = first && page[RECORD_HEADER_LEN..].starts_with(&index::MAGIC);
+                    return if index { Ok(()) } else { Err(self.damaged_at(self.end.get())) };
                 }
+                first = false;
             }
             at += step;
         }
@@ -157,6 +172,8 @@ impl<F: File> Interval<F> {
             index: RefCell::default(),
             pending: RefCell::default(),
             published: RefCell::default(),
+            headless: Cell::new(false),
+            lost: Cell::new(None),
         }
     }
 
@@ -172,12 +189,22 @@ impl<F: File> Interval<F> {
         };
         let u64_at = |at: usize| u64::from_le_bytes(*page[at..].first_chunk().expect("the page is longer than the header"));
         let whole = page[..8] == MAGIC && crc32c::crc32c(&page[..40]).to_le_bytes() == page[40..44];
+        if !whole && let Some(incarnation) = first_incarnation(&file, len).await.map_err(io)? {
+            // The header was damaged; the records say the same.
+            let interval = Self::new(start, path, file, incarnation, FIRST_RECORD);
+            interval.reserved.set(len);
+            if mode == OpenMode::Write {
+                interval.write_header(0).await.map_err(|e| interval.io(e))?;
+            }
+            return Ok((interval, 0));
+        }
         if !whole && page.iter().any(|&b| b != 0) && len > FIRST_RECORD && mode == OpenMode::Read {
             return Err(RetainError::Damaged { path, offset: 0, source: OpenError::Body });
         }
         if !whole {
             // Power went before the file was durable, so nothing in it was needed: an empty interval.
             let interval = Self::new(start, path, file, random_u64(), FIRST_RECORD);
+            interval.headless.set(true);
             if mode == OpenMode::Write {
                 interval.write_header(0).await.map_err(|e| interval.io(e))?;
             }
@@ -188,31 +215,47 @@ impl<F: File> Interval<F> {
         Ok((interval, u64_at(32)))
     }
 
-    /// Reads every record and takes its table; stops at the first that is not whole, or at an index.
-    async fn scan(&self, opener: &RefCell<Opener>) -> Result<(), RetainError> {
+    /// Reads every record and takes its table; stops at the first that is not whole, or at an index. Before `durable` what
+    /// is not whole is passed over and noted: nobody knows any more which extents it had.
+    async fn scan(&self, opener: &RefCell<Opener>, durable: u64) -> Result<(), RetainError> {
         let len = self.file.len().map_err(|e| self.io(e))?;
         let mut at = FIRST_RECORD;
-        while at + FIRST_RECORD <= len {
-            let Some(record) = self.read_record(at, len).await? else { break };
-            if record.starts_with(&index::MAGIC) {
-                break;
+        while at + FIRST_RECORD <= len.max(durable) {
+            let entries = match self.read_record(at, len).await? {
+                Some(record) if record.starts_with(&index::MAGIC) => break,
+                Some(record) => self.open_entries(at, &record, opener).map(|entries| (entries, record.len())),
+                None => Err(self.damaged_at(at)),
+            };
+            match entries {
+                Ok((entries, body_len)) => {
+                    for (extent, data_at) in entries {
+                        let source = Source { record_at: at, body_len: body_len as u32, data_at };
+                        self.pending.borrow_mut().push((extent, source));
+                    }
+                    self.records.set(self.records.get() + 1);
+                    at += record_len(body_len) as u64;
+                }
+                Err(_) if at < durable => {
+                    self.lost.set(self.lost.get().or(Some(at)));
+                    at += FIRST_RECORD;
+                    while at < durable && self.read_record(at, len).await?.is_none() {
+                        at += FIRST_RECORD;
+                    }
+                }
+                // Not whole: what a crash cut off. Whole and not ours: damage.
+                Err(error) if self.read_record(at, len).await?.is_some() => return Err(error),
+                Err(_) => break,
             }
-            let opened = opener.borrow_mut().open(&record);
-            let (header, body) = opened.map_err(|source| RetainError::Damaged { path: self.path.clone(), offset: at, source })?;
-            let entries = parse_entries(&header, &body).map_err(|e| RetainError::Damaged {
-                path: self.path.clone(),
-                offset: at,
-                source: e.into(),
-            })?;
-            for entry in entries {
-                let source = Source { record_at: at, body_len: record.len() as u32, data_at: entry.data_at };
-                self.pending.borrow_mut().push((entry.extent, source));
-            }
-            self.records.set(self.records.get() + 1);
-            at += record_len(record.len()) as u64;
         }
         self.end.set(at);
         Ok(())
+    }
+
+    fn open_entries(&self, at: u64, record: &[u8], opener: &RefCell<Opener>) -> Result<Vec<(Extent, Option<u32>)>, RetainError> {
+        let damaged = |source| RetainError::Damaged { path: self.path.clone(), offset: at, source };
+        let (header, body) = opener.borrow_mut().open(record).map_err(damaged)?;
+        let entries = parse_entries(&header, &body).map_err(|e| damaged(e.into()))?;
+        Ok(entries.into_iter().map(|e| (e.extent, e.data_at)).collect())
     }
 
     async fn read_index(&self, index_at: u64) -> bool {
@@ -367,6 +410,27 @@ impl<F: File> Interval<F> {
         self.index.borrow().iter().map(|p| (p.extent, skip(p))).collect()
     }
 
+    /// Every record that holds content, with the extents whose content it is. A record of zeroes only is not read by anybody.
+    pub(super) fn records(&self) -> Vec<(Source, Vec<(Extent, u32)>)> {
+        let mut records: BTreeMap<u64, (Source, Vec<(Extent, u32)>)> = BTreeMap::new();
+        for (extent, source) in self.entries() {
+            if let Some(at) = source.data_at {
+                records.entry(source.record_at).or_insert_with(|| (source, Vec::new())).1.push((extent, at));
+            }
+        }
+        records.into_values().collect()
+    }
+
+    /// Where a record stood whose extents nobody knows any more.
+    pub(super) fn lost(&self) -> Option<RetainError> {
+        self.lost.get().map(|at| self.damaged_at(at))
+    }
+
+    /// Everything before this byte is durable once [`Interval::sync`] has returned.
+    pub(super) fn end(&self) -> u64 {
+        self.end.get()
+    }
+
     /// What it has of `extent`.
     pub(super) fn lookup(&self, extent: Extent) -> Vec<(Extent, Source)> {
         self.index.borrow().overlapping(extent).into_iter().map(|p| (p.extent, skip(p))).collect()
@@ -379,7 +443,11 @@ impl<F: File> Interval<F> {
 
     /// A record does not hold what the index says.
     pub(super) fn damaged(&self, source: Source) -> RetainError {
-        RetainError::Damaged { path: self.path.clone(), offset: source.record_at, source: OpenError::Body }
+        self.damaged_at(source.record_at)
+    }
+
+    fn damaged_at(&self, offset: u64) -> RetainError {
+        RetainError::Damaged { path: self.path.clone(), offset, source: OpenError::Body }
     }
 
     /// The opened body of a record.
@@ -394,6 +462,22 @@ impl<F: File> Interval<F> {
     fn io(&self, source: io::Error) -> RetainError {
         RetainError::Io { path: self.path.clone(), source }
     }
+}
+
+/// The incarnation that the first record says, if it is whole.
+async fn first_incarnation<F: File>(file: &F, len: u64) -> io::Result<Option<u64>> {
+    if len < 2 * FIRST_RECORD {
+        return Ok(None);
+    }
+    let page = file.read_at(FIRST_RECORD, FIRST_RECORD as usize).await?;
+    let incarnation = u64::from_le_bytes(*page[8..].first_chunk().expect("the page is longer than a record's header"));
+    let Some(body_len) = peek_record(&page, incarnation, BATCH_BYTES_MAX) else { return Ok(None) };
+    let whole = record_len(body_len);
+    if FIRST_RECORD + whole as u64 > len {
+        return Ok(None);
+    }
+    let record = file.read_at(FIRST_RECORD, whole).await?;
+    Ok(record_is_whole(&record, body_len).then_some(incarnation))
 }
 
 /// The source of a piece that begins somewhere inside what was inserted.

@@ -4,6 +4,7 @@
 //! The merged interval is written beside the others, complete and durable, then renamed over the first of them; then the
 //! others are removed. If power goes
 //! - before the rename: a file `*.merge` that nobody reads; removed when the journal is opened;
+//! - before that, when the others are not noted any more: they are noted again by the next checkpoint after the start;
 //! - between rename and removal: the others hold what the merged one hides from them; they are merged again.
 //!
 //! Nothing waits for a merge: the interval that grows is never part of one, and views keep the files they opened.
@@ -67,10 +68,16 @@ impl<S: Storage> Retention<S> {
     /// Merges one run of intervals that no longer have a point between them, if that is worth it. `needed` are the positions
     /// of all points that are listed or may be, as far as markers are noted durably, which is through `noted`: what begins
     /// there or later is left alone, because its points are not in `needed` yet. True if there was something to do: call it again then.
+    /// `forget` is told which intervals will go, and makes whoever noted them forget them, durably; false if it could not.
     ///
     /// # Errors
     /// [`RetainError`]; the journal is as it was, or holds the merged interval and what it hides.
-    pub async fn merge_some(&self, needed: &BTreeSet<Position>, noted: Option<Position>) -> Result<bool, RetainError> {
+    pub async fn merge_some(
+        &self,
+        needed: &BTreeSet<Position>,
+        noted: Option<Position>,
+        forget: impl AsyncFn(Vec<Position>) -> bool,
+    ) -> Result<bool, RetainError> {
         let before = self.current_start.get().zip(noted).map(|(current, noted)| current.min(noted));
         let skip = self.unmergeable.borrow().clone();
         let plan = plan(self.files.borrow().iter().map(|(start, bytes)| (*start, *bytes)), before, needed, &skip);
@@ -88,9 +95,10 @@ impl<S: Storage> Retention<S> {
                 return Err(error);
             }
         };
-        if plan.starts.iter().any(|start| !self.files.borrow().contains_key(start)) {
+        let forgotten = forget(plan.starts[1..].to_vec()).await;
+        if !forgotten || plan.starts.iter().any(|start| !self.files.borrow().contains_key(start)) {
             // Some of it went meanwhile: what was merged is stale, the next attempt begins with what is left.
-            return self.storage.remove(&beside).map(|()| true).map_err(|source| RetainError::Io { path: beside.clone(), source });
+            return self.storage.remove(&beside).map(|()| forgotten).map_err(|source| RetainError::Io { path: beside.clone(), source });
         }
         // From here to the end nothing waits, so nobody sees a state in between.
         self.shape.set(self.shape.get() + 1);

@@ -10,12 +10,17 @@
 //!   found here is not read again. Intervals are named by the marker's position, so a repeated attempt finds them.
 //! - One file an interval, made when the first block is kept: `undo-EPOCH-SEQUENCE.tgu`, positions in hexadecimal.
 //!
+//! Damage: see [`inspect`]. Which intervals have a file, and how much of the growing one is durable, is noted with the
+//! checkpoint, so that a file that is gone and a record that rotted are told from what a crash cut off.
+//!
 //! If power goes while records are appended: those found whole are right, because the replica was not touched before all
 //! were durable. While an interval is closed: its index is missing and is made again from its records. While files are
 //! removed: the points were unlisted before.
 
 pub mod index;
+mod inspect;
 mod interval;
+pub mod loss;
 mod merge;
 mod view;
 
@@ -29,6 +34,7 @@ use std::sync::Arc;
 use futures_util::StreamExt;
 use thiserror::Error;
 
+pub use self::inspect::Loss;
 use self::interval::{Interval, file_name, parse_name};
 pub use self::view::View;
 use crate::config::limits::APPLY_DEPTH;
@@ -51,7 +57,7 @@ pub enum RetainError {
         source: io::Error,
     },
     /// A record is damaged.
-    #[error("{path} at byte {offset}: {source}; points older than this record cannot be brought back exactly")]
+    #[error("{path} at byte {offset}: {source}; the points that need this record cannot be brought back exactly")]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -66,6 +72,17 @@ pub enum RetainError {
 }
 
 impl RetainError {
+    /// Begin of the interval that does not hold what it should, if that is the matter: damaged, or not there. A file system
+    /// that fails to read is none: it may work again.
+    pub fn damaged_interval(&self) -> Option<Position> {
+        let path = match self {
+            RetainError::Damaged { path, .. } => path,
+            RetainError::Io { path, source } if source.kind() == io::ErrorKind::NotFound => path,
+            _ => return None,
+        };
+        parse_name(path.file_name()?.to_str()?)
+    }
+
     /// The failure of the file system, if it was one.
     pub fn io_error(&self) -> Option<&io::Error> {
         match self {
@@ -103,6 +120,10 @@ pub struct Retention<S: Storage> {
     shape: Cell<u64>,
     /// Begins of runs that could not be merged; left alone until the next start.
     unmergeable: RefCell<BTreeSet<Position>>,
+    /// Begins of intervals that had a file, which is gone.
+    missing: RefCell<BTreeSet<Position>>,
+    /// Intervals made or grown that are not noted durably, with how far.
+    grown: RefCell<BTreeMap<Position, u64>>,
 }
 
 impl<S: Storage> Retention<S> {
@@ -112,6 +133,21 @@ impl<S: Storage> Retention<S> {
     /// # Errors
     /// [`RetainError`].
     pub async fn open(storage: S, dir: &Path, subject: Subject, last_marker: Option<Position>) -> Result<Self, RetainError> {
+        Self::open_noted(storage, dir, subject, last_marker, &BTreeMap::new()).await
+    }
+
+    /// The same, with what [`Retention::take_grown`] said and was noted durably since: what is not there any more is known to
+    /// be gone, and damage in the interval that grows is told from what a crash cut off.
+    ///
+    /// # Errors
+    /// [`RetainError`].
+    pub async fn open_noted(
+        storage: S,
+        dir: &Path,
+        subject: Subject,
+        last_marker: Option<Position>,
+        noted: &BTreeMap<Position, u64>,
+    ) -> Result<Self, RetainError> {
         let io = |source| RetainError::Io { path: dir.to_owned(), source };
         storage.create_dir(dir).map_err(io)?;
         let session = Arc::new(SealingSession::start(&subject.key, Purpose::Retention, subject.disk, subject.generation));
@@ -127,6 +163,8 @@ impl<S: Storage> Retention<S> {
             views: RefCell::default(),
             shape: Cell::new(0),
             unmergeable: RefCell::default(),
+            missing: RefCell::default(),
+            grown: RefCell::default(),
             storage,
             subject,
         };
@@ -139,8 +177,13 @@ impl<S: Storage> Retention<S> {
                 retention.storage.remove(&path).map_err(|source| RetainError::Io { path, source })?;
             }
         }
+        {
+            let (files, mut missing) = (retention.files.borrow(), retention.missing.borrow_mut());
+            missing.extend(noted.keys().filter(|start| !files.contains_key(start)));
+            retention.grown.borrow_mut().extend(files.keys().filter(|start| !noted.contains_key(start)).map(|start| (*start, 0)));
+        }
         if let Some(start) = last_marker {
-            retention.begin(start).await?;
+            retention.begin_at(start, noted.get(&start).copied().unwrap_or(0)).await?;
         }
         Ok(retention)
     }
@@ -155,6 +198,10 @@ impl<S: Storage> Retention<S> {
     /// # Errors
     /// [`RetainError::Io`].
     pub async fn begin(&self, start: Position) -> Result<(), RetainError> {
+        self.begin_at(start, 0).await
+    }
+
+    async fn begin_at(&self, start: Position, durable: u64) -> Result<(), RetainError> {
         if self.current_start.get() == Some(start) {
             return Ok(());
         }
@@ -164,8 +211,9 @@ impl<S: Storage> Retention<S> {
             interval.close().await?;
         }
         let known = self.files.borrow().contains_key(&start);
-        let reopened = if known { Some(Interval::reopen(&self.storage, &self.dir, start, &self.opener).await?) } else { None };
+        let reopened = if known { Some(Interval::reopen(&self.storage, &self.dir, start, &self.opener, durable).await?) } else { None };
         if let Some(interval) = self.current.borrow_mut().take() {
+            self.grown.borrow_mut().insert(interval.start(), interval.end());
             self.files.borrow_mut().insert(interval.start(), interval.bytes());
         }
         self.touched.borrow_mut().clear();
@@ -220,6 +268,24 @@ impl<S: Storage> Retention<S> {
         Ok(())
     }
 
+    /// Intervals made or grown since the last call, and through which byte of their files they are durable: to be noted with
+    /// the checkpoint.
+    pub fn take_grown(&self) -> Vec<(Position, u64)> {
+        let mut grown = std::mem::take(&mut *self.grown.borrow_mut());
+        if let Some(current) = &*self.current.borrow() {
+            grown.insert(current.start(), current.end());
+        }
+        grown.into_iter().collect()
+    }
+
+    /// The intervals that [`Retention::forget_before`] would remove; whoever noted them forgets them first.
+    pub fn unneeded(&self, oldest_needed: Option<Position>) -> Vec<Position> {
+        let Some(keep_from) = oldest_needed.or(self.current_start.get()) else { return Vec::new() };
+        let (files, missing) = (self.files.borrow(), self.missing.borrow());
+        let gone = files.range(..keep_from).map(|(p, _)| *p).chain(missing.range(..keep_from).copied());
+        gone.filter(|p| Some(*p) != self.current_start.get()).collect()
+    }
+
     /// Removes every interval that begins before `oldest_needed`; all but the current one if there is none.
     ///
     /// # Errors
@@ -227,6 +293,7 @@ impl<S: Storage> Retention<S> {
     pub fn forget_before(&self, oldest_needed: Option<Position>) -> Result<(), RetainError> {
         let keep_from = oldest_needed.or(self.current_start.get());
         let Some(keep_from) = keep_from else { return Ok(()) };
+        self.missing.borrow_mut().retain(|start| *start >= keep_from);
         let gone: Vec<Position> =
             self.files.borrow().range(..keep_from).map(|(p, _)| *p).filter(|p| Some(*p) != self.current_start.get()).collect();
         if !gone.is_empty() {
@@ -264,6 +331,7 @@ impl<S: Storage> Retention<S> {
             _ => {}
         }
         self.files.borrow_mut().remove(&start);
+        self.grown.borrow_mut().remove(&start);
         Ok(())
     }
 

@@ -140,7 +140,14 @@ async fn adopt(server: &Server, disk: &Disk, told: &Told) -> Result<(), StreamEr
         // An epoch that no stream has: the agent must start one above it.
         let epoch = known.as_ref().map_or(told.epoch, |r| r.epoch.max(told.epoch) + 1);
         let wrapped_key = server.kek.wrap(&told.key, disk.id, told.generation);
-        let record = DiskRecord { generation: told.generation, wrapped_key, epoch, released: told.journaled, size: told.size, compare: told.compare };
+        let record = DiskRecord {
+            generation: told.generation,
+            wrapped_key,
+            epoch,
+            released: told.journaled,
+            size: told.size,
+            compare: told.compare,
+        };
         let (records, update) = (server.records.clone(), [(disk.id, record.clone())]);
         let stored = tokio::task::spawn_blocking(move || records.put(&update)).await;
         stored.map_err(|e| StreamError::Quic(e.to_string()))??;

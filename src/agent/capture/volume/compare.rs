@@ -41,7 +41,12 @@ impl Volume {
         let missing = self.regions.borrow().missing().clone();
         self.comparison.borrow_mut().begin(compare, &missing);
         if compare != Compare::No && missing.count() > 0 {
-            tracing::info!(disk = self.shared.label, bytes = self.missing_bytes(), held = compare == Compare::Held, "comparing with the replica; only what differs is sent");
+            tracing::info!(
+                disk = self.shared.label,
+                bytes = self.missing_bytes(),
+                held = compare == Compare::Held,
+                "comparing with the replica; only what differs is sent"
+            );
         }
     }
 

@@ -1,0 +1,105 @@
+//! What becomes of damage in a retention journal that any reader met: exactly the points that need what was lost are taken
+//! off the list, see [`crate::master_target::retain::Retention::needing`].
+//!
+//! The interval that a reader met is read through, so that all its losses are dealt with at once. A replica that cannot be
+//! read, and a file system that fails, are no damage of the history: the reader is told, the points stay.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::Apply;
+use super::replica::Replica;
+use crate::master_target::bad;
+use crate::master_target::points::Book;
+use crate::master_target::retain::{Loss, RetainError};
+use crate::model::{DiskId, PointId, Position};
+
+/// Work that is not urgent waits at most this long for each step while batches wait for the replica, so that it ends some
+/// day on a disk that is always busy.
+const STEP_ASIDE: Duration = Duration::from_secs(1);
+const STEP_ASIDE_LOOKS: u32 = 20;
+
+/// Deals with what was seen when the journal was opened: files that are gone, a damaged record in the interval that grows.
+pub(super) async fn judge_found_at_start(apply: Rc<Apply>, replica: Rc<Replica>) {
+    for start in replica.retention.damaged_at_start() {
+        apply.inspect_one(&replica, start, None).await;
+    }
+}
+
+/// What a person is told who asks for a point that became unusable.
+pub(super) fn unusable(cause: &str) -> String {
+    format!("this recovery point became unusable: {cause}; choose another one, see `tidegate point list`")
+}
+
+/// What a person is told who asks for a point that is not listed.
+pub(super) fn why_not_listed(book: &Book, point: PointId) -> String {
+    match book.get_bad(point) {
+        Some(bad) => unusable(&bad.cause),
+        None => format!("there is no recovery point {point}: see `tidegate point list`"),
+    }
+}
+
+impl Apply {
+    /// A reader of `point`, or a merge, met `error`. Returns when the points that need what was lost are off the list.
+    pub(super) async fn judge(&self, replica: &Replica, error: &RetainError, point: Option<PointId>) {
+        let Some(start) = error.damaged_interval() else { return };
+        let known = replica.judged.lock().await.contains(&start);
+        // Somebody goes on reading a point that is off the list already.
+        if known && point.is_none_or(|point| self.shared.book().get(point).is_none()) {
+            return;
+        }
+        self.inspect_one(replica, start, None).await;
+    }
+
+    /// The same, with what the reader is to be told.
+    pub(super) async fn judge_of(&self, replica: &Replica, error: &RetainError, point: PointId) -> String {
+        self.judge(replica, error, Some(point)).await;
+        match self.shared.book().get_bad(point) {
+            Some(bad) => unusable(&bad.cause),
+            None => error.to_string(),
+        }
+    }
+
+    /// Reads through the next interval after `after`, slowly.
+    pub(super) async fn inspect(&self, disk: DiskId, after: Option<Position>, rate: u64) -> Result<Option<Position>, String> {
+        let replica = self.replicas.borrow().get(&disk).cloned().ok_or("the replica of this disk is not open")?;
+        let Some(start) = replica.retention.next_interval(after) else { return Ok(None) };
+        self.inspect_one(&replica, start, Some(rate)).await;
+        Ok(Some(start))
+    }
+
+    async fn inspect_one(&self, replica: &Replica, start: Position, rate: Option<u64>) {
+        let disk = &replica.shared;
+        let pace = async |bytes: u64| {
+            let Some(rate) = rate else { return };
+            tokio::time::sleep(Duration::from_secs(bytes) / u32::try_from(rate.max(1)).unwrap_or(u32::MAX)).await;
+            for _ in 0..STEP_ASIDE_LOOKS {
+                if disk.waiting() == 0 {
+                    break;
+                }
+                tokio::time::sleep(STEP_ASIDE / STEP_ASIDE_LOOKS).await;
+            }
+        };
+        match replica.retention.inspect(start, pace).await {
+            Ok(None) => {}
+            Ok(Some(loss)) => {
+                if let Err(error) = self.mark_needing(replica, &loss).await {
+                    tracing::error!(disk = disk.label, %error, cause = loss.cause, "points that became unusable could not be taken off the list");
+                }
+                replica.judged.lock().await.insert(start);
+            }
+            Err(error) => {
+                tracing::error!(disk = disk.label, %error, "old content could not be read, it is not known whether it is damaged")
+            }
+        }
+    }
+
+    async fn mark_needing(&self, replica: &Replica, loss: &Loss) -> Result<(), crate::storage::catalogue::CatalogueError> {
+        let disk = replica.shared.id;
+        let points = self.shared.book().with_disk(disk);
+        let places: Vec<(Position, u64)> = points.iter().map(|(_, at, size)| (*at, *size)).collect();
+        let needing = replica.retention.needing(loss, &places).await;
+        let bad: Vec<PointId> = points.iter().filter(|(_, at, size)| needing.contains(&(*at, *size))).map(|(id, ..)| *id).collect();
+        bad::mark(&self.shared, &self.records, disk, &bad, &loss.cause).await.map(drop)
+    }
+}
