@@ -18,12 +18,14 @@ use crate::master_target::catalogue::Effects;
 use crate::master_target::recover::{Command as RecoverCommand, Serve, Target};
 use crate::master_target::shared::DiskShared;
 use crate::model::job::{ChosenPoint, JobDisk};
-use crate::model::{Address, Choice, DiskId, Hold, Job, JobKind, JobState, PointId, PointKind, Position, RecoveryPoint, Wanted};
+use crate::model::{Address, Choice, DiskId, Hold, Job, JobKind, JobState, MachineId, PointId, PointKind, Position, RecoveryPoint, Wanted};
 
 /// How often what is waited for is looked at.
 const LOOK: Duration = Duration::from_millis(50);
 /// Batches that were received must be in the journal by then, or the journal is stuck.
 const JOURNAL_LIMIT: Duration = Duration::from_secs(60);
+/// A scrub that runs lets go of its point by then.
+const SCRUB_LIMIT: Duration = Duration::from_secs(3);
 
 impl Engine {
     /// Does what the job's state asks for, until it waits for a person.
@@ -326,6 +328,7 @@ impl Engine {
     /// Keeps the failover and drops the points. The machine goes on running meanwhile.
     pub(super) async fn commit(self: &Rc<Self>, id: u64, drop_pinned: bool) -> Result<u64, String> {
         let mut job = self.at_rest(id, &[JobState::FailedOver], "only a failover that stands can be committed")?;
+        self.wait_for_scrub(job.machine).await;
         let _alone = self.setup.shared.noting.lock().await;
         let dropped = {
             let book = self.setup.shared.book();
@@ -352,6 +355,20 @@ impl Engine {
         }
         self.go_on(id, false);
         Ok(id)
+    }
+
+    /// A scrub lets go of its point when it sees that the machine fails over.
+    async fn wait_for_scrub(&self, machine: MachineId) {
+        let started = clock::now();
+        while clock::now().since(started) < SCRUB_LIMIT {
+            {
+                let book = self.setup.shared.book();
+                if !book.of(machine).iter().any(|p| book.is_in_use(p.id)) {
+                    return;
+                }
+            }
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     async fn end_history(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {

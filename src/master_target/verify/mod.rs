@@ -160,7 +160,7 @@ impl Verifier {
         let (verifier, mut now) = (self.clone(), view.clone());
         tokio::task::spawn_local(async move {
             let began = clock::now();
-            let pace = async |_: DiskId, _: u64| {};
+            let pace = async |_: DiskId, _: u64| Ok(());
             let result = verifier.verify(&point, pace, &mut now).await;
             now.seconds = clock::now().since(began).as_secs_f64();
             (now.state, now.error) = match result {
@@ -186,7 +186,12 @@ impl Verifier {
     ///
     /// # Errors
     /// A sentence, when it could not be read for another reason than damage.
-    async fn verify(&self, point: &RecoveryPoint, pace: impl AsyncFn(DiskId, u64), view: &mut VerifyView) -> Result<Outcome, String> {
+    async fn verify(
+        &self,
+        point: &RecoveryPoint,
+        pace: impl AsyncFn(DiskId, u64) -> Result<(), String>,
+        view: &mut VerifyView,
+    ) -> Result<Outcome, String> {
         if !self.shared.book().pin(point.id) {
             return Err("the recovery point expired before it was verified".to_owned());
         }
@@ -226,12 +231,12 @@ impl Verifier {
         Ok(Outcome::Good { first: earlier.is_none() })
     }
 
-    /// Reads a disk of a point and makes its digest. `pace` is told what was read and may wait.
+    /// Reads a disk of a point and makes its digest. `pace` is told what was read, and may wait or end it.
     async fn recompute(
         &self,
         point: PointId,
         disk: DiskId,
-        pace: &impl AsyncFn(DiskId, u64),
+        pace: &impl AsyncFn(DiskId, u64) -> Result<(), String>,
         before: u64,
         view: &mut VerifyView,
     ) -> Result<[u8; 32], String> {
@@ -245,7 +250,7 @@ impl Verifier {
         &self,
         open: &OpenPoint,
         disk: DiskId,
-        pace: &impl AsyncFn(DiskId, u64),
+        pace: &impl AsyncFn(DiskId, u64) -> Result<(), String>,
         before: u64,
         view: &mut VerifyView,
     ) -> Result<[u8; 32], String> {
@@ -270,7 +275,7 @@ impl Verifier {
                 view.read_bytes += extent.len;
                 view.done_bytes = before + extent.end();
                 self.publish(view);
-                pace(disk, extent.len).await;
+                pace(disk, extent.len).await?;
             }
             drop(running);
             at = data.end();

@@ -9,7 +9,7 @@ use super::{Outcome, ScrubState, Verifier, rounds};
 use crate::clock::{self, Mono};
 use crate::control::api::VerifyView;
 use crate::master_target::apply::Command as ApplyCommand;
-use crate::model::{DiskId, MachineId, Position};
+use crate::model::{DiskId, Hold, MachineId, Position};
 
 /// How often one looks whether a round is due.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -18,6 +18,8 @@ const NOTE_EVERY: Duration = Duration::from_secs(30);
 /// While batches wait for a replica, a step is taken after so long.
 const STEP_ASIDE: Duration = Duration::from_secs(1);
 const STEP_ASIDE_LOOKS: u32 = 20;
+/// Why a scrub ends in the middle.
+const HELD: &str = "the machine fails over";
 
 /// Scrubs until it is ended.
 pub(super) async fn run(verifier: Rc<Verifier>) {
@@ -42,7 +44,8 @@ impl Verifier {
     async fn round(&self, machine: MachineId) -> Result<(), String> {
         let mut state = self.records.scrub(machine).map_err(|e| e.to_string())?;
         // Without points there is nothing to look after.
-        if !state.is_due(self.shared.clock(), self.every.as_secs()) || self.shared.book().of(machine).is_empty() {
+        let held = self.shared.disks.iter().any(|d| d.machine == machine && d.condition().hold != Hold::None);
+        if held || !state.is_due(self.shared.clock(), self.every.as_secs()) || self.shared.book().of(machine).is_empty() {
             return Ok(());
         }
         let mut noted = clock::now();
@@ -65,6 +68,7 @@ impl Verifier {
             let result = self.verify(&point, async |disk, bytes| self.pace(disk, bytes).await, &mut VerifyView::default()).await;
             match result {
                 Ok(Outcome::Good { .. } | Outcome::Bad(_)) => {}
+                Err(error) if error == HELD => return Ok(()),
                 Err(error) if self.shared.book().get(id).is_some() => {
                     tracing::error!(point = %id, error, "a recovery point could not be verified");
                 }
@@ -88,7 +92,7 @@ impl Verifier {
     }
 
     /// Waits as the rate wants it, and steps aside for replication.
-    async fn pace(&self, disk: DiskId, bytes: u64) {
+    async fn pace(&self, disk: DiskId, bytes: u64) -> Result<(), String> {
         let began: Mono = clock::now();
         tokio::time::sleep(Duration::from_secs(bytes) / u32::try_from(self.rate).unwrap_or(u32::MAX)).await;
         for _ in 0..STEP_ASIDE_LOOKS {
@@ -97,5 +101,7 @@ impl Verifier {
             }
             tokio::time::sleep(STEP_ASIDE / STEP_ASIDE_LOOKS).await;
         }
+        // A failover has more to do with the points than a scrub.
+        if self.shared.disk(disk).is_some_and(|d| d.condition().hold != Hold::None) { Err(HELD.to_owned()) } else { Ok(()) }
     }
 }
