@@ -402,3 +402,85 @@ fn a_digest_holds_over_thinning_and_growth_and_finds_a_silent_change() {
     assert_eq!((labels(&bad), bad[0]["pinned"].as_bool()), (vec!["n0".to_owned()], Some(true)));
     assert!(cluster.points().iter().any(|p| p["id"] == points[3].as_str()), "what was not found is not judged");
 }
+
+fn partial_of(output: &std::path::Path) -> Option<PathBuf> {
+    let prefix = format!(".{}.partial-", output.file_name().unwrap().to_str().unwrap());
+    let entries = fs::read_dir(output.parent().unwrap()).unwrap().flatten().map(|e| e.path());
+    entries.into_iter().find(|p| p.file_name().unwrap().to_str().unwrap().starts_with(&prefix))
+}
+
+#[test]
+fn an_export_goes_on_after_the_master_target_was_killed() {
+    let mut rng = Rng::new(5);
+    let mut cluster = Cluster::prepare(Options { disk_bytes: 400 << 20, interval: "1h", ..Options::default() });
+    let content: Vec<u8> = (0..(380usize << 20) / 8).flat_map(|_| rng.below(u64::MAX).to_le_bytes()).collect();
+    std::os::unix::fs::FileExt::write_all_at(&fs::File::options().write(true).open(cluster.disk(0)).unwrap(), &content, 0).unwrap();
+    drop(content);
+    for role in ["master-target", "process-server", "agent"] {
+        cluster.start_role(role);
+    }
+    cluster.wait_for_delta();
+    let point = cluster.mark("exported");
+    let control = cluster.control("master-target");
+    let mut resumed = 0;
+    for (format, ending) in [("raw", "raw"), ("vhdx", "vhdx"), ("vmdk", "vmdk")] {
+        let output = cluster.path(&format!("out.{ending}"));
+        let args = ["recover", "export", &point, "--format", format, "--output", s(&output), "--control", &control];
+        let mut export =
+            std::process::Command::new(env!("CARGO_BIN_EXE_tidegate")).args(args).stderr(std::process::Stdio::null()).spawn().unwrap();
+        cluster.wait("the export notes how far it is", Duration::from_secs(60), || {
+            partial_of(&output).is_some_and(|dir| dir.join("progress").exists()) || output.exists()
+        });
+        cluster.kill("master-target");
+        assert!(!export.wait().unwrap().success() || output.exists());
+        let noted = partial_of(&output).and_then(|dir| fs::read(dir.join("progress")).ok());
+        if let (Some(noted), "raw") = (&noted, format) {
+            // Nothing behind the mark is believed.
+            let done = u64::from_le_bytes(noted[16..24].try_into().unwrap());
+            let staged = fs::File::options().write(true).open(partial_of(&output).unwrap().join("out.raw")).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&staged, &[0xee; 8192], done).unwrap();
+        }
+        cluster.start_role("master-target");
+        if output.exists() {
+            continue;
+        }
+        let again = cluster.try_tidegate(&args);
+        let told = String::from_utf8_lossy(&again.stderr).into_owned();
+        assert!(again.status.success(), "{told}");
+        assert!(noted.is_none() || told.contains("resumed at"), "{told}");
+        resumed += usize::from(noted.is_some());
+        tool("qemu-img", &["compare", "-f", "raw", "-F", format, s(&cluster.disk(0)), s(&output)]);
+        assert_eq!(partial_of(&output), None, "nothing is left beside the output");
+        fs::remove_file(&output).unwrap();
+    }
+    assert!(resumed > 0, "at least one export was killed half-way");
+}
+
+#[test]
+fn a_policy_that_is_set_counts_at_once_and_until_it_is_reset() {
+    let mut cluster = Cluster::start(Options { disk_bytes: 8 << 20, interval: "1h", ..Options::default() });
+    cluster.wait_for_delta();
+    let control = cluster.control("master-target");
+    for n in 0..5 {
+        cluster.mark(&format!("n{n}"));
+    }
+    let before = cluster.points().len();
+    let set = |args: &[&str]| cluster.try_tidegate(&[&["policy", "set", "--control", &control], args].concat());
+    let refused = set(&["--points-max", "2"]);
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stdout).contains("would go"));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--yes"));
+    assert_eq!(cluster.points().len(), before, "nothing was changed");
+    assert!(!set(&["--points-min", "99999"]).status.success());
+    assert!(!set(&[]).status.success(), "nothing to set");
+    assert!(set(&["--points-max", "2", "--span", "3d", "--yes"]).status.success());
+    cluster.wait("points go at once", Duration::from_secs(10), || cluster.points().len() == 2);
+    cluster.kill("master-target");
+    cluster.start_role("master-target");
+    let shown = cluster.tidegate(&["policy", "show", "--control", &cluster.control("master-target")]);
+    assert!(shown.contains("points_max  2  (policy set)") && shown.contains("span        3days  (policy set)"), "{shown}");
+    assert!(shown.contains("points_min  1  (configuration)"), "{shown}");
+    cluster.tidegate(&["policy", "set", "--reset", "--control", &cluster.control("master-target")]);
+    let shown = cluster.tidegate(&["policy", "show", "--control", &cluster.control("master-target")]);
+    assert!(shown.contains("points_max  10000  (configuration)"), "{shown}");
+}

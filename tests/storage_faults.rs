@@ -327,6 +327,80 @@ fn lost_old_content_is_noticed_by_this_test() {
     assert!(noticed > 5, "the crash test must be able to fail: {noticed} of 20");
 }
 
+/// Views that stay open while the replica is written, intervals are closed, points are dropped and merged: each shows its
+/// point all the while, and data is never where it says there is none.
+async fn views_round(seed: u64) -> (u64, u64) {
+    let (mut rng, mut merges, mut checked) = (Rng::new(seed), 0, 0);
+    let storage = Faulty::default();
+    let image = Image::create(&storage, Path::new("/r/image"), Format::Raw, SIZE).await.unwrap();
+    let retention = Retention::open(storage.clone(), Path::new("/u"), subject(), None).await.unwrap();
+    let mut model = vec![0u8; SIZE as usize];
+    let mut points: BTreeMap<Position, Vec<u8>> = BTreeMap::new();
+    let mut views = Vec::new();
+    let steps: Vec<Step> = (0..3).flat_map(|_| make_steps(&mut rng)).collect();
+    for (index, step) in steps.iter().enumerate() {
+        let at = Position::new(1, index as u64 + 1);
+        match step {
+            Step::Write(offset, data) => {
+                let extent = Extent::new(*offset, data.len() as u64);
+                retention.preserve(&image, [extent].into_iter()).await.unwrap();
+                image.write(*offset, AlignedBuf::copy_of(data).freeze()).await.unwrap();
+                model[*offset as usize..extent.end() as usize].copy_from_slice(data);
+            }
+            Step::Zero(extent) => {
+                retention.preserve(&image, [*extent].into_iter()).await.unwrap();
+                image.zero(*extent).await.unwrap();
+                model[extent.offset as usize..extent.end() as usize].fill(0);
+            }
+            Step::Mark => {
+                retention.begin(at).await.unwrap();
+                points.insert(at, model.clone());
+            }
+        }
+        if rng.below(4) == 0 && !points.is_empty() {
+            let which = *points.keys().nth(rng.below(points.len() as u64) as usize).unwrap();
+            views.push((which, retention.view(which).await.unwrap()));
+            if views.len() > 4 {
+                views.remove(rng.below(4) as usize);
+            }
+        }
+        if rng.below(3) == 0 && points.len() > 3 {
+            // Points that are looked at are pinned.
+            let free: Vec<Position> = points.keys().filter(|p| views.iter().all(|(v, _)| v != *p)).copied().collect();
+            if let Some(gone) = free.get(rng.below(free.len().max(1) as u64) as usize) {
+                points.remove(gone);
+            }
+            retention.forget_before(points.keys().next().copied()).unwrap();
+            let needed = points.keys().copied().collect();
+            let last = steps[..=index].iter().rposition(|s| matches!(s, Step::Mark)).map(|i| Position::new(1, i as u64 + 1));
+            while retention.merge_some(&needed, last, async |_| true).await.unwrap() {
+                merges += 1;
+            }
+        }
+        for (point, view) in &views {
+            let len = (1 + rng.below(3000)) * 512;
+            let offset = rng.below((SIZE - len) / 512) * 512;
+            let found = view.read(&image, Extent::new(offset, len)).await.unwrap();
+            let expected = &points[point][offset as usize..(offset + len) as usize];
+            assert!(found[..] == *expected, "seed {seed}: step {index}: point {point} differs");
+            let next = view.next_data(&image, offset).unwrap().map_or(SIZE, |e| e.offset);
+            assert!(points[point][offset as usize..next as usize].iter().all(|&b| b == 0), "seed {seed}: step {index}: data was skipped");
+            checked += 1;
+        }
+    }
+    (merges, checked)
+}
+
+#[test]
+fn open_views_stay_exact_while_everything_else_goes_on() {
+    let (mut merges, mut checked) = (0, 0);
+    for seed in 0..60 {
+        let (m, c) = run(views_round(seed));
+        (merges, checked) = (merges + m, checked + c);
+    }
+    assert!(merges > 200 && checked > 10_000, "{merges} merges, {checked} reads");
+}
+
 #[test]
 fn rot_in_old_content_is_an_error_and_never_other_content() {
     run(async {

@@ -82,7 +82,10 @@ enum Command {
     )]
     Failover(failover::FailoverCommand),
     /// Which recovery points stay.
-    #[command(subcommand, after_help = "Examples:\n  tidegate policy show\n  tidegate policy dry-run --ladder \"all for 1h, 1/h to 7d\"")]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  tidegate policy show\n  tidegate policy dry-run --ladder \"all for 1h, 1/h to 7d\"\n  tidegate policy set --points-max 500 --yes"
+    )]
     Policy(policy::PolicyCommand),
     /// Certificates.
     #[command(

@@ -40,8 +40,11 @@ pub(super) enum RecoverCommand {
         #[command(flatten)]
         ask: Ask,
     },
-    /// Write a disk of a point to an image file.
-    #[command(after_help = "Example:\n  tidegate recover export latest --disk sda --format vhdx --output /srv/web01-sda.vhdx")]
+    /// Write a disk of a point to an image file. If it fails or the master target ends, the same command again goes on from
+    /// where it was, except in format vmdk-stream.
+    #[command(
+        after_help = "Example:\n  tidegate recover export latest --disk sda --format vhdx --output /srv/web01-sda.vhdx\n  tidegate recover unmount export-1      # give it up, with what it wrote"
+    )]
     Export {
         /// As in `mount`.
         point: String,
@@ -60,7 +63,7 @@ pub(super) enum RecoverCommand {
     },
     /// Mounts and exports.
     List(Ask),
-    /// End a mount or forget an export.
+    /// End a mount; end an export and remove what it wrote, or forget one that is done.
     Unmount {
         /// Its name, see `recover list`.
         name: String,
@@ -171,6 +174,9 @@ fn export(point: String, disk: Option<String>, format: Format, file: PathBuf, ar
             tokio::time::sleep(Duration::from_millis(50)).await;
             let all: Vec<RecoveryView> = client::call(&args.control, &Request::Recoveries).await?;
             let Some(now) = all.into_iter().find(|v| v.name == view.name) else { bail!("the export was ended by somebody") };
+            if view.resumed_bytes == 0 && now.resumed_bytes > 0 {
+                bar.suspend(|| eprintln!("resumed at {}%", now.resumed_bytes * 100 / now.total_bytes.max(1)));
+            }
             bar.set_position(now.done_bytes);
             view = now;
         }
@@ -178,7 +184,10 @@ fn export(point: String, disk: Option<String>, format: Format, file: PathBuf, ar
     })?;
     bar.finish_and_clear();
     if let Some(error) = &view.error {
-        bail!("export failed: {error}");
+        bail!(
+            "export failed: {error}; the same command again goes on from where it was, `tidegate recover unmount {}` gives it up",
+            view.name
+        );
     }
     if args.json {
         return output::json(&view);

@@ -94,6 +94,15 @@ pub enum Request {
         /// Which.
         machine: String,
     },
+    /// Change the policy until it is reset: [`PolicySet`]. Not done when points would go and nobody agreed.
+    SetPolicy {
+        /// What to change.
+        values: PolicyValues,
+        /// Give up everything that was set before.
+        reset: bool,
+        /// Points may go.
+        agreed: bool,
+    },
     /// Mounts and exports: [`RecoveryView`].
     Recoveries,
     /// Points that became unusable: [`BadPointView`], the oldest first.
@@ -400,9 +409,36 @@ pub struct VerifiedDisk {
     pub digest: String,
 }
 
+/// Values of a policy that a person set; a bound of 0 is none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyValues {
+    /// Fewer points the older they get.
+    pub ladder: Option<String>,
+    /// Most points of a machine.
+    pub points_max: Option<usize>,
+    /// So many of the newest stay.
+    pub points_min: Option<usize>,
+    /// Points older than this go.
+    pub span_seconds: Option<u64>,
+    /// Most bytes of old content of a machine.
+    pub space_max_bytes: Option<u64>,
+}
+
+/// Answer to `SetPolicy`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PolicySet {
+    /// It is durable and in use.
+    pub done: bool,
+    /// The policy asked for, and what goes with it.
+    pub policy: PolicyView,
+}
+
 /// Which points stay.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PolicyView {
+    /// What of it `policy set` says; the rest is the configuration's.
+    #[serde(default)]
+    pub set: PolicyValues,
     /// Fewer points the older they get.
     pub ladder: String,
     /// So many of the newest stay.
@@ -488,6 +524,9 @@ pub struct RecoveryView {
     pub state: String,
     /// Bytes of the disk gone through.
     pub done_bytes: u64,
+    /// Bytes that an earlier attempt of the same export had done.
+    #[serde(default)]
+    pub resumed_bytes: u64,
     /// Bytes of the disk.
     pub total_bytes: u64,
     /// Why it failed.

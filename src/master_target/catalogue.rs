@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::bad::BadPoint;
 use super::points::{Book, Changes, Pending};
 use super::verify::{ScrubState, Verification};
+use crate::control::api::PolicyValues;
 use crate::crypto::keyring::{DataKey, KeyEncryptionKey};
 use crate::disk::Format;
 use crate::model::{DiskId, Job, MachineId, PointId, Position, RecoveryPoint};
@@ -252,6 +253,22 @@ impl Records {
     /// Those of the catalogue.
     pub fn clock(&self) -> Result<u64, CatalogueError> {
         Ok(self.catalogue.get(SERVER, b"clock")?.unwrap_or(0))
+    }
+
+    /// The policy's values that a person set.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn policy(&self) -> Result<PolicyValues, CatalogueError> {
+        Ok(self.catalogue.get(SERVER, b"policy")?.unwrap_or_default())
+    }
+
+    /// Sets them, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn put_policy(&self, values: &PolicyValues) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| batch.put(SERVER, b"policy", values))
     }
 
     /// A checkpoint and what it did to the points, in one transaction.

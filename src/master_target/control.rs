@@ -14,13 +14,14 @@ use super::bad::BadPoint;
 use super::catalogue::Records;
 use super::failover::Desk;
 use super::journal::JournalHandle;
+use super::policy::{self, LivePolicy};
 use super::recover::{self, Recoveries, Target};
 use super::shared::{Condition, DiskShared, TargetShared};
 use super::verify::{self, digest};
 use crate::clock::{self, Mono};
 use crate::control::api::{
-    ApiError, BadPointView, DiskView, MachineView, PointDisk, PointView, PolicyGone, PolicyMachine, PolicyView, RecoveryView, Request,
-    RoleStatus,
+    ApiError, BadPointView, DiskView, MachineView, PointDisk, PointView, PolicyGone, PolicyMachine, PolicySet, PolicyValues, PolicyView,
+    RecoveryView, Request, RoleStatus,
 };
 use crate::control::server::{Answer, Role};
 use crate::disk::Format;
@@ -39,7 +40,7 @@ pub struct Control {
     name: String,
     records: Records,
     verify: verify::Handle,
-    policy: Policy,
+    policy: Arc<LivePolicy>,
     failovers: Desk,
 }
 
@@ -97,7 +98,15 @@ impl Role for Control {
                     Err(message) => Err(message),
                 },
                 Request::Pin { point, pinned } => self.pin(point, *pinned).await.and_then(|point| to_value(&point)),
-                Request::Policy { machine, ladder } => self.policy(machine.as_deref(), ladder.as_deref()).and_then(|view| to_value(&view)),
+                Request::Policy { machine, ladder } => {
+                    let mut values = self.policy.set();
+                    values.ladder = ladder.clone().or(values.ladder);
+                    let view = self.policy.with(&values).and_then(|policy| self.policy(machine.as_deref(), &policy, self.policy.set()));
+                    view.and_then(|view| to_value(&view))
+                }
+                Request::SetPolicy { values, reset, agreed } => {
+                    self.set_policy(values, *reset, *agreed).await.and_then(|set| to_value(&set))
+                }
                 Request::FailoverPlan { machine, point } => self.failovers.plan(machine, point).await.and_then(|plan| to_value(&plan)),
                 Request::FailoverStart { kind, machine, point, hook, overwrite } => {
                     let started = self.failovers.start(*kind, machine, point.clone(), hook.clone(), overwrite.clone(), by);
@@ -259,11 +268,25 @@ impl Control {
         Ok(view)
     }
 
-    fn policy(&self, machine: Option<&str>, ladder: Option<&str>) -> Result<PolicyView, String> {
-        let mut policy = self.policy.clone();
-        if let Some(ladder) = ladder {
-            policy.ladder = ladder.parse()?;
+    /// Durable and in use when it returns, unless points would go and nobody agreed.
+    async fn set_policy(&self, values: &PolicyValues, reset: bool, agreed: bool) -> Result<PolicySet, String> {
+        // Nothing expires meanwhile.
+        let _alone = self.shared.noting.lock().await;
+        let older = if reset { PolicyValues::default() } else { self.policy.set() };
+        let values = policy::merged(older, values.clone());
+        let view = self.policy(None, &self.policy.with(&values)?, values.clone())?;
+        if !agreed && view.machines.iter().any(|m| !m.gone.is_empty()) {
+            return Ok(PolicySet { done: false, policy: view });
         }
+        let (records, changed) = (self.records.clone(), values.clone());
+        let noted = tokio::task::spawn_blocking(move || records.put_policy(&changed)).await;
+        noted.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+        tracing::info!(?values, "the policy was set");
+        self.policy.replace(values);
+        Ok(PolicySet { done: true, policy: view })
+    }
+
+    fn policy(&self, machine: Option<&str>, policy: &Policy, set: PolicyValues) -> Result<PolicyView, String> {
         let mut machines: Vec<(MachineId, String)> = self.machine_names().into_iter().collect();
         machines.sort_by(|a, b| a.1.cmp(&b.1));
         if machine.is_some_and(|wanted| machines.iter().all(|(_, name)| name != wanted)) {
@@ -273,7 +296,7 @@ impl Control {
         let (book, clock) = (self.shared.book(), self.shared.clock());
         let of_machine = |(id, name): (MachineId, String)| {
             let (points, used) = (book.of(id), self.shared.retained_bytes(id));
-            let gone = book.expired(id, &policy, clock, used);
+            let gone = book.expired(id, policy, clock, used);
             PolicyMachine {
                 machine: name,
                 points: points.len(),
@@ -294,6 +317,7 @@ impl Control {
             }
         };
         Ok(PolicyView {
+            set,
             machines: machines.into_iter().map(of_machine).collect(),
             ladder: policy.ladder.to_string(),
             points_min: policy.points_min,

@@ -15,6 +15,7 @@ pub mod control;
 pub mod failover;
 pub mod journal;
 pub mod points;
+pub mod policy;
 pub mod receive;
 pub mod recover;
 pub mod retain;
@@ -31,6 +32,7 @@ use thiserror::Error;
 use tokio::sync::{Notify, mpsc};
 
 use self::catalogue::Records;
+use self::policy::LivePolicy;
 use self::receive::Receiver;
 use self::recover::Recoveries;
 use self::shared::{DiskShared, TargetShared};
@@ -39,7 +41,7 @@ use crate::crypto::keyring::{KeyEncryptionKey, KeyError};
 use crate::crypto::pki::Role;
 use crate::crypto::quic;
 use crate::crypto::tls::{Credentials, TlsError};
-use crate::model::{self, Policy};
+use crate::model;
 use crate::observe::http::Readiness;
 use crate::observe::metrics;
 use crate::storage::catalogue::CatalogueError;
@@ -86,7 +88,7 @@ pub struct MasterTarget {
     /// Where it listens for process servers.
     pub listen: SocketAddr,
     records: Records,
-    policy: Policy,
+    policy: Arc<LivePolicy>,
     failovers: failover::Desk,
     name: String,
     stop: Arc<Notify>,
@@ -120,11 +122,13 @@ impl MasterTarget {
                 disk.set_hold(hold, &failover::reason(job));
             }
         }
+        let policy = Arc::new(LivePolicy::new(settings.retain.policy(), records.policy()?));
         let (to_apply, commands) = mpsc::channel(COMMANDS_QUEUED_MAX);
         let setup = apply::Setup {
             settings: settings.clone(),
             shared: shared.clone(),
             records: records.clone(),
+            policy: policy.clone(),
             kek: kek.clone(),
             journal: journal.clone(),
             found,
@@ -180,7 +184,7 @@ impl MasterTarget {
         let (readiness, stop) = (Readiness::default(), Arc::new(Notify::new()));
         let parts = (readiness.clone(), stop.clone(), shared.clone());
         let (bound_tx, bound_rx) = std::sync::mpsc::sync_channel(1);
-        let (policy, for_control) = (settings.retain.policy(), records.clone());
+        let for_control = records.clone();
         let thread = std::thread::Builder::new().name("master-target".to_owned()).spawn(move || {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime on one thread can always be built");

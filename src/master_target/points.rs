@@ -36,6 +36,8 @@ pub struct Changes {
 #[derive(Clone, Debug, Default)]
 pub struct Book {
     listed: BTreeMap<PointId, RecoveryPoint>,
+    /// Listed points of each machine, the oldest first.
+    in_order: BTreeMap<(MachineId, u64), PointId>,
     pending: HashMap<PointId, Pending>,
     in_use: HashMap<PointId, u32>,
     bad: BTreeMap<PointId, BadPoint>,
@@ -54,6 +56,7 @@ impl Book {
     ) -> Self {
         let next_order = listed.iter().chain(bad.iter().map(|b| &b.point)).map(|p| p.order + 1).max().unwrap_or(1);
         Self {
+            in_order: listed.iter().map(|p| ((p.machine, p.order), p.id)).collect(),
             listed: listed.into_iter().map(|p| (p.id, p)).collect(),
             pending: pending.into_iter().collect(),
             bad: bad.into_iter().map(|b| (b.point.id, b)).collect(),
@@ -61,6 +64,12 @@ impl Book {
             next_order,
             ..Self::default()
         }
+    }
+
+    /// As much of the book as the arrivals of some points look at and change: what waits, and those points.
+    pub fn excerpt(&self, points: impl Iterator<Item = PointId>) -> Book {
+        let listed = points.filter_map(|id| self.listed.get(&id)).map(|point| (point.id, point.clone()));
+        Book { listed: listed.collect(), pending: self.pending.clone(), next_order: self.next_order, ..Book::default() }
     }
 
     /// What becomes of a marker that is durable in the replica of `disk`. Changes nothing: see [`Book::commit`].
@@ -116,6 +125,7 @@ impl Book {
         self.pending.extend(changes.pending);
         if let Some(point) = changes.listed {
             self.next_order = self.next_order.max(point.order + 1);
+            self.in_order.insert((point.machine, point.order), point.id);
             self.listed.insert(point.id, point);
         }
     }
@@ -145,7 +155,9 @@ impl Book {
     /// Takes points off the list; their data may be removed once this is durable.
     pub fn unlist(&mut self, points: &[PointId]) {
         for id in points {
-            self.listed.remove(id);
+            if let Some(point) = self.listed.remove(id) {
+                self.in_order.remove(&(point.machine, point.order));
+            }
             self.verified.remove(id);
         }
     }
@@ -206,9 +218,7 @@ impl Book {
 
     /// Listed points of a machine, the oldest first.
     pub fn of(&self, machine: MachineId) -> Vec<&RecoveryPoint> {
-        let mut points: Vec<_> = self.listed.values().filter(|p| p.machine == machine).collect();
-        points.sort_by_key(|p| p.order);
-        points
+        self.in_order.range((machine, 0)..=(machine, u64::MAX)).filter_map(|(_, id)| self.listed.get(id)).collect()
     }
 
     /// All listed points, the oldest first.

@@ -5,11 +5,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::StreamExt;
 use thiserror::Error;
 
 use super::Apply;
-use super::plan::{Cut, plan, writes};
+use super::overwrite::overwrite;
+use super::plan::{Content, Cut, plan, writes};
 use super::replica::Replica;
 use crate::clock;
 use crate::config::limits::APPLY_DEPTH;
@@ -18,7 +18,7 @@ use crate::disk::{Disk, DiskError};
 use crate::master_target::points::Changes;
 use crate::master_target::retain::RetainError;
 use crate::master_target::shared::{Item, Newest};
-use crate::model::{Rung, Trailer, position::assert_ladder};
+use crate::model::{Extent, Hold, Rung, Trailer, position::assert_ladder};
 use crate::observe::metrics;
 use crate::storage::catalogue::CatalogueError;
 use crate::storage::log::LogError;
@@ -91,27 +91,21 @@ pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Resu
 
 /// Keeps old content, then writes new content.
 async fn apply_cut(replica: &Replica, cut: &Cut, bodies: &[(crate::wire::batch::BatchHeader, Bytes)]) -> Result<(), ApplyError> {
-    if replica.retention.is_keeping() {
-        patiently(replica, async || Ok(replica.retention.preserve(&replica.image, writes(cut).map(|(extent, _)| extent)).await?)).await?;
-    }
-    let mut written = 0;
-    let operations = writes(cut).map(|(extent, content)| {
-        written += extent.len;
-        async move {
-            match content.data_at {
-                Some(at) => {
-                    let data = bodies[content.batch].1.slice(at as usize..at as usize + extent.len as usize);
-                    patiently(replica, async || Ok(replica.image.write(extent.offset, data.clone()).await?)).await
-                }
-                None => patiently(replica, async || Ok(replica.image.zero(extent).await?)).await,
+    let extents: Vec<_> = writes(cut).collect();
+    let keep = async |piece: &[(Extent, Content)]| {
+        patiently(replica, async || Ok(replica.retention.preserve(&replica.image, piece.iter().map(|(extent, _)| *extent)).await?)).await
+    };
+    let write = |extent: Extent, content: Content| async move {
+        match content.data_at {
+            Some(at) => {
+                let data = bodies[content.batch].1.slice(at as usize..at as usize + extent.len as usize);
+                patiently(replica, async || Ok(replica.image.write(extent.offset, data.clone()).await?)).await
             }
+            None => patiently(replica, async || Ok(replica.image.zero(extent).await?)).await,
         }
-    });
-    let mut running = futures_util::stream::iter(operations).buffer_unordered(APPLY_DEPTH);
-    while let Some(result) = running.next().await {
-        result?;
-    }
-    drop(running);
+    };
+    overwrite(&extents, APPLY_DEPTH, replica.retention.is_keeping().then_some(keep), write).await?;
+    let written = extents.iter().map(|(extent, _)| extent.len).sum();
     metrics::disk_count(metrics::APPLIED_BYTES, &replica.shared.label, written);
     Ok(())
 }
@@ -162,7 +156,7 @@ async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arr
     }
     let mut changes: Vec<Changes> = Vec::new();
     if !arrivals.is_empty() {
-        let mut trial = apply.shared.book().clone();
+        let mut trial = apply.shared.book().excerpt(arrivals.iter().map(|(_, marker, _)| marker.point));
         for (position, marker, _) in &arrivals {
             let change = trial.arrive(disk.id, *position, marker, &configured, clock_now);
             trial.commit(change.clone());
@@ -218,9 +212,13 @@ impl Apply {
 }
 
 /// Drops points beyond the policy, then what only they needed.
-async fn expire(apply: &Apply, replica: &Replica) -> Result<(), ApplyError> {
+pub(super) async fn expire(apply: &Apply, replica: &Replica) -> Result<(), ApplyError> {
+    // A failover may want any of them.
+    if replica.shared.condition().hold != Hold::None {
+        return Ok(());
+    }
     let _alone = apply.shared.noting.lock().await;
-    let policy = apply.settings.retain.policy();
+    let policy = apply.policy.now();
     let (gone, hopeless): (Vec<_>, _) = {
         let machine = replica.shared.machine;
         let used = apply.shared.retained_bytes(machine);

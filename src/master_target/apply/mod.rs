@@ -13,6 +13,7 @@ pub mod checkpoint;
 pub mod compare;
 mod damage;
 pub mod failover;
+pub mod overwrite;
 pub mod plan;
 pub mod replica;
 pub mod roll;
@@ -31,6 +32,7 @@ use tokio::sync::{mpsc, oneshot};
 use self::replica::Replica;
 use super::catalogue::Records;
 use super::journal::{Found, JournalHandle};
+use super::policy::LivePolicy;
 use super::retain::View;
 use super::shared::{DiskShared, TargetShared};
 use crate::clock;
@@ -144,6 +146,8 @@ pub struct Apply {
     pub shared: Arc<TargetShared>,
     /// Metadata.
     pub records: Records,
+    /// Which points stay.
+    pub policy: Arc<LivePolicy>,
     /// Wraps data keys.
     pub kek: Arc<KeyEncryptionKey>,
     /// To the journal.
@@ -176,6 +180,8 @@ pub struct Setup {
     pub shared: Arc<TargetShared>,
     /// Metadata.
     pub records: Records,
+    /// Which points stay.
+    pub policy: Arc<LivePolicy>,
     /// Wraps data keys.
     pub kek: Arc<KeyEncryptionKey>,
     /// To the journal.
@@ -195,6 +201,7 @@ pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: st
         settings: setup.settings,
         shared: setup.shared,
         records: setup.records,
+        policy: setup.policy,
         kek: setup.kek,
         journal: setup.journal,
         storage: Uring::direct(),
@@ -223,9 +230,19 @@ pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: st
 /// Gives back the space of points that were dropped from the middle, beside everything else.
 async fn thin(apply: Rc<Apply>, replica: Rc<Replica>) {
     let disk = &replica.shared;
+    let mut policy = apply.policy.version();
+    // So that points open at once later; nothing waits for it.
+    replica.retention.learn().await;
     let mut told = String::new();
     while !replica.retired.get() {
         tokio::time::sleep(THIN_EVERY).await;
+        // A policy that was set counts at once, also for machines that send nothing.
+        if apply.policy.version() != policy {
+            policy = apply.policy.version();
+            if let Err(error) = checkpoint::expire(&apply, &replica).await {
+                tracing::error!(disk = disk.label, %error, "the policy could not be applied now; it is with the next checkpoint");
+            }
+        }
         while !replica.retired.get() {
             let needed = apply.shared.book().needed(disk.id);
             let forget = async |starts: Vec<Position>| {

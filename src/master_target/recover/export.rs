@@ -1,52 +1,61 @@
 //! A point as an image: written in a hidden folder beside its name, synced, then linked; a partial image is never found under
-//! the name.
+//! the name. What was written stays when the export fails, and the same export goes on from there; see [`super::staging`].
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
 
+use super::staging::{self, Staging};
 use super::{ApplyCommand, OpenPoint};
 use crate::disk::{Disk, Format, Image};
 use crate::model::Extent;
-use crate::storage::log::random_u64;
 use crate::storage::uring::{Uring, UringFile, sync_dir};
 
 /// Bytes read and written at once.
 const STEP: u64 = 1 << 20;
 /// Steps under way.
 const DEPTH: usize = 8;
+/// Bytes written between two notes of how far it got.
+const NOTE_EVERY: u64 = 64 << 20;
 
-/// Writes the disk to `path`.
+/// Where an export is, for those who watch.
+pub(super) struct Progress {
+    /// Bytes of the disk gone through.
+    pub(super) done: u64,
+    /// Bytes that an earlier attempt had written.
+    pub(super) resumed: u64,
+}
+
+/// Writes the disk to `path`, by way of the folder `staging`.
 ///
 /// # Errors
-/// A sentence; the partial file is removed.
-pub(super) async fn write(point: &OpenPoint, format: Format, path: &Path, progress: impl Fn(u64)) -> Result<(), String> {
+/// A sentence; what was written stays in the folder.
+pub(super) async fn write(
+    point: &OpenPoint,
+    format: Format,
+    path: &Path,
+    staging: &Path,
+    progress: impl Fn(Progress),
+) -> Result<(), String> {
     let name = path.file_name().ok_or("--output must name a file")?;
-    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = staging::beside(path);
     if !dir.is_dir() {
         return Err(format!("there is no folder {}: make it first", dir.display()));
     }
-    let mut hidden = std::ffi::OsString::from(".");
-    hidden.push(name);
-    // Another export to the same name may run beside this one.
-    hidden.push(format!(".partial-{:x}", random_u64()));
-    // A folder of its own, because files of an image name each other.
-    let staging = Staging(dir.join(hidden));
-    std::fs::create_dir(&staging.0).map_err(|e| format!("{}: {e}", staging.0.display()))?;
-    let staged = staging.0.join(name);
-    write_staged(point, format, &staged, progress).await?;
-    publish(&format.files(&staged), &format.files(path))?;
-    sync_dir(dir).map_err(|e| format!("{}: {e}", dir.display()))
-}
-
-/// Removed whatever becomes of the export, also when it is ended half-way.
-struct Staging(PathBuf);
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+    for other in staging::stale(path, staging) {
+        tracing::info!(folder = %other.display(), "an earlier export to the same file was not finished; its folder goes when this one is done");
     }
+    let own = staging;
+    let staging = Staging::take(own.to_owned())?;
+    let staged = staging.path(name);
+    write_staged(point, format, &staging, name, progress).await?;
+    publish(&format.files(&staged), &format.files(path))?;
+    sync_dir(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    staging.remove();
+    staging::stale(path, own).iter().for_each(|other| staging::discard(other));
+    Ok(())
 }
 
 /// Gives finished files their names, all or none. Others may have come meanwhile: a link fails then, a rename would replace them.
@@ -62,12 +71,37 @@ fn publish(staged: &[PathBuf], names: &[PathBuf]) -> Result<(), String> {
     Ok(())
 }
 
-async fn write_staged(point: &OpenPoint, format: Format, path: &Path, progress: impl Fn(u64)) -> Result<(), String> {
-    let image = Image::create(&Uring::direct(), path, format, point.size).await.map_err(|e| e.to_string())?;
-    let mut at = 0;
+/// The image as an earlier attempt left it, and the bytes that are certain in it; or a new one.
+async fn open_staged(point: &OpenPoint, format: Format, staging: &Staging, name: &OsStr) -> Result<(Image<UringFile>, u64), String> {
+    let path = staging.path(name);
+    if let Some(done) = staging.progress(point.size).filter(|_| format != Format::VmdkStream) {
+        match Image::open(&Uring::direct(), &path, format).await {
+            Ok(image) if image.size() == point.size => return Ok((image, done)),
+            Ok(_) => tracing::warn!(path = %path.display(), "the partial image has another size; the export begins anew"),
+            Err(error) => tracing::warn!(%error, "the partial image cannot be used; the export begins anew"),
+        }
+    }
+    staging.clear().map_err(|e| format!("{}: {e}", path.display()))?;
+    let image = Image::create(&Uring::direct(), &path, format, point.size).await.map_err(|e| e.to_string())?;
+    Ok((image, 0))
+}
+
+async fn write_staged(
+    point: &OpenPoint,
+    format: Format,
+    staging: &Staging,
+    name: &OsStr,
+    progress: impl Fn(Progress),
+) -> Result<(), String> {
+    let (image, resumed) = open_staged(point, format, staging, name).await?;
+    progress(Progress { done: resumed, resumed });
+    let (mut at, mut noted) = (resumed, 0);
+    let mut written = 0;
     while at < point.size {
         let next = point.ask(|done| ApplyCommand::NextData { view: point.view, offset: at, done }).await?;
         let Some(data) = next else { break };
+        // No further than to the next note.
+        let data = Extent::new(data.offset, data.len.min(NOTE_EVERY));
         let steps = (0..data.len.div_ceil(STEP)).map(|i| {
             let offset = data.offset + i * STEP;
             read(point, &image, Extent::new(offset, STEP.min(data.end() - offset)))
@@ -78,10 +112,16 @@ async fn write_staged(point: &OpenPoint, format: Format, path: &Path, progress: 
             if let Some((offset, data)) = late {
                 image.write(offset, data).await.map_err(|e| e.to_string())?;
             }
-            progress(end);
+            progress(Progress { done: end, resumed });
         }
         drop(running);
         at = data.end();
+        written += data.len;
+        if written - noted >= NOTE_EVERY && format != Format::VmdkStream {
+            image.barrier().await.map_err(|e| e.to_string())?;
+            staging.note(point.size, at).map_err(|e| format!("{}: {e}", staging.path(name).display()))?;
+            noted = written;
+        }
     }
     image.finish().await.map_err(|e| e.to_string())
 }

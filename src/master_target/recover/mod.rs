@@ -3,6 +3,7 @@
 mod export;
 mod mount;
 mod overlay;
+mod staging;
 mod standing;
 
 use std::collections::HashMap;
@@ -146,7 +147,7 @@ impl OpenPoint {
 
 /// Serves requests until every sender is gone.
 pub async fn run(mut commands: mpsc::Receiver<Command>, apply: mpsc::Sender<ApplyCommand>, recoveries: Recoveries, scratch: Scratch) {
-    let mut running: Vec<(String, Rc<Notify>)> = Vec::new();
+    let mut running: Vec<(String, Rc<Notify>, Option<PathBuf>)> = Vec::new();
     let mut serving: HashMap<String, (Rc<Notify>, tokio::task::JoinHandle<()>)> = HashMap::new();
     let mut number = 0;
     while let Some(command) = commands.recv().await {
@@ -156,7 +157,11 @@ pub async fn run(mut commands: mpsc::Receiver<Command>, apply: mpsc::Sender<Appl
                 let kind = if matches!(target, Target::Nbd { .. }) { "mount" } else { "export" };
                 let name = format!("{kind}-{number}");
                 let stop = Rc::new(Notify::new());
-                running.push((name.clone(), stop.clone()));
+                let partial = match &target {
+                    Target::File(format, path) => staging::folder(point, disk, *format, path),
+                    Target::Nbd { .. } => None,
+                };
+                running.push((name.clone(), stop.clone(), partial.clone()));
                 let job = Job {
                     name,
                     label,
@@ -164,6 +169,7 @@ pub async fn run(mut commands: mpsc::Receiver<Command>, apply: mpsc::Sender<Appl
                     disk,
                     target,
                     stop,
+                    partial,
                     recoveries: recoveries.clone(),
                     apply: apply.clone(),
                     scratch: scratch.clone(),
@@ -183,8 +189,11 @@ pub async fn run(mut commands: mpsc::Receiver<Command>, apply: mpsc::Sender<Appl
                     let _ = done.send(true);
                     continue;
                 }
-                if let Some(at) = running.iter().position(|(n, _)| *n == name) {
-                    running.swap_remove(at).1.notify_one();
+                if let Some(at) = running.iter().position(|(n, ..)| *n == name) {
+                    let (_, stop, partial) = running.swap_remove(at);
+                    stop.notify_one();
+                    // Of one that failed; one that runs is in use, and removes its own.
+                    partial.iter().for_each(|dir| staging::discard(dir));
                 }
                 let _ = done.send(recoveries.remove(&name));
             }
@@ -199,6 +208,8 @@ struct Job {
     disk: DiskId,
     target: Target,
     stop: Rc<Notify>,
+    /// The folder an export is written in.
+    partial: Option<PathBuf>,
     recoveries: Recoveries,
     apply: mpsc::Sender<ApplyCommand>,
     scratch: Scratch,
@@ -241,6 +252,7 @@ impl Job {
             },
             state: "running".to_owned(),
             done_bytes: 0,
+            resumed_bytes: 0,
             total_bytes: open.size,
             error: None,
         };
@@ -284,16 +296,23 @@ impl Job {
                     Ok(())
                 }
                 (Target::File(format, path), _) => {
-                    let progress = |bytes| self.recoveries.update(&self.name, |v| v.done_bytes = bytes);
-                    export::write(open, *format, path, progress).await
+                    let progress = |p: export::Progress| {
+                        self.recoveries.update(&self.name, |v| (v.done_bytes, v.resumed_bytes) = (p.done, p.resumed));
+                    };
+                    let staging = self.partial.as_deref().ok_or("--output must name a file")?;
+                    export::write(open, *format, path, staging, progress).await
                 }
                 (Target::Nbd { .. }, None) => Ok(()),
             }
         };
-        let result = tokio::select! {
-            result = work => result,
-            () = self.stop.notified() => Ok(()),
+        let (result, stopped) = tokio::select! {
+            result = work => (result, false),
+            () = self.stop.notified() => (Ok(()), true),
         };
+        if stopped {
+            // Somebody does not want it any more, so nobody will go on with it.
+            self.partial.iter().for_each(|dir| staging::discard(dir));
+        }
         if let Target::Nbd { address: Address::Unix(path), .. } = &self.target {
             let _ = std::fs::remove_file(path);
         }

@@ -7,13 +7,11 @@
 //!
 //! An interval is never removed because of damage: points that do not need the damaged part go on reading the rest.
 
-use std::cell::RefCell;
 use std::ops::Bound;
 
 use super::interval::{Interval, file_name};
 use super::loss::Hunt;
 use super::{RetainError, Retention};
-use crate::crypto::seal::{Opener, Purpose};
 use crate::model::{Extent, Position};
 use crate::storage::Storage;
 
@@ -50,9 +48,9 @@ impl<S: Storage> Retention<S> {
     /// [`RetainError::Io`]: then nothing is known.
     pub async fn inspect(&self, start: Position, pace: impl AsyncFn(u64)) -> Result<Option<Loss>, RetainError> {
         loop {
-            let shape = self.shape.get();
+            let shape = self.history.shape();
             let found = self.inspect_once(start, &pace).await;
-            if self.shape.get() == shape || matches!(found, Ok(None)) {
+            if self.history.shape() == shape || matches!(found, Ok(None)) {
                 return found;
             }
             // Files went or were merged meanwhile: it may be another file now, or none.
@@ -109,9 +107,9 @@ impl<S: Storage> Retention<S> {
     /// to it. Those of them; everything newer than the interval never does.
     pub async fn needing(&self, loss: &Loss, points: &[(Position, u64)]) -> Vec<(Position, u64)> {
         loop {
-            let shape = self.shape.get();
+            let shape = self.history.shape();
             let found = self.needing_once(loss, points).await;
-            if self.shape.get() == shape {
+            if self.history.shape() == shape {
                 return found;
             }
         }
@@ -135,11 +133,6 @@ impl<S: Storage> Retention<S> {
             upper = lower;
         }
         needing
-    }
-
-    fn new_opener(&self) -> RefCell<Opener> {
-        let subject = &self.subject;
-        RefCell::new(Opener::new(subject.key.clone(), Purpose::Retention, subject.disk, subject.generation))
     }
 }
 

@@ -10,14 +10,15 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::atlas::Spot;
 use super::index::{self, ENTRIES_MAX, Source};
 use super::{RetainError, Subject, seal};
 use crate::crypto::seal::{OpenError, Opener, SealingSession};
-use crate::model::{Extent, OverlayMap, Piece, Position};
+use crate::model::{Extent, OverlayMap, Piece, Position, SECTOR};
 use crate::storage::log::format::{RECORD_HEADER_LEN, finish_record, peek_record, record_is_whole, record_len};
 use crate::storage::log::random_u64;
 use crate::storage::{AlignedBuf, File, OpenMode, Storage};
-use crate::wire::batch::{BATCH_BYTES_MAX, parse_entries, push_entry};
+use crate::wire::batch::{BATCH_BYTES_MAX, ENTRY_LEN, HEADER_LEN, TAG_LEN, parse_entries, push_entry};
 
 const MAGIC: [u8; 8] = *b"TGUNDO\0\x01";
 const FIRST_RECORD: u64 = 4096;
@@ -34,6 +35,14 @@ pub(super) fn parse_name(name: &str) -> Option<Position> {
     let (epoch, sequence) = name.strip_prefix("undo-")?.strip_suffix(".tgu")?.split_once('-')?;
     let hex = |text: &str| (text.len() == 16).then(|| u64::from_str_radix(text, 16).ok()).flatten();
     Some(Position::new(hex(epoch)?, hex(sequence)?))
+}
+
+/// What an interval has, and where in its file.
+pub(super) struct Entries {
+    /// Names the file's content.
+    pub(super) incarnation: u64,
+    /// In order of offset, without overlaps.
+    pub(super) list: Vec<(Extent, Source)>,
 }
 
 /// An interval's file.
@@ -120,19 +129,41 @@ impl<F: File> Interval<F> {
         durable: bool,
     ) -> Result<Self, RetainError> {
         let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Read).await?;
-        if index_at == 0 || !interval.read_index(index_at).await {
-            interval.pending.borrow_mut().clear();
-            interval.scan(opener, 0).await?;
-            // A closed file has a header, and its records reach to its index.
-            if (durable && interval.headless.get()) || (index_at != 0 && interval.end.get() < index_at) {
-                return Err(interval.damaged_at(interval.end.get()));
-            }
-            if durable {
-                interval.check_tail().await?;
-            }
-        }
+        interval.find_records(index_at, opener, durable).await?;
         interval.publish();
         Ok(interval)
+    }
+
+    /// What a closed file has. As [`Interval::load`], but without a map of it.
+    pub(super) async fn load_entries<S: Storage<File = F>>(
+        storage: &S,
+        dir: &Path,
+        start: Position,
+        opener: &RefCell<Opener>,
+    ) -> Result<Entries, RetainError> {
+        let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Read).await?;
+        if interval.find_records(index_at, opener, true).await? {
+            return Ok(Entries { incarnation: interval.incarnation, list: interval.pending.take() });
+        }
+        interval.publish();
+        Ok(interval.entries())
+    }
+
+    /// True if the file has an index.
+    async fn find_records(&self, index_at: u64, opener: &RefCell<Opener>, durable: bool) -> Result<bool, RetainError> {
+        if index_at != 0 && self.read_index(index_at).await {
+            return Ok(true);
+        }
+        self.pending.borrow_mut().clear();
+        self.scan(opener, 0).await?;
+        // A closed file has a header, and its records reach to its index.
+        if (durable && self.headless.get()) || (index_at != 0 && self.end.get() < index_at) {
+            return Err(self.damaged_at(self.end.get()));
+        }
+        if durable {
+            self.check_tail().await?;
+        }
+        Ok(false)
     }
 
     /// After the last whole record of a closed file its index follows, or nothing: else one in between was damaged.
@@ -264,6 +295,10 @@ impl<F: File> Interval<F> {
         loop {
             let Ok(Some(body)) = self.read_record(at, len).await else { return false };
             let Some((entries, total)) = index::decode(&body) else { return false };
+            let sectors = |e: &Extent| e.offset.is_multiple_of(SECTOR) && e.len.is_multiple_of(SECTOR);
+            if !entries.iter().all(|(extent, _)| sectors(extent)) {
+                return false;
+            }
             read += entries.len() as u64;
             self.pending.borrow_mut().extend(entries);
             if read >= total {
@@ -294,41 +329,79 @@ impl<F: File> Interval<F> {
         &self,
         subject: &Subject,
         session: &Arc<SealingSession>,
-        mut body: Vec<u8>,
+        body: Vec<u8>,
         parts: &[(Extent, bool)],
     ) -> Result<(), RetainError> {
-        let data_len = body.len();
-        for (extent, hole) in parts {
-            push_entry(&mut body, *extent, *hole);
-        }
+        let record = sealed(subject, session, body, parts, self.next_record()).await;
+        self.place(vec![(parts, record)]).await
+    }
+
+    /// The number of the next record.
+    pub(super) fn next_record(&self) -> u64 {
         self.records.set(self.records.get() + 1);
-        let record = seal(subject, session, body, data_len, parts.len(), self.records.get()).await;
-        let body_len = (record.len() - RECORD_HEADER_LEN) as u32;
-        let at = self.write_record(record).await.map_err(|e| self.io(e))?;
-        let mut data_at = 0;
-        for (extent, hole) in parts {
-            let source = Source { record_at: at, body_len, data_at: (!hole).then_some(data_at) };
-            if !hole {
-                data_at += extent.len as u32;
+        self.records.get()
+    }
+
+    /// Gives sealed records their places behind those before them; the answer writes them there, at once.
+    pub(super) fn place<P: AsRef<[(Extent, bool)]>>(&self, records: Vec<(P, AlignedBuf)>) -> impl Future<Output = Result<(), RetainError>> {
+        let start = self.end.get();
+        let mut end = start;
+        for (parts, record) in &records {
+            let body_len = (record.len() - RECORD_HEADER_LEN) as u32;
+            let mut data_at = 0;
+            for (extent, hole) in parts.as_ref() {
+                let source = Source { record_at: end, body_len, data_at: (!hole).then_some(data_at) };
+                if !hole {
+                    data_at += extent.len as u32;
+                }
+                self.pending.borrow_mut().push((*extent, source));
             }
-            self.pending.borrow_mut().push((*extent, source));
+            end += record_len(body_len as usize) as u64;
+        }
+        self.end.set(end);
+        let mut run = AlignedBuf::with_capacity((end - start) as usize);
+        for (_, mut record) in records {
+            finish_record(&mut record, self.incarnation);
+            run.extend(&record);
+            run.pad_to(run.len().next_multiple_of(4096));
+        }
+        async move {
+            let written = async {
+                self.reserve_to(end).await?;
+                self.file.write_at(start, run.freeze()).await
+            };
+            written.await.map_err(|e| self.io(e))
+        }
+    }
+
+    /// Takes back what was appended and is not published. What was written of it is true, if it is found after a crash.
+    pub(super) fn take_back(&self) {
+        let first = self.pending.borrow_mut().drain(..).map(|(_, source)| source.record_at).min();
+        if let Some(first) = first {
+            self.end.set(first);
+        }
+    }
+
+    /// Makes sure that `bytes` more fit.
+    pub(super) async fn reserve(&self, bytes: u64) -> Result<(), RetainError> {
+        self.reserve_to(self.end.get() + bytes).await.map_err(|e| self.io(e))
+    }
+
+    async fn reserve_to(&self, end: u64) -> io::Result<()> {
+        let reserved = self.reserved.get();
+        if end > reserved {
+            let upto = end.max(reserved + RESERVE_BYTES);
+            self.file.allocate(reserved, upto - reserved).await?;
+            self.reserved.set(self.reserved.get().max(upto));
         }
         Ok(())
     }
 
-    async fn write_record(&self, mut record: AlignedBuf) -> io::Result<u64> {
-        let at = self.end.get();
+    async fn write_record(&self, at: u64, mut record: AlignedBuf) -> io::Result<()> {
         finish_record(&mut record, self.incarnation);
         record.pad_to(record.len().next_multiple_of(4096));
-        let end = at + record.len() as u64;
-        if end > self.reserved.get() {
-            let upto = end.max(self.reserved.get() + RESERVE_BYTES);
-            self.file.allocate(at, upto - at).await?;
-            self.reserved.set(upto);
-        }
-        self.file.write_at(at, record.freeze()).await?;
-        self.end.set(end);
-        Ok(at)
+        self.reserve_to(at + record.len() as u64).await?;
+        self.file.write_at(at, record.freeze()).await
     }
 
     /// Makes what was appended durable.
@@ -353,7 +426,7 @@ impl<F: File> Interval<F> {
 
     /// Writes the index and gives back reserved space. The interval can still be read.
     pub(super) async fn close(&self) -> Result<(), RetainError> {
-        let entries: Vec<(Extent, Source)> = self.index.borrow().iter().map(|p| (p.extent, skip(p))).collect();
+        let entries = self.entries().list;
         let data_end = self.end.get();
         let closed = async {
             for chunk in entries.chunks(ENTRIES_MAX) {
@@ -361,7 +434,9 @@ impl<F: File> Interval<F> {
                 let mut record = AlignedBuf::with_capacity(RECORD_HEADER_LEN + body.len() + 4096);
                 record.pad_to(RECORD_HEADER_LEN);
                 record.extend(&body);
-                self.write_record(record).await?;
+                let at = self.end.get();
+                self.end.set(at + record_len(body.len()) as u64);
+                self.write_record(at, record).await?;
             }
             self.file.set_len(self.end.get())?;
             self.file.sync_data().await?;
@@ -405,15 +480,15 @@ impl<F: File> Interval<F> {
         self.index.borrow().iter().map(|p| p.extent).collect()
     }
 
-    /// Every extent it has, with its source.
-    pub(super) fn entries(&self) -> Vec<(Extent, Source)> {
-        self.index.borrow().iter().map(|p| (p.extent, skip(p))).collect()
+    /// Everything it has.
+    pub(super) fn entries(&self) -> Entries {
+        Entries { incarnation: self.incarnation, list: self.index.borrow().iter().map(|p| (p.extent, skip(p))).collect() }
     }
 
     /// Every record that holds content, with the extents whose content it is. A record of zeroes only is not read by anybody.
     pub(super) fn records(&self) -> Vec<(Source, Vec<(Extent, u32)>)> {
         let mut records: BTreeMap<u64, (Source, Vec<(Extent, u32)>)> = BTreeMap::new();
-        for (extent, source) in self.entries() {
+        for (extent, source) in self.entries().list {
             if let Some(at) = source.data_at {
                 records.entry(source.record_at).or_insert_with(|| (source, Vec::new())).1.push((extent, at));
             }
@@ -450,13 +525,14 @@ impl<F: File> Interval<F> {
         RetainError::Damaged { path: self.path.clone(), offset, source: OpenError::Body }
     }
 
+    /// Names the file's content.
+    pub(super) fn incarnation(&self) -> u64 {
+        self.incarnation
+    }
+
     /// The opened body of a record.
     pub(super) async fn read(&self, source: Source, opener: &RefCell<Opener>) -> Result<Rc<AlignedBuf>, RetainError> {
-        let damaged = |e| RetainError::Damaged { path: self.path.clone(), offset: source.record_at, source: e };
-        let len = self.file.len().map_err(|e| self.io(e))?;
-        let record = self.read_record(source.record_at, len).await?.ok_or_else(|| damaged(OpenError::Body))?;
-        let opened = opener.borrow_mut().open(&record);
-        Ok(Rc::new(opened.map_err(damaged)?.1))
+        read_record(&self.file, &self.path, self.incarnation, source.into(), opener).await
     }
 
     fn io(&self, source: io::Error) -> RetainError {
@@ -478,6 +554,46 @@ async fn first_incarnation<F: File>(file: &F, len: u64) -> io::Result<Option<u64
     }
     let record = file.read_at(FIRST_RECORD, whole).await?;
     Ok(record_is_whole(&record, body_len).then_some(incarnation))
+}
+
+/// Old content as a sealed record, with room for its header in front.
+pub(super) async fn sealed(
+    subject: &Subject,
+    session: &Arc<SealingSession>,
+    mut body: Vec<u8>,
+    parts: &[(Extent, bool)],
+    number: u64,
+) -> AlignedBuf {
+    let data_len = body.len();
+    for (extent, hole) in parts {
+        push_entry(&mut body, *extent, *hole);
+    }
+    seal(subject, session, body, data_len, parts.len(), number).await
+}
+
+/// Most bytes that a record of these parts takes in the file.
+pub(super) fn stored_at_most(parts: &[(Extent, bool)]) -> u64 {
+    let data: u64 = parts.iter().filter(|(_, hole)| !hole).map(|(extent, _)| extent.len).sum();
+    record_len(HEADER_LEN + data as usize + parts.len() * ENTRY_LEN + TAG_LEN) as u64
+}
+
+/// The opened body of a record of `file`, in one read.
+pub(super) async fn read_record<F: File>(
+    file: &F,
+    path: &Path,
+    incarnation: u64,
+    spot: Spot,
+    opener: &RefCell<Opener>,
+) -> Result<Rc<AlignedBuf>, RetainError> {
+    let damaged = |source| RetainError::Damaged { path: path.to_owned(), offset: spot.record_at, source };
+    let record = match file.read_at(spot.record_at, spot.stored as usize).await {
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Err(damaged(OpenError::Body)),
+        other => other.map_err(|source| RetainError::Io { path: path.to_owned(), source })?,
+    };
+    let body_len = peek_record(&record, incarnation, BATCH_BYTES_MAX).filter(|&len| record_is_whole(&record, len));
+    let body_len = body_len.ok_or_else(|| damaged(OpenError::Body))?;
+    let opened = opener.borrow_mut().open(&record[RECORD_HEADER_LEN..RECORD_HEADER_LEN + body_len]);
+    Ok(Rc::new(opened.map_err(damaged)?.1))
 }
 
 /// The source of a piece that begins somewhere inside what was inserted.

@@ -101,10 +101,13 @@ impl<S: Storage> Retention<S> {
             return self.storage.remove(&beside).map(|()| forgotten).map_err(|source| RetainError::Io { path: beside.clone(), source });
         }
         // From here to the end nothing waits, so nobody sees a state in between.
-        self.shape.set(self.shape.get() + 1);
+        self.history.reshape();
         let io = |source| RetainError::Io { path: beside.clone(), source };
         self.storage.rename(&beside, &self.dir.join(file_name(first))).map_err(io)?;
-        self.files.borrow_mut().insert(first, merged);
+        *self.merged.borrow_mut().entry(first).or_default() += 1;
+        self.files.borrow_mut().insert(first, merged.bytes());
+        // What is left of the others if this ends early is hidden by the merged one.
+        self.history.replace(&plan.starts, merged.entries());
         self.storage.sync_dir(&self.dir).map_err(io)?;
         for start in &plan.starts[1..] {
             self.remove_file(*start)?;
@@ -113,15 +116,15 @@ impl<S: Storage> Retention<S> {
         Ok(true)
     }
 
-    /// Writes the merged interval beside the others, durably. Its length in bytes.
-    async fn write_merged(&self, plan: &Plan, beside: &Path) -> Result<u64, RetainError> {
+    /// Writes the merged interval beside the others, durably.
+    async fn write_merged(&self, plan: &Plan, beside: &Path) -> Result<Interval<S::File>, RetainError> {
         let subject = &self.subject;
         let opener = RefCell::new(Opener::new(subject.key.clone(), Purpose::Retention, subject.disk, subject.generation));
         let mut sources = Vec::new();
         let mut map: OverlayMap<(usize, Source)> = OverlayMap::default();
         for &start in &plan.starts {
             let interval = Interval::load(&self.storage, &self.dir, start, &opener, true).await?;
-            for (extent, source) in interval.entries() {
+            for (extent, source) in interval.entries().list {
                 map.insert_below(extent, (sources.len(), source));
             }
             sources.push(interval);
@@ -162,7 +165,7 @@ impl<S: Storage> Retention<S> {
         }
         merged.publish();
         merged.close().await?;
-        Ok(merged.bytes())
+        Ok(merged)
     }
 }
 

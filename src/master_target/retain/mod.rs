@@ -3,6 +3,7 @@
 //! An *interval* begins at a point's marker and ends at the next. It keeps, for each block overwritten within it for the
 //! first time, the content the block had at its beginning. Content at point P of a block = the first interval from P on
 //! that has it, else the replica. Dropping the oldest point drops the oldest interval: nothing is merged.
+//! Views look into closed intervals through one *atlas* of the disk ([`atlas`]), so that a point opens at once however many came after it.
 //!
 //! Constraints first:
 //! - Old content is durable here before the replica's block is overwritten.
@@ -17,6 +18,8 @@
 //! were durable. While an interval is closed: its index is missing and is made again from its records. While files are
 //! removed: the points were unlisted before.
 
+pub mod atlas;
+mod history;
 pub mod index;
 mod inspect;
 mod interval;
@@ -34,6 +37,7 @@ use std::sync::Arc;
 use futures_util::StreamExt;
 use thiserror::Error;
 
+use self::history::History;
 pub use self::inspect::Loss;
 use self::interval::{Interval, file_name, parse_name};
 pub use self::view::View;
@@ -43,7 +47,16 @@ use crate::crypto::seal::{OpenError, Opener, Packer, Purpose, SealingSession};
 use crate::disk::{Disk, DiskError, Image};
 use crate::model::{BLOCK, BlockSet, DiskId, Extent, Position};
 use crate::storage::{File, Storage};
-use crate::wire::batch::{BATCH_DATA_TARGET, BATCH_EXTENTS_MAX};
+use crate::wire::batch::BATCH_EXTENTS_MAX;
+
+/// Records of old content that are read, sealed or written at once.
+const KEEP_DEPTH: usize = 32;
+/// Records written at once: about 1 MiB.
+const RUN_RECORDS: usize = 15;
+/// Reads of the replica for them that are under way.
+const READ_DEPTH: usize = 96;
+/// Data of one record. Small enough that a read of 64 KiB opens little else, large enough to seal, and to pad to a page.
+const RECORD_DATA: usize = 64 << 10;
 
 /// Why the retention journal cannot do what was asked.
 #[derive(Debug, Error)]
@@ -116,8 +129,12 @@ pub struct Retention<S: Storage> {
     current_start: Cell<Option<Position>>,
     touched: RefCell<BlockSet>,
     views: RefCell<Vec<Weak<View<S>>>>,
-    /// Changes whenever files go, so that whoever opens several of them with pauses in between knows why one is not there.
-    shape: Cell<u64>,
+    /// What was closed, for views.
+    history: Rc<History<S>>,
+    /// Held while the indexes of all closed intervals are read.
+    learning: tokio::sync::Mutex<()>,
+    /// How often the file of an interval was replaced by a merge.
+    merged: RefCell<BTreeMap<Position, u64>>,
     /// Begins of runs that could not be merged; left alone until the next start.
     unmergeable: RefCell<BTreeSet<Position>>,
     /// Begins of intervals that had a file, which is gone.
@@ -161,7 +178,9 @@ impl<S: Storage> Retention<S> {
             current_start: Cell::new(None),
             touched: RefCell::default(),
             views: RefCell::default(),
-            shape: Cell::new(0),
+            history: Rc::new(History::new(storage.clone(), dir)),
+            learning: tokio::sync::Mutex::new(()),
+            merged: RefCell::default(),
             unmergeable: RefCell::default(),
             missing: RefCell::default(),
             grown: RefCell::default(),
@@ -212,10 +231,29 @@ impl<S: Storage> Retention<S> {
         }
         let known = self.files.borrow().contains_key(&start);
         let reopened = if known { Some(Interval::reopen(&self.storage, &self.dir, start, &self.opener, durable).await?) } else { None };
-        if let Some(interval) = self.current.borrow_mut().take() {
-            self.grown.borrow_mut().insert(interval.start(), interval.end());
-            self.files.borrow_mut().insert(interval.start(), interval.bytes());
+        // Left behind the checkpoint by an attempt that passed other markers: closed from now on.
+        let mut passed = Vec::new();
+        let between: Vec<Position> = match self.current_start.get().filter(|current| *current < start) {
+            Some(current) if self.history.is_known() => {
+                self.files.borrow().range(current..start).map(|(p, _)| *p).filter(|p| *p != current).collect()
+            }
+            _ => Vec::new(),
+        };
+        for start in between {
+            passed.push((start, Interval::load_entries(&self.storage, &self.dir, start, &self.opener).await?));
         }
+        // From here on nothing waits.
+        let closed = self.current.borrow_mut().take();
+        if let Some(interval) = closed {
+            self.files.borrow_mut().insert(interval.start(), interval.bytes());
+            self.history.add(interval.start(), interval.entries());
+            self.views.borrow().iter().filter_map(Weak::upgrade).for_each(|view| view.retire(interval.start()));
+        }
+        for (start, entries) in passed {
+            self.history.add(start, entries);
+            self.views.borrow().iter().filter_map(Weak::upgrade).for_each(|view| view.retire(start));
+        }
+        self.rest_if_unseen();
         self.touched.borrow_mut().clear();
         self.current_start.set(Some(start));
         if let Some(interval) = reopened.map(Rc::new) {
@@ -248,16 +286,12 @@ impl<S: Storage> Retention<S> {
                 made
             }
         };
-        for group in group(split_holes(image, fresh)?) {
-            let mut body = Vec::with_capacity(BATCH_DATA_TARGET * 2);
-            let reads = group.iter().filter(|(_, hole)| !hole).map(|(extent, _)| image.read(*extent));
-            let mut reads = futures_util::stream::iter(reads).buffered(APPLY_DEPTH);
-            while let Some(old) = reads.next().await {
-                body.extend_from_slice(&old?);
-            }
-            drop(reads);
-            interval.append(&self.subject, &self.session, body, &group).await?;
+        let groups = group(split_holes(image, fresh)?);
+        let result = self.keep(image, &interval, groups).await;
+        if result.is_err() {
+            interval.take_back();
         }
+        result?;
         interval.sync().await?;
         // Before any overwriting begins: readers of older points look here again after they read the replica.
         interval.publish();
@@ -286,6 +320,51 @@ impl<S: Storage> Retention<S> {
         gone.filter(|p| Some(*p) != self.current_start.get()).collect()
     }
 
+    /// Reads, seals and appends old content, all three at once for different records. They stand in the file in their order.
+    async fn keep<F: File>(
+        &self,
+        image: &Image<F>,
+        interval: &Interval<S::File>,
+        groups: Vec<Vec<(Extent, bool)>>,
+    ) -> Result<(), RetainError> {
+        // Space first: a file system that is full is noticed before anything was written.
+        interval.reserve(groups.iter().map(|group| interval::stored_at_most(group)).sum()).await?;
+        let (reading, failed) = (tokio::sync::Semaphore::new(READ_DEPTH), Cell::new(false));
+        let sealed = groups.iter().map(|group| {
+            let number = interval.next_record();
+            let (reading, failed) = (&reading, &failed);
+            async move {
+                if failed.get() {
+                    return Ok(None);
+                }
+                let bytes: u64 = group.iter().filter(|(_, hole)| !hole).map(|(extent, _)| extent.len).sum();
+                let mut body = Vec::with_capacity(bytes as usize + group.len() * 16);
+                let reads = group.iter().filter(|(_, hole)| !hole).map(|(extent, _)| async move {
+                    let _one = reading.acquire().await;
+                    image.read(*extent).await
+                });
+                let mut reads = futures_util::stream::iter(reads).buffered(APPLY_DEPTH);
+                while let Some(old) = reads.next().await {
+                    body.extend_from_slice(&old?);
+                }
+                Ok::<_, RetainError>(Some((group, interval::sealed(&self.subject, &self.session, body, group, number).await)))
+            }
+        });
+        // Written in long runs: a file system takes its time for each write that makes a file longer.
+        let written = futures_util::stream::iter(sealed).buffered(KEEP_DEPTH).chunks(RUN_RECORDS).map(|sealed| {
+            let placed = sealed.into_iter().collect::<Result<Vec<_>, _>>().map(|run| interval.place(run.into_iter().flatten().collect()));
+            async move { placed?.await }
+        });
+        let mut written = std::pin::pin!(written.buffer_unordered(KEEP_DEPTH));
+        let mut result = Ok(());
+        while let Some(done) = written.next().await {
+            // What is under way is waited for in any case: it must not be written behind the back of the next attempt.
+            failed.set(failed.get() || done.is_err());
+            result = result.and(done);
+        }
+        result
+    }
+
     /// Removes every interval that begins before `oldest_needed`; all but the current one if there is none.
     ///
     /// # Errors
@@ -297,7 +376,8 @@ impl<S: Storage> Retention<S> {
         let gone: Vec<Position> =
             self.files.borrow().range(..keep_from).map(|(p, _)| *p).filter(|p| Some(*p) != self.current_start.get()).collect();
         if !gone.is_empty() {
-            self.shape.set(self.shape.get() + 1);
+            self.history.reshape();
+            self.history.forget_before(keep_from);
         }
         for start in &gone {
             self.remove_file(*start)?;
@@ -317,7 +397,10 @@ impl<S: Storage> Retention<S> {
         self.current_start.set(None);
         self.current.borrow_mut().take();
         self.touched.borrow_mut().clear();
-        self.shape.set(self.shape.get() + 1);
+        self.missing.borrow_mut().clear();
+        self.grown.borrow_mut().clear();
+        self.history.reshape();
+        self.history.forget_before(Position::new(u64::MAX, u64::MAX));
         let starts: Vec<Position> = self.files.borrow().keys().copied().collect();
         starts.into_iter().try_for_each(|start| self.remove_file(start))?;
         self.storage.sync_dir(&self.dir).map_err(|source| RetainError::Io { path: self.dir.clone(), source })
@@ -338,6 +421,18 @@ impl<S: Storage> Retention<S> {
     /// Bytes of the intervals from `position` on: about what was overwritten since.
     pub fn bytes_since(&self, position: Position) -> u64 {
         self.files.borrow().range(position..).map(|(_, bytes)| *bytes).sum()
+    }
+
+    /// Without a view, open files and a large atlas are given up.
+    fn rest_if_unseen(&self) {
+        if self.views.borrow().iter().all(|view| view.strong_count() == 0) {
+            self.history.rest();
+        }
+    }
+
+    /// Bytes of memory for the index of closed intervals.
+    pub fn index_bytes(&self) -> usize {
+        self.history.bytes()
     }
 
     /// Bytes of all intervals.
@@ -405,18 +500,18 @@ fn split_holes<F: File>(image: &Image<F>, extents: Vec<Extent>) -> Result<Vec<(E
     Ok(parts)
 }
 
-/// Groups parts into records of about [`BATCH_DATA_TARGET`] bytes, cutting long ones.
+/// Groups parts into records of about [`RECORD_DATA`] bytes, cutting long ones.
 fn group(parts: Vec<(Extent, bool)>) -> Vec<Vec<(Extent, bool)>> {
     let mut groups = vec![Vec::new()];
     let mut data = 0;
     for (extent, hole) in parts {
         let mut at = extent.offset;
         while at < extent.end() {
-            let limit = if hole { crate::model::change::ZERO_BYTES_MAX } else { BATCH_DATA_TARGET as u64 };
+            let limit = if hole { crate::model::change::ZERO_BYTES_MAX } else { RECORD_DATA as u64 };
             let part = Extent::new(at, limit.min(extent.end() - at));
             at = part.end();
             let bytes = if hole { 0 } else { part.len };
-            let full = data + bytes > BATCH_DATA_TARGET as u64 || groups.last().is_some_and(|g: &Vec<_>| g.len() >= BATCH_EXTENTS_MAX);
+            let full = data + bytes > RECORD_DATA as u64 || groups.last().is_some_and(|g: &Vec<_>| g.len() >= BATCH_EXTENTS_MAX);
             if full {
                 groups.push(Vec::new());
                 data = 0;

@@ -1,39 +1,60 @@
 //! A disk as it was at a point, while the replica goes on.
 
-use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Range;
 use std::rc::Rc;
 
+use futures_util::StreamExt;
+
+use super::atlas::Spot;
+use super::history::{Closed, History};
 use super::index::Source;
 use super::interval::Interval;
 use super::{RetainError, Retention};
-use crate::crypto::seal::Opener;
+use crate::crypto::seal::{Opener, Purpose};
 use crate::disk::{Disk, Image};
 use crate::model::{Extent, OverlayMap, Position};
 use crate::storage::{AlignedBuf, File, Storage};
 
 /// Opened records kept for the next read.
 const RECORDS_KEPT: usize = 32;
+/// Pieces of one read that are fetched at once.
+const FETCH_DEPTH: usize = 16;
+/// Files read at once while the atlas is made.
+const LEARN_DEPTH: usize = 16;
 
 /// A point of one disk, readable; lives on the apply thread. While it exists the caller keeps the point pinned.
 pub struct View<S: Storage> {
-    /// Closed intervals, merged when the view was made: (interval, source).
-    past: OverlayMap<(usize, Source)>,
-    closed: Vec<Interval<S::File>>,
-    /// The interval that was current then, and those that came after. Only appended to; read in order of their begin.
+    history: Rc<History<S>>,
+    /// The closed intervals from the point on, by number. Grows when one is closed.
+    numbers: RefCell<Range<u32>>,
+    /// The interval that is current, and what an attempt left behind it that a crash cut off. Read in order of their begin.
     live: RefCell<Vec<Rc<Interval<S::File>>>>,
     opener: RefCell<Opener>,
-    kept: RefCell<VecDeque<KeptRecord>>,
+    kept: RefCell<VecDeque<(RecordName, Rc<AlignedBuf>)>>,
+    /// Nothing of the closed intervals is data from `.0` up to the extent.
+    quiet: Cell<Option<(u64, Option<Extent>)>>,
 }
 
-/// An opened record, by interval and place.
-type KeptRecord = ((usize, u64), Rc<AlignedBuf>);
+/// A record: its file's incarnation, and its place.
+type RecordName = (u64, u64);
 
-#[derive(Clone, Copy)]
-enum Where {
-    Closed(usize, Source),
-    Live(usize, Source),
+enum Where<F> {
+    Closed(Rc<Closed<F>>, Spot),
+    Live(Rc<Interval<F>>, Source),
     Replica,
+}
+
+impl<F: File> Where<F> {
+    /// The record that has the content, if it is in one.
+    fn record(&self) -> Option<RecordName> {
+        match self {
+            Where::Closed(closed, spot) => spot.data_at.map(|_| (closed.incarnation, spot.record_at)),
+            Where::Live(interval, source) => source.data_at.map(|_| (interval.incarnation(), source.record_at)),
+            Where::Replica => None,
+        }
+    }
 }
 
 impl<S: Storage> Retention<S> {
@@ -43,52 +64,86 @@ impl<S: Storage> Retention<S> {
     /// [`RetainError`].
     pub async fn view(&self, position: Position) -> Result<Rc<View<S>>, RetainError> {
         loop {
-            let shape = self.shape.get();
-            let view = self.load_view(position).await;
-            // A file that went before it was opened was merged into another, which must be read then. The caller makes sure
-            // that the point is still listed afterwards: without it, what went was not needed by others.
-            if view.is_ok() || self.shape.get() == shape {
-                return view;
+            let shape = self.history.shape();
+            match self.load_view(position).await {
+                Ok(Some(view)) => return Ok(view),
+                // A file that went before it was opened was merged into another, which must be read then. The caller makes sure
+                // that the point is still listed afterwards: without it, what went was not needed by others.
+                Err(error) if self.history.shape() == shape => return Err(error),
+                Ok(None) | Err(_) => {}
             }
         }
     }
 
-    async fn load_view(&self, position: Position) -> Result<Rc<View<S>>, RetainError> {
-        let current = self.current_start.get();
-        let starts: Vec<Position> = self.files.borrow().range(position..).map(|(p, _)| *p).filter(|p| Some(*p) != current).collect();
-        let opener =
-            Opener::new(self.subject.key.clone(), crate::crypto::seal::Purpose::Retention, self.subject.disk, self.subject.generation);
-        let mut view = View {
-            past: OverlayMap::default(),
-            closed: Vec::new(),
-            live: RefCell::default(),
-            opener: RefCell::new(opener),
+    /// Reads the indexes of all closed intervals, so that points open at once afterwards. A file that cannot be read stands in
+    /// the way of the points that need it, and of no other.
+    pub async fn learn(&self) {
+        let _alone = self.learning.lock().await;
+        let opener = self.new_opener();
+        let mut read: BTreeMap<Position, (u64, Option<super::interval::Entries>)> = BTreeMap::new();
+        while !self.history.is_known() {
+            // Files come, go and are replaced meanwhile: until everything that stands there now was read as it stands.
+            let wanted: BTreeMap<Position, u64> = {
+                let (files, current) = (self.files.borrow(), self.current_start.get());
+                let closed = files.keys().filter(|start| current.is_none_or(|current| **start < current));
+                closed.map(|start| (*start, self.merged.borrow().get(start).copied().unwrap_or(0))).collect()
+            };
+            read.retain(|start, (version, _)| wanted.get(start) == Some(version));
+            let missing: Vec<(Position, u64)> = wanted.into_iter().filter(|(start, _)| !read.contains_key(start)).collect();
+            if missing.is_empty() {
+                self.history.learn(std::mem::take(&mut read).into_iter().map(|(start, (_, entries))| (start, entries)).collect());
+                break;
+            }
+            let opener = &opener;
+            let loads = missing.into_iter().map(|(start, version)| async move {
+                (start, version, Interval::load_entries(&self.storage, &self.dir, start, opener).await.ok())
+            });
+            read.extend(
+                futures_util::stream::iter(loads)
+                    .buffer_unordered(LEARN_DEPTH)
+                    .map(|(start, version, entries)| (start, (version, entries)))
+                    .collect::<Vec<_>>()
+                    .await,
+            );
+        }
+    }
+
+    pub(super) fn new_opener(&self) -> RefCell<Opener> {
+        RefCell::new(Opener::new(self.subject.key.clone(), Purpose::Retention, self.subject.disk, self.subject.generation))
+    }
+
+    /// `None` if something changed while files were read.
+    async fn load_view(&self, position: Position) -> Result<Option<Rc<View<S>>>, RetainError> {
+        self.learn().await;
+        let (current, shape) = (self.current_start.get(), self.history.shape());
+        let opener = self.new_opener();
+        for start in self.history.from(position).1 {
+            let entries = Interval::load_entries(&self.storage, &self.dir, start, &opener).await?;
+            self.history.add_late(start, entries);
+        }
+        // Left by an attempt that a crash cut off behind the checkpoint: it comes after the current interval, and the replica
+        // may hold what that attempt wrote over it.
+        let behind: Vec<Position> =
+            self.files.borrow().range(position..).map(|(p, _)| *p).filter(|p| current.is_some_and(|current| *p > current)).collect();
+        let mut live = Vec::new();
+        for start in behind {
+            live.push(Rc::new(Interval::load(&self.storage, &self.dir, start, &opener, false).await?));
+        }
+        if self.current_start.get() != current || self.history.shape() != shape || !self.history.is_known() {
+            return Ok(None);
+        }
+        // From here on nothing waits.
+        live.extend(self.current.borrow().clone());
+        let view = Rc::new(View {
+            numbers: RefCell::new(self.history.from(position).0),
+            history: self.history.clone(),
+            live: RefCell::new(live),
+            opener,
             kept: RefCell::default(),
-        };
-        for start in starts {
-            let interval =
-                Interval::load(&self.storage, &self.dir, start, &view.opener, current.is_none_or(|current| start < current)).await?;
-            if current.is_some_and(|current| start > current) {
-                // Left by an attempt that a crash cut off behind the checkpoint: it comes after the current interval, and
-                // the replica may hold what that attempt wrote over it.
-                view.add_live(Rc::new(interval));
-                continue;
-            }
-            for (extent, source) in interval.entries() {
-                view.past.insert_below(extent, (view.closed.len(), source));
-            }
-            view.closed.push(interval);
-        }
-        if self.current_start.get() != current {
-            // A marker was passed while the files were read; what was current then is closed now.
-            return Box::pin(self.load_view(position)).await;
-        }
-        if let Some(current) = &*self.current.borrow() {
-            view.add_live(current.clone());
-        }
-        let view = Rc::new(view);
+            quiet: Cell::default(),
+        });
         self.views.borrow_mut().push(Rc::downgrade(&view));
-        Ok(view)
+        Ok(Some(view))
     }
 }
 
@@ -100,6 +155,13 @@ impl<S: Storage> View<S> {
         }
     }
 
+    /// The interval that begins at `start` was closed, and is found in the history now.
+    pub(super) fn retire(&self, start: Position) {
+        self.live.borrow_mut().retain(|interval| interval.start() != start);
+        self.numbers.borrow_mut().end = self.history.from(start).0.end;
+        self.quiet.set(None);
+    }
+
     /// Reads `extent` as it was at the point.
     ///
     /// # Errors
@@ -108,24 +170,30 @@ impl<S: Storage> View<S> {
         let mut out = AlignedBuf::zeroed(extent.len as usize);
         let mut todo = vec![extent];
         while let Some(part) = todo.pop() {
-            for (piece, place) in self.resolve(part) {
-                let at = (piece.offset - extent.offset) as usize;
-                let slot = at..at + piece.len as usize;
-                match place {
-                    Where::Closed(interval, source) => self.fill(&mut out[slot], &self.closed[interval], interval, source).await?,
-                    Where::Live(index, source) => {
-                        let interval = self.live.borrow()[index].clone();
-                        self.fill(&mut out[slot], &interval, usize::MAX - index, source).await?;
-                    }
-                    Where::Replica => {
-                        let now = image.read(piece).await?;
-                        // It may have been overwritten while it was read; then its old content is in an interval by now.
-                        if self.resolve(piece).iter().all(|(_, place)| matches!(place, Where::Replica)) {
-                            out[slot].copy_from_slice(&now);
-                        } else {
-                            todo.push(piece);
-                        }
-                    }
+            let shape = self.history.shape();
+            let pieces = self.resolve(part);
+            let records = self.fetch(&pieces).await;
+            let now = pieces.iter().filter(|(_, place)| matches!(place, Where::Replica));
+            let now = now.map(|(piece, _)| async { (*piece, image.read(*piece).await) });
+            let mut now = futures_util::stream::iter(now).buffer_unordered(FETCH_DEPTH);
+            while let Some((piece, content)) = now.next().await {
+                let content = content?;
+                // It may have been overwritten while it was read; then its old content is in an interval by now.
+                if self.resolve(piece).iter().all(|(_, place)| matches!(place, Where::Replica)) {
+                    out[slot(extent, piece)].copy_from_slice(&content);
+                } else {
+                    todo.push(piece);
+                }
+            }
+            drop(now);
+            for (piece, place) in &pieces {
+                let Some(name) = place.record() else { continue };
+                match records.get(&name) {
+                    Some(Ok(body)) => place.copy(body, &mut out[slot(extent, *piece)])?,
+                    // Its file was merged into another one, where it is found now.
+                    _ if self.history.shape() != shape => todo.push(*piece),
+                    // Once more by itself, for its error.
+                    _ => place.copy(&self.record(place).await?, &mut out[slot(extent, *piece)])?,
                 }
             }
         }
@@ -142,67 +210,102 @@ impl<S: Storage> View<S> {
             return Ok(None);
         }
         let replica = image.next_data(offset)?;
-        let past = self.past.next_from(offset);
         let live = self.live.borrow().iter().filter_map(|i| i.next_from(offset)).min_by_key(|e| e.offset);
-        let first = [replica, past, live].into_iter().flatten().min_by_key(|e| e.offset);
+        let first = [replica, self.next_past(offset), live].into_iter().flatten().min_by_key(|e| e.offset);
         Ok(first.filter(|e| e.len > 0))
     }
 
     /// The next extent at or after `offset` of which an interval has the content: what the replica has there may differ.
     pub fn next_kept(&self, offset: u64) -> Option<Extent> {
-        let past = self.past.next_from(offset);
+        let past = self.history.next_data(offset, self.numbers.borrow().clone(), true);
         let live = self.live.borrow().iter().filter_map(|i| i.next_from(offset)).min_by_key(|e| e.offset);
         [past, live].into_iter().flatten().min_by_key(|e| e.offset).filter(|e| e.len > 0)
     }
 
-    fn resolve(&self, extent: Extent) -> Vec<(Extent, Where)> {
-        let mut map = OverlayMap::default();
-        for piece in self.past.overlapping(extent) {
-            let (interval, source) = piece.source;
-            let source = Source { data_at: source.data_at.map(|at| at + piece.skip as u32), ..source };
-            map.insert_below(piece.extent, Where::Closed(interval, source));
+    /// The next data of the closed intervals. Those who go through a disk ask from place to place up to the same answer.
+    fn next_past(&self, offset: u64) -> Option<Extent> {
+        match self.quiet.get() {
+            Some((from, None)) if offset >= from => return None,
+            Some((from, Some(next))) if offset >= from && offset <= next.offset => return Some(next),
+            _ => {}
         }
-        let live = self.live.borrow();
-        let mut order: Vec<usize> = (0..live.len()).collect();
-        order.sort_by_key(|&index| live[index].start());
-        for index in order {
-            for (piece, source) in live[index].lookup(extent) {
-                map.insert_below(piece, Where::Live(index, source));
-            }
-        }
-        map.insert_below(extent, Where::Replica);
-        map.iter()
-            .map(|p| {
-                let shift = |s: Source| Source { data_at: s.data_at.map(|at| at + p.skip as u32), ..s };
-                let place = match p.source {
-                    Where::Closed(interval, source) => Where::Closed(interval, shift(source)),
-                    Where::Live(index, source) => Where::Live(index, shift(source)),
-                    Where::Replica => Where::Replica,
-                };
-                (p.extent, place)
-            })
-            .collect()
+        let next = self.history.next_data(offset, self.numbers.borrow().clone(), false);
+        self.quiet.set(Some((offset, next)));
+        next
     }
 
-    async fn fill(&self, out: &mut [u8], interval: &Interval<S::File>, tag: usize, source: Source) -> Result<(), RetainError> {
-        let Some(at) = source.data_at else {
-            out.fill(0);
-            return Ok(());
-        };
-        let key = (tag, source.record_at);
-        let kept = self.kept.borrow().iter().find(|(k, _)| *k == key).map(|(_, body)| body.clone());
-        let body = match kept {
-            Some(body) => body,
-            None => {
-                let body = interval.read(source, &self.opener).await?;
-                let mut kept = self.kept.borrow_mut();
-                kept.push_front((key, body.clone()));
-                kept.truncate(RECORDS_KEPT);
-                body
+    fn resolve(&self, extent: Extent) -> Vec<(Extent, Where<S::File>)> {
+        let mut out = Vec::new();
+        let live = self.live.borrow();
+        let mut order: Vec<&Rc<Interval<S::File>>> = live.iter().collect();
+        order.sort_by_key(|interval| interval.start());
+        for (part, found) in self.history.resolve(extent, self.numbers.borrow().clone()) {
+            if let Some((closed, spot)) = found {
+                out.push((part, Where::Closed(closed, spot)));
+                continue;
             }
+            let mut map = OverlayMap::default();
+            for (index, interval) in order.iter().enumerate() {
+                interval.lookup(part).into_iter().for_each(|(piece, source)| map.insert_below(piece, Some((index, source))));
+            }
+            map.insert_below(part, None);
+            out.extend(map.iter().map(|p| match p.source {
+                Some((index, source)) => {
+                    let source = Source { data_at: source.data_at.map(|at| at + p.skip as u32), ..source };
+                    (p.extent, Where::Live(order[index].clone(), source))
+                }
+                None => (p.extent, Where::Replica),
+            }));
+        }
+        out
+    }
+
+    /// Every record that `pieces` need, each once.
+    async fn fetch(&self, pieces: &[(Extent, Where<S::File>)]) -> HashMap<RecordName, Result<Rc<AlignedBuf>, RetainError>> {
+        let mut wanted: HashMap<RecordName, &Where<S::File>> = HashMap::new();
+        for (_, place) in pieces {
+            if let Some(name) = place.record() {
+                wanted.entry(name).or_insert(place);
+            }
+        }
+        let reads = wanted.into_iter().map(|(name, place)| async move { (name, self.record(place).await) });
+        futures_util::stream::iter(reads).buffer_unordered(FETCH_DEPTH).collect().await
+    }
+
+    /// The opened record that has a piece's content.
+    async fn record(&self, place: &Where<S::File>) -> Result<Rc<AlignedBuf>, RetainError> {
+        let name = place.record().unwrap_or_default();
+        let kept = self.kept.borrow().iter().find(|(n, _)| *n == name).map(|(_, body)| body.clone());
+        if let Some(body) = kept {
+            return Ok(body);
+        }
+        let body = match place {
+            Where::Closed(closed, spot) => self.history.read(closed, *spot, &self.opener).await?,
+            Where::Live(interval, source) => interval.read(*source, &self.opener).await?,
+            Where::Replica => return Ok(Rc::new(AlignedBuf::zeroed(0))),
         };
-        let content = body.get(at as usize..at as usize + out.len()).ok_or_else(|| interval.damaged(source))?;
-        out.copy_from_slice(content);
+        let mut kept = self.kept.borrow_mut();
+        kept.push_front((name, body.clone()));
+        kept.truncate(RECORDS_KEPT);
+        Ok(body)
+    }
+}
+
+impl<F: File> Where<F> {
+    fn copy(&self, body: &[u8], out: &mut [u8]) -> Result<(), RetainError> {
+        let (at, damaged) = match self {
+            Where::Closed(closed, spot) => (spot.data_at, closed.damaged(*spot)),
+            Where::Live(interval, source) => (source.data_at, interval.damaged(*source)),
+            Where::Replica => return Ok(()),
+        };
+        let at = at.unwrap_or_default() as usize;
+        out.copy_from_slice(body.get(at..at + out.len()).ok_or(damaged)?);
         Ok(())
     }
+}
+
+/// Where a piece of `extent` stands in a buffer of it.
+fn slot(extent: Extent, piece: Extent) -> Range<usize> {
+    let at = (piece.offset - extent.offset) as usize;
+    at..at + piece.len as usize
 }

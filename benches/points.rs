@@ -1,0 +1,208 @@
+//! What points cost while a replica is applied to, and how soon the oldest of a thousand points can be read. `benches/run points`.
+//!
+//! Applying: random 16 KiB overwrites of allocated blocks through the library as the apply thread does them (old content kept
+//! and durable, 64 writes at once, a barrier for each 64 MiB, a point at each), against the same without points, in turn.
+//! The journal, the link and the catalogue are left out of both.
+//!
+//! Mounting: 1000 intervals of real sealed records, kept from a real replica. Of the large histories the content compresses
+//! about 14:1, so that they fit the disk; the number of index entries is that of 100 GiB. The last one does not compress.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "a benchmark reads the clock")]
+
+use std::path::Path;
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tidegate::crypto::keyring::DataKey;
+use tidegate::disk::{Disk, Format, Image};
+use tidegate::master_target::apply::overwrite::overwrite;
+use tidegate::master_target::retain::{Retention, Subject, View};
+use tidegate::model::{DiskId, Extent, Position};
+use tidegate::storage::AlignedBuf;
+use tidegate::storage::uring::{self, Uring, UringFile};
+
+const ROUNDS: usize = 3;
+const DEPTH: usize = 64;
+const CHECKPOINT: u64 = 64 << 20;
+
+/// Scattered numbers below `bound`, the same in every run.
+fn scattered(n: u64, bound: u64) -> u64 {
+    n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29).wrapping_mul(0xbf58_476d_1ce4_e5b9).rotate_left(31) % bound
+}
+
+/// Bytes of which `random` in every 4096 do not compress.
+fn content(len: usize, random: usize, seed: u64) -> Bytes {
+    let mut buf = AlignedBuf::zeroed(len);
+    for (p, page) in buf.chunks_mut(4096).enumerate() {
+        for (i, word) in page[..random].chunks_mut(8).enumerate() {
+            word.copy_from_slice(&scattered(seed + (p * 512 + i) as u64 + 1, u64::MAX).to_le_bytes());
+        }
+    }
+    buf.freeze()
+}
+
+fn subject() -> Subject {
+    Subject { disk: DiskId(uuid::Uuid::from_u128(5)), generation: 1, key: DataKey::from_bytes([3; 32]) }
+}
+
+async fn filled(path: &Path, format: Format, size: u64, random: usize) -> Image<UringFile> {
+    let image = Image::create(&Uring::direct(), path, format, size).await.unwrap();
+    for mib in 0..size >> 20 {
+        image.write(mib << 20, content(1 << 20, random, mib)).await.unwrap();
+    }
+    image.barrier().await.unwrap();
+    image
+}
+
+/// MB/s of overwrites.
+async fn apply(image: &Image<UringFile>, retention: Option<&Retention<Uring>>, seed: u64, bytes: u64) -> f64 {
+    const BLOCK: u64 = 16 << 10;
+    let data = content(1 << 20, 4096, seed);
+    let started = Instant::now();
+    for checkpoint in 0..bytes / CHECKPOINT {
+        let numbers = (0..CHECKPOINT / BLOCK).map(|n| scattered(seed + checkpoint * CHECKPOINT + n, image.size() / BLOCK) * BLOCK);
+        // As folding leaves them: sorted, each once.
+        let places: std::collections::BTreeSet<u64> = numbers.collect();
+        let places: Vec<(Extent, ())> = places.into_iter().map(|at| (Extent::new(at, BLOCK), ())).collect();
+        if let Some(retention) = retention {
+            retention.begin(Position::new(1, seed * 1000 + checkpoint + 1)).await.unwrap();
+        }
+        let write = |extent: Extent, ()| {
+            let at = (extent.offset % (1 << 19)) as usize;
+            image.write(extent.offset, data.slice(at..at + extent.len as usize))
+        };
+        let keep = async |piece: &[(Extent, ())]| match retention {
+            Some(retention) => retention.preserve(image, piece.iter().map(|(extent, ())| *extent)).await.map_err(|e| panic!("{e}")),
+            None => Ok(()),
+        };
+        overwrite(&places, DEPTH, retention.is_some().then_some(keep), write).await.unwrap();
+        image.barrier().await.unwrap();
+    }
+    bytes as f64 / started.elapsed().as_secs_f64() / 1e6
+}
+
+fn applying(dir: &Path) {
+    for format in [Format::Raw, Format::Vhdx] {
+        uring::run(async {
+            let path = dir.join("replica");
+            let image = filled(&path, format, 4 << 30, 4096).await;
+            let mut ratios = Vec::new();
+            for round in 0..ROUNDS as u64 {
+                let undo = dir.join(format!("undo-{round}"));
+                let without = apply(&image, None, 10 + round, 1 << 30).await;
+                let retention = Retention::open(Uring::direct(), &undo, subject(), None).await.unwrap();
+                let with = apply(&image, Some(&retention), 20 + round, 1 << 30).await;
+                ratios.push(without / with);
+                println!(
+                    "random 16 KiB overwrites of an allocated {} replica, a point every 64 MiB: {with:.0} MB/s, without points {without:.0} MB/s, costs {:.2} times as much",
+                    format.as_str(),
+                    without / with
+                );
+                std::fs::remove_dir_all(&undo).unwrap();
+            }
+            std::fs::remove_file(&path).unwrap();
+        })
+        .unwrap();
+    }
+}
+
+/// Median and 99th percentile in microseconds of reads of 64 KiB at random places, one at a time.
+async fn reads(view: &View<Uring>, image: &Image<UringFile>, seed: u64) -> (f64, f64) {
+    const LEN: u64 = 64 << 10;
+    let mut times = Vec::new();
+    for n in 0..2000 {
+        let at = scattered(seed + n, image.size() / LEN) * LEN;
+        let started = Instant::now();
+        view.read(image, Extent::new(at, LEN)).await.unwrap();
+        times.push(started.elapsed().as_secs_f64() * 1e6);
+    }
+    times.sort_by(f64::total_cmp);
+    (times[times.len() / 2], times[times.len() * 99 / 100])
+}
+
+/// MB/s of the same, 16 at a time.
+async fn reads_at_depth(view: &View<Uring>, image: &Image<UringFile>, seed: u64) -> f64 {
+    const LEN: u64 = 64 << 10;
+    let started = Instant::now();
+    let reads = (0..4000).map(|n| view.read(image, Extent::new(scattered(seed + n, image.size() / LEN) * LEN, LEN)));
+    futures_util::stream::iter(reads)
+        .buffer_unordered(16)
+        .for_each(|done| {
+            done.unwrap();
+            std::future::ready(())
+        })
+        .await;
+    4000.0 * LEN as f64 / started.elapsed().as_secs_f64() / 1e6
+}
+
+/// Keeps `extents` of `len` bytes in each of 1000 intervals, then mounts the oldest.
+fn mounting(dir: &Path, name: &str, len: u64, extents: u64, random: usize, disk: u64) {
+    const POINTS: u64 = 1001;
+    let undo = dir.join("undo");
+    let made = Instant::now();
+    uring::run(async {
+        let image = filled(&dir.join("replica"), Format::Raw, disk, random).await;
+        let retention = Retention::open(Uring::direct(), &undo, subject(), None).await.unwrap();
+        for point in 1..=POINTS {
+            retention.begin(Position::new(1, point)).await.unwrap();
+            if point < POINTS {
+                let places: std::collections::BTreeSet<u64> =
+                    (0..extents).map(|n| scattered(point * 1_000_003 + n, disk / len) * len).collect();
+                retention.preserve(&image, places.into_iter().map(|at| Extent::new(at, len))).await.unwrap();
+            }
+        }
+        println!("{name}: made in {:.0} s, {:.1} GB on disk", made.elapsed().as_secs_f64(), retention.bytes() as f64 / 1e9);
+    })
+    .unwrap();
+    for round in 0..ROUNDS as u64 {
+        uring::run(async {
+            let image = Image::open(&Uring::direct(), &dir.join("replica"), Format::Raw).await.unwrap();
+            let retention = Retention::open(Uring::direct(), &undo, subject(), Some(Position::new(1, POINTS))).await.unwrap();
+            let (oldest, newest) = (Position::new(1, 1), Position::new(1, POINTS));
+            let ms = |since: Instant| since.elapsed().as_secs_f64() * 1e3;
+            let started = Instant::now();
+            let cold = retention.view(oldest).await.unwrap();
+            let learned = ms(started);
+            drop(cold);
+            let started = Instant::now();
+            let view = retention.view(oldest).await.unwrap();
+            let opened = ms(started);
+            view.read(&image, Extent::new(scattered(round, disk >> 16) << 16, 64 << 10)).await.unwrap();
+            let first = ms(started);
+            let now = retention.view(newest).await.unwrap();
+            let (old, new) = (reads(&view, &image, round * 7919).await, reads(&now, &image, round * 104_729).await);
+            let (old_deep, new_deep) = (reads_at_depth(&view, &image, round * 31).await, reads_at_depth(&now, &image, round * 37).await);
+            println!(
+                "{name}: the oldest of {POINTS} points opens in {opened:.3} ms (right after a start {learned:.0} ms), first read {first:.2} ms, index {:.1} MB; \
+                 64 KiB reads {:.0} us (p99 {:.0}), of the newest {:.0} us (p99 {:.0}), ratio {:.2}; 16 at a time {old_deep:.0} and {new_deep:.0} MB/s, ratio {:.2}",
+                retention.index_bytes() as f64 / 1e6,
+                old.0,
+                old.1,
+                new.0,
+                new.1,
+                old.0 / new.0,
+                new_deep / old_deep
+            );
+        })
+        .unwrap();
+    }
+    std::fs::remove_dir_all(&undo).unwrap();
+    std::fs::remove_file(dir.join("replica")).unwrap();
+}
+
+fn main() {
+    let dir = tempfile::tempdir().unwrap();
+    let only = std::env::var("POINTS_ONLY").unwrap_or_default();
+    if only.is_empty() || only == "apply" {
+        applying(dir.path());
+    }
+    if only.is_empty() || only == "small" {
+        mounting(dir.path(), "6.5 GiB of history that does not compress, in 64 KiB", 64 << 10, 105, 4096, 4 << 30);
+    }
+    if only.is_empty() || only == "64k" {
+        mounting(dir.path(), "100 GiB of history in 64 KiB", 64 << 10, 1640, 256, 8 << 30);
+    }
+    if only.is_empty() || only == "16k" {
+        mounting(dir.path(), "100 GiB of history in 16 KiB", 16 << 10, 6600, 256, 8 << 30);
+    }
+}
