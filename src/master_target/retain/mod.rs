@@ -245,6 +245,7 @@ impl<S: Storage> Retention<S> {
         // From here on nothing waits.
         let closed = self.current.borrow_mut().take();
         if let Some(interval) = closed {
+            self.grown.borrow_mut().insert(interval.start(), interval.end());
             self.files.borrow_mut().insert(interval.start(), interval.bytes());
             self.history.add(interval.start(), interval.entries());
             self.views.borrow().iter().filter_map(Weak::upgrade).for_each(|view| view.retire(interval.start()));
