@@ -99,6 +99,11 @@ pub struct Effects {
     pub forgotten: Vec<u64>,
 }
 
+/// Digits, so that the table's order is that of the numbers.
+fn job_key(id: u64) -> Vec<u8> {
+    format!("{id:020}").into_bytes()
+}
+
 /// The master target's catalogue.
 #[derive(Clone)]
 pub struct Records {
@@ -324,7 +329,7 @@ impl Records {
         let ending: Vec<DiskId> = ending.chain(effects.ended.iter().copied()).collect();
         let mut intervals = if ending.is_empty() { HashMap::new() } else { self.intervals()? };
         self.catalogue.write(|batch| {
-            batch.put(JOBS, &job.id.to_be_bytes(), job)?;
+            batch.put(JOBS, &job_key(job.id), job)?;
             for (disk, last_marker) in &effects.stand {
                 let key = disk.0.as_bytes();
                 if let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, key)? {
@@ -345,7 +350,7 @@ impl Records {
                 batch.remove(VERIFIED, id.0.as_bytes())?;
                 batch.remove(PENDING, id.0.as_bytes())?;
             }
-            effects.forgotten.iter().try_for_each(|id| batch.remove(JOBS, &id.to_be_bytes()))
+            effects.forgotten.iter().try_for_each(|id| batch.remove(JOBS, &job_key(*id)))
         })
     }
 

@@ -15,6 +15,7 @@ mod hooks;
 mod log;
 mod reprotect;
 mod steps;
+mod trial;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

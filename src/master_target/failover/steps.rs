@@ -71,67 +71,6 @@ impl Engine {
         }
     }
 
-    // ---- tests -------------------------------------------------------------------------------------------------------
-
-    async fn test(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
-        self.step(job, "choose the point").await?;
-        let point = self.choose(job)?;
-        let told = describe(&point);
-        job.point = Some(chosen(&point));
-        self.done(job, Some(told)).await?;
-        let dir = self.dir(job.id);
-        crate::storage::uring::create_dir_durable(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
-        for disk in self.disks(job.machine) {
-            self.step(job, &format!("mount {}", disk.name)).await?;
-            let address = Address::Unix(dir.join(format!("{}.sock", disk.name)));
-            let (done, answer) = oneshot::channel();
-            let target = Target::Nbd { address: address.clone(), writable: true };
-            let start = RecoverCommand::Start { point: point.id, disk: disk.id, label: disk.label.clone(), target, done };
-            self.setup.recover.send(start).await.map_err(|_| gone())?;
-            let view = answer.await.map_err(|_| gone())??;
-            self.mounts.borrow_mut().entry(job.id).or_default().push(view.name.clone());
-            set_disk(job, disk.id, |d| (d.nbd, d.size) = (Some(address.clone()), view.total_bytes));
-            self.done(job, Some(address.nbd_uri())).await?;
-        }
-        let checked = self.start_machine(job).await;
-        // A machine that does not come up is a result, and is left standing to be looked at.
-        job.passed = job.hook.is_some().then_some(checked.is_ok());
-        if let Err(error) = checked {
-            job.end(Err(error.clone()), clock::wall_ms());
-            job.error = Some(error);
-            job.remedy = Some(format!("look at the machine and the output, then `tidegate failover cleanup {}`", job.id));
-        }
-        job.enter(JobState::Running, clock::wall_ms());
-        self.keep(job.clone(), &Effects::default()).await
-    }
-
-    async fn clean_up(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
-        self.stop_machine(job).await?;
-        self.step(job, "end the mounts").await?;
-        self.unmount(job).await;
-        self.done(job, None).await?;
-        job.enter(JobState::Cleaned, clock::wall_ms());
-        self.keep(job.clone(), &Effects::default()).await
-    }
-
-    /// Mounts do not outlive the process: what is left of the test is taken away.
-    async fn end_test(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
-        if job.state == JobState::Preparing {
-            job.error = Some("the master target was restarted meanwhile".to_owned());
-            job.remedy = Some("start the test again".to_owned());
-        }
-        self.clean_up(job).await
-    }
-
-    async fn unmount(&self, job: &Job) {
-        for name in self.mounts.borrow_mut().remove(&job.id).unwrap_or_default() {
-            let _ = self.stop_service(&name).await;
-        }
-        if job.kind == JobKind::Test {
-            let _ = std::fs::remove_dir_all(self.dir(job.id));
-        }
-    }
-
     // ---- failing over ------------------------------------------------------------------------------------------------
 
     async fn fail_over(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
@@ -466,7 +405,7 @@ impl Engine {
 
     // ---- parts -------------------------------------------------------------------------------------------------------
 
-    async fn start_machine(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+    pub(super) async fn start_machine(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
         let Some(name) = job.hook.clone() else { return Ok(()) };
         let hook = self.hook(&name)?;
         let dir = self.dir(job.id);
@@ -480,7 +419,7 @@ impl Engine {
         Ok(())
     }
 
-    async fn stop_machine(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+    pub(super) async fn stop_machine(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
         let Some(name) = job.hook.clone().filter(|_| job.hook_started) else { return Ok(()) };
         let hook = self.hook(&name)?;
         self.step(job, &format!("hook {name}: stop")).await?;
@@ -501,7 +440,7 @@ impl Engine {
         }
     }
 
-    async fn stop_service(&self, name: &str) -> Result<bool, String> {
+    pub(super) async fn stop_service(&self, name: &str) -> Result<bool, String> {
         let (done, answer) = oneshot::channel();
         self.setup.recover.send(RecoverCommand::Stop { name: name.to_owned(), done }).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())
@@ -524,7 +463,7 @@ impl Engine {
         answer.await.map_err(|_| gone())?
     }
 
-    fn choose(&self, job: &Job) -> Result<RecoveryPoint, String> {
+    pub(super) fn choose(&self, job: &Job) -> Result<RecoveryPoint, String> {
         let book = self.setup.shared.book();
         super::choose(&book.of(job.machine), &job.choice).cloned()
     }
@@ -563,7 +502,7 @@ pub fn reason(job: &Job) -> String {
     }
 }
 
-fn gone() -> String {
+pub(super) fn gone() -> String {
     "the master target is stopping".to_owned()
 }
 
@@ -571,7 +510,7 @@ fn service(job: u64, disk: &JobDisk) -> String {
     format!("failover-{job}-{}", disk.name)
 }
 
-fn set_disk(job: &mut Job, id: DiskId, change: impl FnOnce(&mut JobDisk)) {
+pub(super) fn set_disk(job: &mut Job, id: DiskId, change: impl FnOnce(&mut JobDisk)) {
     if let Some(disk) = job.disks.iter_mut().find(|d| d.id == id) {
         change(disk);
     }
@@ -591,11 +530,11 @@ fn aim(job: &mut Job, point: &RecoveryPoint) -> Result<(), String> {
     Ok(())
 }
 
-fn chosen(point: &RecoveryPoint) -> ChosenPoint {
+pub(super) fn chosen(point: &RecoveryPoint) -> ChosenPoint {
     ChosenPoint { id: point.id, kind: point.kind, label: point.label.clone(), wall_ms: point.wall_ms }
 }
 
-fn describe(point: &RecoveryPoint) -> String {
+pub(super) fn describe(point: &RecoveryPoint) -> String {
     let label = point.label.as_ref().map_or_else(String::new, |l| format!(" {l:?}"));
     format!("{}{label} of {} ({})", point.id, clock::rfc3339(point.wall_ms), point.kind.as_str())
 }
