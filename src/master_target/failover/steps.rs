@@ -15,7 +15,7 @@ use crate::master_target::apply::Command as ApplyCommand;
 use crate::master_target::apply::failover::Order;
 use crate::master_target::apply::roll::Progress;
 use crate::master_target::catalogue::Effects;
-use crate::master_target::recover::{Command as RecoverCommand, Serve, Target};
+use crate::master_target::recover::{Command as RecoverCommand, Serve};
 use crate::master_target::shared::DiskShared;
 use crate::model::job::{ChosenPoint, JobDisk};
 use crate::model::{Address, Choice, DiskId, Hold, Job, JobKind, JobState, MachineId, PointId, PointKind, Position, RecoveryPoint, Wanted};
