@@ -504,6 +504,8 @@ pub async fn publish(shared: &TargetShared, journal: &JournalHandle) {
         for disk in &shared.disks {
             let view = disk_view(disk, now);
             let condition = disk.condition().clone();
+            metrics::machine_gauge(metrics::FAILED_OVER, disk.machine_name.as_str(), f64::from(u8::from(condition.hold != Hold::None)));
+            metrics::disk_gauge(metrics::DIFFERING_BYTES, &disk.label, metrics::number(disk.differing_bytes()));
             metrics::position(&disk.label, Rung::Received, condition.received);
             metrics::position(&disk.label, Rung::Journaled, condition.journaled);
             metrics::position(&disk.label, Rung::Applied, condition.applied);

@@ -121,6 +121,11 @@ impl MasterTarget {
             if let Some((job, hold)) = model::job::hold(found_jobs.iter(), disk.machine) {
                 disk.set_hold(hold, &failover::reason(job));
             }
+            // Nor may an agent that is asked to stop be told to go on by a restart.
+            let quiescing = found_jobs.iter().filter(|j| j.machine == disk.machine && j.state == model::JobState::Quiescing);
+            if let Some(point) = quiescing.filter_map(|j| j.point.as_ref()).next_back() {
+                disk.set_wanted(model::Wanted::Quiesce(point.id));
+            }
         }
         let policy = Arc::new(LivePolicy::new(settings.retain.policy(), records.policy()?));
         let (to_apply, commands) = mpsc::channel(COMMANDS_QUEUED_MAX);

@@ -69,6 +69,8 @@ declare! {
     POINTS = "tidegate_points", Gauge, "machine, kind", "Listed recovery points";
     POINTS_BAD = "tidegate_points_bad", Gauge, "machine", "Recovery points that became unusable and were not cleared with `point forget`";
     POINT_VERIFIED_AGE = "tidegate_point_verified_age_seconds", Gauge, "machine", "Time since the newest of the listed points that were ever verified was verified last, seconds; NaN without one";
+    FAILED_OVER = "tidegate_failed_over", Gauge, "machine", "1 while a failover keeps the machine from being replicated here";
+    DIFFERING_BYTES = "tidegate_differing_bytes", Gauge, "disk", "Bytes found to differ when source and replica were compared last, in blocks of 64 KiB";
     CERTIFICATE_EXPIRY = "tidegate_certificate_expiry_seconds", Gauge, "role", "Time until the certificate of this process expires, seconds";
 }
 

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
@@ -14,6 +15,9 @@ use super::roll::{self, Progress};
 use super::standing;
 use crate::disk::Disk;
 use crate::model::{DiskId, Extent, Hold, Position};
+
+/// A checkpoint under way ends by then.
+const HALT_LIMIT: Duration = Duration::from_secs(30);
 
 type Answer<T> = oneshot::Sender<Result<T, String>>;
 
@@ -111,7 +115,12 @@ impl Apply {
         };
         match order {
             Order::Halt { done } => {
-                let _alone = replica.changing.lock().await;
+                // A checkpoint that waits for space would hold it up without end.
+                let Ok(_alone) = tokio::time::timeout(HALT_LIMIT, replica.changing.lock()).await else {
+                    let error = replica.shared.condition().error.clone().unwrap_or_else(|| "a checkpoint does not end".to_owned());
+                    let _ = done.send(Err(format!("{} cannot be halted: {error}", replica.shared.label)));
+                    return;
+                };
                 let condition = replica.shared.condition().clone();
                 let halted = match condition.error {
                     Some(error) => Err(error),

@@ -201,6 +201,17 @@ impl Apply {
         if let Some(configured) = disk.configured_size.filter(|&configured| size > configured) {
             return Err(too_large(disk, size, configured));
         }
+        if size > replica.image.size() && disk.condition().unconfirmed {
+            return Err(Refusal {
+                retry: false,
+                message: format!(
+                    "the source of {} has {}, the disk that it would replace {}: enlarge that first, nothing of it is changed before it is allowed",
+                    disk.label,
+                    show_size(size),
+                    show_size(replica.image.size())
+                ),
+            });
+        }
         if size > replica.image.size() {
             grow(self, &replica, disk.configured_size.unwrap_or(size)).await?;
         }
