@@ -483,4 +483,9 @@ fn a_policy_that_is_set_counts_at_once_and_until_it_is_reset() {
     cluster.tidegate(&["policy", "set", "--reset", "--control", &cluster.control("master-target")]);
     let shown = cluster.tidegate(&["policy", "show", "--control", &cluster.control("master-target")]);
     assert!(shown.contains("points_max  10000  (configuration)"), "{shown}");
+    assert!(set(&["--machine", "m1", "--points-max", "1", "--yes"]).status.success());
+    cluster.wait("the machine's own bound counts", Duration::from_secs(10), || cluster.points().len() == 1);
+    let shown = cluster.tidegate(&["policy", "show", "--control", &cluster.control("master-target")]);
+    assert!(shown.contains("its own: points_max 1") && shown.contains("points_max  10000  (configuration)"), "{shown}");
+    assert!(!set(&["--machine", "nobody", "--points-max", "1"]).status.success());
 }

@@ -31,7 +31,7 @@ pub(super) enum PolicyCommand {
     /// Change the policy, at once and until `--reset`, over the configuration's `retain`. Shows what would go now; without
     /// `--yes` nothing is changed when something would.
     #[command(
-        after_help = "Examples:\n  tidegate policy set --ladder \"all for 4h, 1/h for 2d\" --points-max 500\n  tidegate policy set --space-max 200GiB --yes\n  tidegate policy set --reset"
+        after_help = "Examples:\n  tidegate policy set --ladder \"all for 4h, 1/h for 2d\" --points-max 500\n  tidegate policy set --space-max 200GiB --yes\n  tidegate policy set --machine db01 --space-max 1TiB\n  tidegate policy set --reset"
     )]
     Set(Set),
 }
@@ -65,6 +65,9 @@ pub(super) struct Values {
 pub(super) struct Set {
     #[command(flatten)]
     values: Values,
+    /// For one machine only; covers what is set for all.
+    #[arg(long)]
+    machine: Option<String>,
     /// Points may go.
     #[arg(long)]
     yes: bool,
@@ -107,7 +110,7 @@ pub(super) fn run(command: PolicyCommand) -> anyhow::Result<()> {
             show_gone(&view);
             Ok(())
         }
-        PolicyCommand::Set(Set { values, yes, ask: args }) => {
+        PolicyCommand::Set(Set { values, machine, yes, ask: args }) => {
             let reset = values.reset;
             let values = PolicyValues {
                 ladder: values.ladder.map(|l| l.to_string()),
@@ -116,7 +119,7 @@ pub(super) fn run(command: PolicyCommand) -> anyhow::Result<()> {
                 span_seconds: values.span,
                 space_max_bytes: values.space_max,
             };
-            let set: PolicySet = ask(&args.control, &Request::SetPolicy { values, reset, agreed: yes })?;
+            let set: PolicySet = ask(&args.control, &Request::SetPolicy { machine, values, reset, agreed: yes })?;
             if args.json {
                 output::json(&set)?;
             } else {
@@ -147,12 +150,24 @@ fn show(view: &PolicyView) {
     for machine in &view.machines {
         let held = format!("{} pinned", machine.pinned);
         println!(
-            "machine     {}: {} points, {held}, {} of old content",
+            "machine     {}: {} points, {held}, {} of old content{}",
             machine.machine,
             machine.points,
-            show_size(machine.retained_bytes)
+            show_size(machine.retained_bytes),
+            own(&machine.own)
         );
     }
+}
+
+/// What is different for a machine.
+fn own(values: &PolicyValues) -> String {
+    let mut parts = Vec::new();
+    parts.extend(values.ladder.as_ref().map(|l| format!("ladder {l:?}")));
+    parts.extend(values.points_min.map(|n| format!("points_min {n}")));
+    parts.extend(values.points_max.map(|n| format!("points_max {n}")));
+    parts.extend(values.span_seconds.map(|s| format!("span {}", humantime::format_duration(Duration::from_secs(s)))));
+    parts.extend(values.space_max_bytes.map(|b| format!("space_max {}", show_size(b))));
+    if parts.is_empty() { String::new() } else { format!("; its own: {}", parts.join(", ")) }
 }
 
 fn show_gone(view: &PolicyView) {

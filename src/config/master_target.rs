@@ -229,8 +229,29 @@ impl Hook {
 pub struct Machine {
     /// Its name.
     pub name: Name,
+    /// What of `[retain]` is different for it.
+    #[serde(default)]
+    pub retain: Option<OwnRetain>,
     /// Its disks.
     pub disk: Vec<Disk>,
+}
+
+/// `[machine.retain]`: see [`Retain`].
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OwnRetain {
+    /// Fewer points the older they get.
+    pub ladder: Option<Ladder>,
+    /// Most points.
+    pub points_max: Option<usize>,
+    /// So many of the newest stay.
+    pub points_min: Option<usize>,
+    /// Points older than this are dropped.
+    #[serde(deserialize_with = "units::duration_option")]
+    pub span: Option<Duration>,
+    /// Most bytes of old content.
+    #[serde(deserialize_with = "units::size_option")]
+    pub space_max: Option<u64>,
 }
 
 /// `[[machine.disk]]`
@@ -301,6 +322,11 @@ impl Settings for MasterTargetSettings {
         for (index, machine) in self.machine.iter().enumerate() {
             if machine.disk.is_empty() || self.machine[..index].iter().any(|m| m.name == machine.name) {
                 return Err(format!("machine {} is listed twice or has no [[machine.disk]]", machine.name));
+            }
+            if let Some(own) = &machine.retain {
+                let most = own.points_max.unwrap_or(self.retain.points_max);
+                in_range("machine.retain.points_max", most, 1, 100_000)?;
+                in_range("machine.retain.points_min", own.points_min.unwrap_or(self.retain.points_min), 1, most)?;
             }
             for (at, disk) in machine.disk.iter().enumerate() {
                 if machine.disk[..at].iter().any(|d| d.name == disk.name) {

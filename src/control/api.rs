@@ -96,9 +96,11 @@ pub enum Request {
     },
     /// Change the policy until it is reset: [`PolicySet`]. Not done when points would go and nobody agreed.
     SetPolicy {
+        /// For one machine only.
+        machine: Option<String>,
         /// What to change.
         values: PolicyValues,
-        /// Give up everything that was set before.
+        /// Give up what was set before, for the machine or for all.
         reset: bool,
         /// Points may go.
         agreed: bool,
@@ -458,6 +460,8 @@ pub struct PolicyView {
 pub struct PolicyMachine {
     /// Its name.
     pub machine: String,
+    /// What is different for it.
+    pub own: PolicyValues,
     /// Its listed points.
     pub points: usize,
     /// How many of them are pinned.

@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use super::bad::BadPoint;
 use super::points::{Book, Changes, Pending};
+use super::policy::SetValues;
 use super::verify::{ScrubState, Verification};
-use crate::control::api::PolicyValues;
 use crate::crypto::keyring::{DataKey, KeyEncryptionKey};
 use crate::disk::Format;
 use crate::model::{DiskId, Job, MachineId, PointId, Position, RecoveryPoint};
@@ -264,7 +264,7 @@ impl Records {
     ///
     /// # Errors
     /// Those of the catalogue.
-    pub fn policy(&self) -> Result<PolicyValues, CatalogueError> {
+    pub fn policy(&self) -> Result<SetValues, CatalogueError> {
         Ok(self.catalogue.get(SERVER, b"policy")?.unwrap_or_default())
     }
 
@@ -272,7 +272,7 @@ impl Records {
     ///
     /// # Errors
     /// Those of the catalogue.
-    pub fn put_policy(&self, values: &PolicyValues) -> Result<(), CatalogueError> {
+    pub fn put_policy(&self, values: &SetValues) -> Result<(), CatalogueError> {
         self.catalogue.write(|batch| batch.put(SERVER, b"policy", values))
     }
 

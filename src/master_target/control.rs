@@ -14,7 +14,7 @@ use super::bad::BadPoint;
 use super::catalogue::Records;
 use super::failover::Desk;
 use super::journal::JournalHandle;
-use super::policy::{self, LivePolicy};
+use super::policy::{self, LivePolicy, SetValues};
 use super::recover::{self, Recoveries, Target};
 use super::shared::{Condition, DiskShared, TargetShared};
 use super::verify::{self, digest};
@@ -25,7 +25,7 @@ use crate::control::api::{
 };
 use crate::control::server::{Answer, Role};
 use crate::disk::Format;
-use crate::model::{DiskId, Health, Hold, MachineId, PointId, Policy, Position, RecoveryPoint, ReplicationState, Rung};
+use crate::model::{DiskId, Health, Hold, Ladder, MachineId, PointId, Policy, Position, RecoveryPoint, ReplicationState, Rung};
 use crate::observe::metrics;
 
 const FIGURES_EVERY: Duration = Duration::from_secs(1);
@@ -99,13 +99,11 @@ impl Role for Control {
                 },
                 Request::Pin { point, pinned } => self.pin(point, *pinned).await.and_then(|point| to_value(&point)),
                 Request::Policy { machine, ladder } => {
-                    let mut values = self.policy.set();
-                    values.ladder = ladder.clone().or(values.ladder);
-                    let view = self.policy.with(&values).and_then(|policy| self.policy(machine.as_deref(), &policy, self.policy.set()));
+                    let view = self.policy(machine.as_deref(), &self.policy.set(), ladder.as_deref());
                     view.and_then(|view| to_value(&view))
                 }
-                Request::SetPolicy { values, reset, agreed } => {
-                    self.set_policy(values, *reset, *agreed).await.and_then(|set| to_value(&set))
+                Request::SetPolicy { machine, values, reset, agreed } => {
+                    self.set_policy(machine.as_deref(), values, *reset, *agreed).await.and_then(|set| to_value(&set))
                 }
                 Request::FailoverPlan { machine, point } => self.failovers.plan(machine, point).await.and_then(|plan| to_value(&plan)),
                 Request::FailoverStart { kind, machine, point, hook, overwrite } => {
@@ -269,24 +267,32 @@ impl Control {
     }
 
     /// Durable and in use when it returns, unless points would go and nobody agreed.
-    async fn set_policy(&self, values: &PolicyValues, reset: bool, agreed: bool) -> Result<PolicySet, String> {
+    async fn set_policy(&self, machine: Option<&str>, values: &PolicyValues, reset: bool, agreed: bool) -> Result<PolicySet, String> {
         // Nothing expires meanwhile.
         let _alone = self.shared.noting.lock().await;
-        let older = if reset { PolicyValues::default() } else { self.policy.set() };
-        let values = policy::merged(older, values.clone());
-        let view = self.policy(None, &self.policy.with(&values)?, values.clone())?;
+        let (name, mut set) = (machine.unwrap_or_default().to_owned(), self.policy.set());
+        let older = if reset { PolicyValues::default() } else { set.get(&name).cloned().unwrap_or_default() };
+        if reset && machine.is_none() {
+            set.clear();
+        }
+        set.insert(name, policy::merged(older, values.clone()));
+        let view = self.policy(machine, &set, None)?;
         if !agreed && view.machines.iter().any(|m| !m.gone.is_empty()) {
             return Ok(PolicySet { done: false, policy: view });
         }
-        let (records, changed) = (self.records.clone(), values.clone());
+        let (records, changed) = (self.records.clone(), set.clone());
         let noted = tokio::task::spawn_blocking(move || records.put_policy(&changed)).await;
         noted.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
-        tracing::info!(?values, "the policy was set");
-        self.policy.replace(values);
+        tracing::info!(machine, ?values, "the policy was set");
+        self.policy.replace(set);
         Ok(PolicySet { done: true, policy: view })
     }
 
-    fn policy(&self, machine: Option<&str>, policy: &Policy, set: PolicyValues) -> Result<PolicyView, String> {
+    /// The policy with `set`, and with another ladder for all, and what it means now.
+    fn policy(&self, machine: Option<&str>, set: &SetValues, ladder: Option<&str>) -> Result<PolicyView, String> {
+        let ladder = ladder.map(str::parse::<Ladder>).transpose()?;
+        let with = |policy: Policy| Policy { ladder: ladder.clone().unwrap_or(policy.ladder), ..policy };
+        let policy = with(self.policy.common(set)?);
         let mut machines: Vec<(MachineId, String)> = self.machine_names().into_iter().collect();
         machines.sort_by(|a, b| a.1.cmp(&b.1));
         if machine.is_some_and(|wanted| machines.iter().all(|(_, name)| name != wanted)) {
@@ -296,8 +302,9 @@ impl Control {
         let (book, clock) = (self.shared.book(), self.shared.clock());
         let of_machine = |(id, name): (MachineId, String)| {
             let (points, used) = (book.of(id), self.shared.retained_bytes(id));
-            let gone = book.expired(id, policy, clock, used);
-            PolicyMachine {
+            let gone = book.expired(id, &with(self.policy.of(set, &name)?), clock, used);
+            Ok(PolicyMachine {
+                own: self.policy.own(set, &name),
                 machine: name,
                 points: points.len(),
                 pinned: points.iter().filter(|p| p.pinned).count(),
@@ -314,11 +321,11 @@ impl Control {
                         reason: reason.as_str().to_owned(),
                     })
                     .collect(),
-            }
+            })
         };
         Ok(PolicyView {
-            set,
-            machines: machines.into_iter().map(of_machine).collect(),
+            set: set.get("").cloned().unwrap_or_default(),
+            machines: machines.into_iter().map(of_machine).collect::<Result<_, String>>()?,
             ladder: policy.ladder.to_string(),
             points_min: policy.points_min,
             points_max: policy.points_max,

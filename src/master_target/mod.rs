@@ -127,7 +127,7 @@ impl MasterTarget {
                 disk.set_wanted(model::Wanted::Quiesce(point.id));
             }
         }
-        let policy = Arc::new(LivePolicy::new(settings.retain.policy(), records.policy()?));
+        let policy = Arc::new(LivePolicy::new(settings.retain.policy(), policy::of_configuration(&settings.machine), records.policy()?));
         let (to_apply, commands) = mpsc::channel(COMMANDS_QUEUED_MAX);
         let setup = apply::Setup {
             settings: settings.clone(),

@@ -218,7 +218,7 @@ pub(super) async fn expire(apply: &Apply, replica: &Replica) -> Result<(), Apply
         return Ok(());
     }
     let _alone = apply.shared.noting.lock().await;
-    let policy = apply.policy.now();
+    let policy = apply.policy.now(replica.shared.machine_name.as_str());
     let (gone, hopeless): (Vec<_>, _) = {
         let machine = replica.shared.machine;
         let used = apply.shared.retained_bytes(machine);

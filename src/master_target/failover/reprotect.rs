@@ -9,6 +9,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::Notify;
+
 use super::engine::Engine;
 use crate::clock;
 use crate::config::units::show_size;
@@ -99,6 +101,16 @@ impl Engine {
     }
 
     pub(super) async fn compare(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        let give_up = Rc::new(Notify::new());
+        self.give_up.borrow_mut().insert(job.id, give_up.clone());
+        tokio::select! {
+            result = self.compare_all(job) => result?,
+            () = give_up.notified() => return Err("it was cancelled; nothing was overwritten".to_owned()),
+        }
+        if job.state == JobState::Resynchronising { self.resynchronise(job).await } else { Ok(()) }
+    }
+
+    async fn compare_all(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
         let disks: Vec<Arc<DiskShared>> = self.disks(job.machine).into_iter().filter(|d| job.disk(d.id).is_some()).collect();
         self.step(job, "compare source and disks").await?;
         let mut found = Vec::new();
@@ -135,8 +147,7 @@ impl Engine {
         }
         job.remedy = None;
         job.enter(JobState::Resynchronising, clock::wall_ms());
-        self.keep(job.clone(), &effects).await?;
-        self.resynchronise(job).await
+        self.keep(job.clone(), &effects).await
     }
 
     pub(super) async fn resynchronise(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
