@@ -483,6 +483,7 @@ fn a_policy_that_is_set_counts_at_once_and_until_it_is_reset() {
     cluster.tidegate(&["policy", "set", "--reset", "--control", &cluster.control("master-target")]);
     let shown = cluster.tidegate(&["policy", "show", "--control", &cluster.control("master-target")]);
     assert!(shown.contains("points_max  10000  (configuration)"), "{shown}");
+    let set = |args: &[&str]| cluster.try_tidegate(&[&["policy", "set", "--control", &control], args].concat());
     assert!(set(&["--machine", "m1", "--points-max", "1", "--yes"]).status.success());
     cluster.wait("the machine's own bound counts", Duration::from_secs(10), || cluster.points().len() == 1);
     let shown = cluster.tidegate(&["policy", "show", "--control", &cluster.control("master-target")]);

@@ -334,6 +334,12 @@ impl Engine {
         let entry = self.setup.jobs.get(id).ok_or_else(|| format!("there is no failover {id}: see `tidegate failover list`"))?;
         match entry.job.kind {
             JobKind::Test => return self.cleanup(id).await,
+            JobKind::Reprotect if entry.job.state == JobState::Comparing && entry.busy => {
+                if let Some(give_up) = self.give_up.borrow().get(&id) {
+                    give_up.notify_one();
+                }
+                return Ok(id);
+            }
             JobKind::Reprotect => {
                 return Err(format!(
                     "failover {id} protects the machine again, which has no way back: take the disk out of the configuration to stop it"
