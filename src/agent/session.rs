@@ -237,7 +237,9 @@ impl Link {
             let resumed = volume.backlog().resume(resume_at);
             if resumed.is_ok() {
                 // Before anything is sent: what the replica may have already is asked first.
-                self.command(Command::Compare { volume: index, compare }).await?;
+                let (done, decided) = oneshot::channel();
+                self.command(Command::Compare { volume: index, compare, done }).await?;
+                decided.await.map_err(|_| SessionError::Stopped)?;
                 self.slots[index].credit.set(credit);
                 self.slots[index].spent.set(0);
                 self.slots[index].open.set(true);

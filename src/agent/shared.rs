@@ -158,6 +158,8 @@ pub enum Command {
         volume: usize,
         /// Whether.
         compare: Compare,
+        /// Done.
+        done: oneshot::Sender<()>,
     },
     /// What the replica says to a digest.
     Verdict {

@@ -91,6 +91,8 @@ pub struct Effects {
     pub stand: Vec<(DiskId, Option<Position>)>,
     /// Replicas with a new record.
     pub replicas: Vec<(DiskId, ReplicaRecord)>,
+    /// Replicas that may be overwritten.
+    pub confirmed: Vec<DiskId>,
     /// Replicas whose history is another one from here on.
     pub ended: Vec<DiskId>,
     /// Points that go.
@@ -339,6 +341,13 @@ impl Records {
             }
             for (disk, record) in &effects.replicas {
                 batch.put(DISKS, disk.0.as_bytes(), record)?;
+            }
+            for disk in &effects.confirmed {
+                let key = disk.0.as_bytes();
+                if let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, key)? {
+                    record.content = Content::Confirmed;
+                    batch.put(DISKS, key, &record)?;
+                }
             }
             for disk in &ending {
                 for start in intervals.remove(disk).unwrap_or_default().into_keys() {

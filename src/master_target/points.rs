@@ -86,6 +86,11 @@ impl Book {
             since: clock,
             arrived: BTreeMap::new(),
         });
+        if pending.arrived.get(&disk).is_some_and(|known| *known != position) {
+            // Made twice under one id, by an agent that went down in between: nobody knows which of them the others have.
+            changes.forget.push(marker.point);
+            return changes;
+        }
         pending.arrived.insert(disk, position);
         // Every disk of the machine, by the agent's list and by ours: a point without one of them is no point.
         let complete = marker.disks.iter().chain(configured).all(|d| pending.arrived.contains_key(d));
@@ -340,6 +345,17 @@ mod tests {
         let book = Book::default();
         let changes = book.arrive(disk(1), Position::new(1, 1), &marker(10, &[disk(1)]), &[disk(1), disk(2)], 0);
         assert!(changes.listed.is_none());
+    }
+
+    #[test]
+    fn a_point_that_was_made_twice_under_one_id_is_given_up_and_never_mixed() {
+        let mut book = Book::default();
+        let disks = [disk(1), disk(2)];
+        arrive(&mut book, disks[0], 5, &marker(10, &disks), 0);
+        assert!(!arrive(&mut book, disks[0], 9, &marker(10, &disks), 0));
+        assert!(!arrive(&mut book, disks[1], 9, &marker(10, &disks), 0));
+        assert!(book.all().is_empty());
+        assert_eq!(book.incomplete(), 1);
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub struct DiskReport {
     pub captured: super::Position,
     /// Age of the oldest change that is not yet safe, in microseconds; 0 when all is safe.
     pub lag_us: u64,
+    /// The history of the replica that the agent speaks of.
+    pub generation: u64,
     /// Bytes of the missing ones that still have to be compared with the replica; absent before it is known what has to be.
     pub unverified_bytes: Option<u64>,
 }

@@ -17,6 +17,9 @@ use crate::storage::lock::lock_files;
 use crate::storage::uring::{Uring, UringFile};
 use crate::storage::{AlignedBuf, File, OpenMode, Storage};
 
+/// Who looks for file systems on devices locks each for a moment.
+const LOCK_ATTEMPTS: u32 = 20;
+
 /// An open disk.
 #[allow(clippy::large_enum_variant, reason = "there is one for each disk, not one for each operation")]
 pub(super) enum Local {
@@ -33,7 +36,7 @@ impl Local {
     /// Those of the file system and of the image; a disk shorter than a sector; one that another agent has.
     pub(super) async fn open(disk: &Disk) -> io::Result<(Self, Vec<std::fs::File>)> {
         // Before anything is opened for writing: an image that is opened changes.
-        let lock = lock_files(&disk.kind().files(&disk.path), !disk.read_only)?;
+        let lock = lock_files(&disk.kind().files(&disk.path), !disk.read_only, LOCK_ATTEMPTS)?;
         let storage = if disk.cache == CacheMode::Direct { Uring::direct() } else { Uring::buffered() };
         let local = match disk.kind() {
             Format::Raw => {

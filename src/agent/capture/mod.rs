@@ -174,7 +174,10 @@ impl Capture {
                     }
                 }
                 Command::Resume(done) => drop(done.send(self.go_on())),
-                Command::Compare { volume, compare } => self.volumes[volume].set_compare(compare),
+                Command::Compare { volume, compare, done } => {
+                    self.volumes[volume].set_compare(compare);
+                    let _ = done.send(());
+                }
                 Command::Verdict { volume, verdict } => self.volumes[volume].judge(&verdict),
                 Command::Mark { label, kind, done } => {
                     let capture = self.clone();

@@ -213,11 +213,11 @@ impl Apply {
 
 /// Drops points beyond the policy, then what only they needed.
 pub(super) async fn expire(apply: &Apply, replica: &Replica) -> Result<(), ApplyError> {
-    // A failover may want any of them.
+    let _alone = apply.shared.noting.lock().await;
+    // A failover may want any of them; it chooses under the same lock.
     if replica.shared.condition().hold != Hold::None {
         return Ok(());
     }
-    let _alone = apply.shared.noting.lock().await;
     let policy = apply.policy.now(replica.shared.machine_name.as_str());
     let (gone, hopeless): (Vec<_>, _) = {
         let machine = replica.shared.machine;

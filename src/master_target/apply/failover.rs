@@ -16,6 +16,9 @@ use super::standing;
 use crate::disk::Disk;
 use crate::model::{DiskId, Extent, Hold, Position};
 
+/// How often it is looked whether a replica that is given out of hand is closed, and how long apart.
+const RETIRE_LOOKS: u32 = 200;
+const RETIRE_LOOK: Duration = Duration::from_millis(50);
 /// A checkpoint under way ends by then.
 const HALT_LIMIT: Duration = Duration::from_secs(30);
 
@@ -27,6 +30,16 @@ pub enum Order {
     Halt {
         /// The checkpoint, and the size of the disk.
         done: Answer<(Position, u64)>,
+    },
+    /// Whether nothing was kept behind the checkpoint: no attempt was cut off there.
+    IsSettled {
+        /// The answer.
+        done: Answer<bool>,
+    },
+    /// The machine's disk is served from now on: the number that its changes carry.
+    BeginServing {
+        /// The number.
+        done: Answer<u64>,
     },
     /// How much was overwritten since a point, about.
     Since {
@@ -96,6 +109,8 @@ impl Apply {
             match order {
                 Order::Halt { done } => drop(done.send(Err(none()))),
                 Order::Since { done, .. } => drop(done.send(Err(none()))),
+                Order::IsSettled { done } => drop(done.send(Err(none()))),
+                Order::BeginServing { done } => drop(done.send(Err(none()))),
                 Order::Roll { done, .. } => drop(done.send(Err(none()))),
                 Order::Read { done, .. } => drop(done.send(Err(none()))),
                 Order::NextData { done, .. } => drop(done.send(Err(none()))),
@@ -125,10 +140,18 @@ impl Apply {
                 let halted = match condition.error {
                     Some(error) => Err(error),
                     None if condition.hold < Hold::Standing => Err("the replica is not held".to_owned()),
+                    None if replica.retention.newest_start() > Some(condition.checkpointed) => {
+                        Err(format!("{} was cut off in the middle of a checkpoint, which has to be finished first", replica.shared.label))
+                    }
                     None => Ok((condition.checkpointed, replica.image.size())),
                 };
                 let _ = done.send(halted);
             }
+            Order::IsSettled { done } => {
+                let checkpointed = replica.shared.condition().checkpointed;
+                let _ = done.send(Ok(replica.retention.newest_start() <= Some(checkpointed)));
+            }
+            Order::BeginServing { done } => drop(done.send(Ok(replica.next_serving()))),
             Order::Since { position, done } => drop(done.send(Ok(replica.retention.bytes_since(position)))),
             Order::Roll { before, target, progress, done } => {
                 let _ = done.send(roll::roll(&replica, before, target, &progress).await.map_err(|e| e.to_string()));
@@ -142,6 +165,8 @@ impl Apply {
             }
             Order::EndHistory { done } => {
                 let _alone = replica.changing.lock().await;
+                // What somebody still reads of a point that is dropped ends in an error, never in other content.
+                self.views.borrow_mut().retain(|_, open| open.replica.shared.id != disk);
                 let ended = replica.retention.end().map_err(|e| e.to_string());
                 replica.last_marker.set(None);
                 replica.noted_marker.set(None);
@@ -157,11 +182,15 @@ impl Apply {
     async fn adopt_again(self: &Rc<Self>, id: DiskId) -> Result<(), String> {
         let _one_at_a_time = self.preparing.lock().await;
         let disk = self.shared.disk(id).cloned().ok_or("the disk is not configured")?;
-        disk.set_hold(Hold::None, "");
-        if self.replicas.borrow().contains_key(&id) {
+        let known = self.records.replica(id).map_err(|e| e.to_string())?.is_some();
+        if self.replicas.borrow().contains_key(&id) || !known {
+            // Adopted when its agent connects.
+            disk.set_hold(Hold::None, "");
             return Ok(());
         }
+        disk.set_hold(Hold::None, "");
         disk.condition().error = None;
+        disk.begin_history();
         self.open_existing(&disk, &mut HashMap::new()).await.map_err(|refusal| {
             disk.condition().error = Some(refusal.message.clone());
             refusal.message
@@ -173,12 +202,22 @@ impl Apply {
         let id = replica.shared.id;
         {
             let _alone = replica.changing.lock().await;
+            replica.next_serving();
             replica.image.barrier().await.map_err(|e| e.to_string())?;
         }
         replica.retired.set(true);
         self.writers.borrow_mut().remove(&id);
         self.replicas.borrow_mut().remove(&id);
         replica.shared.queued.notify_one();
-        Ok(replica.format.files(&replica.path))
+        replica.gone.notify_waiters();
+        // Closed with its locks when this is answered: whoever is told opens it.
+        let files = replica.format.files(&replica.path);
+        for _ in 0..RETIRE_LOOKS {
+            if Rc::strong_count(replica) == 1 {
+                return Ok(files);
+            }
+            tokio::time::sleep(RETIRE_LOOK).await;
+        }
+        Err(format!("{} is still read by somebody: end mounts, exports and verifications, then ask again", replica.shared.label))
     }
 }

@@ -235,7 +235,7 @@ async fn thin(apply: Rc<Apply>, replica: Rc<Replica>) {
     replica.retention.learn().await;
     let mut told = String::new();
     while !replica.retired.get() {
-        tokio::time::sleep(THIN_EVERY).await;
+        replica.pause(THIN_EVERY).await;
         // A policy that was set counts at once, also for machines that send nothing.
         if apply.policy.version() != policy {
             policy = apply.policy.version();
@@ -259,7 +259,7 @@ async fn thin(apply: Rc<Apply>, replica: Rc<Replica>) {
                         tracing::error!(disk = disk.label, error, "space of dropped points cannot be given back now; it is tried again");
                         told = error;
                     }
-                    tokio::time::sleep(THIN_AGAIN).await;
+                    replica.pause(THIN_AGAIN).await;
                     break;
                 }
             }
@@ -295,12 +295,15 @@ impl Apply {
         Ok(self.views.borrow().get(&number).ok_or("the view was closed")?.clone())
     }
 
-    async fn read(&self, view: u64, extent: Extent) -> Result<Bytes, String> {
-        let OpenView { view, replica, size, point } = self.open_view_of(view)?;
+    async fn read(&self, number: u64, extent: Extent) -> Result<Bytes, String> {
+        let OpenView { view, replica, size, point } = self.open_view_of(number)?;
         if !extent.fits(size) {
             return Err("the read lies outside the disk".to_owned());
         }
-        match view.read(&replica.image, extent).await {
+        let read = view.read(&replica.image, extent).await;
+        // Its history may have ended while it was read.
+        self.open_view_of(number)?;
+        match read {
             Ok(content) => Ok(content.freeze()),
             Err(error) => Err(self.judge_of(&replica, &error, point).await),
         }

@@ -22,6 +22,10 @@ use crate::storage::lock::lock_files;
 use crate::storage::log::random_u64;
 use crate::storage::uring::{Uring, UringFile, create_dir_durable, is_full};
 
+/// How often a lock that somebody holds is asked for, and how long apart.
+const LOCK_ATTEMPTS: u32 = 20;
+const LOCK_WAIT: Duration = Duration::from_millis(100);
+
 /// An open replica.
 pub struct Replica {
     /// Shared with the network thread.
@@ -42,6 +46,10 @@ pub struct Replica {
     pub changing: tokio::sync::Mutex<()>,
     /// It was given out of hand: its tasks end.
     pub retired: Cell<bool>,
+    /// Rung when that happens.
+    pub gone: tokio::sync::Notify,
+    /// Which serving of the disk may change it: see [`Replica::next_serving`].
+    pub serving: Cell<u64>,
     /// Where the image is.
     pub path: PathBuf,
     /// Its format.
@@ -91,7 +99,7 @@ impl Apply {
             );
         }
         let key = self.kek.unwrap(&record.wrapped_key, disk.id, record.generation).map_err(|e| stop(e.to_string()))?;
-        let lock = lock_image(&path, record.format).map_err(stop)?;
+        let lock = lock_image(&path, record.format).await.map_err(stop)?;
         let image = Image::open(&self.storage, &path, record.format).await.map_err(|e| stop(e.to_string()))?;
         if image.size() < record.size {
             return Err(stop(format!(
@@ -149,6 +157,8 @@ impl Apply {
             arrived: RefCell::default(),
             changing: tokio::sync::Mutex::new(()),
             retired: Cell::new(false),
+            gone: tokio::sync::Notify::new(),
+            serving: Cell::new(0),
             path: self.image_path(disk, record),
             format: record.format,
             _lock: lock,
@@ -280,7 +290,7 @@ impl Apply {
             tracing::warn!(path = %Path::new(&aside).display(), "a file stood where a new replica goes; it was moved aside, remove it if it is not needed");
         }
         let image = Image::create(&self.storage, &path, record.format, size).await.map_err(|e| e.to_string())?;
-        let lock = lock_image(&path, record.format)?;
+        let lock = lock_image(&path, record.format).await?;
         let replica = self.assemble(disk, image, lock, key, &record).await?;
         self.records.put_replica(disk.id, &record).map_err(|e| e.to_string())?;
         {
@@ -305,7 +315,7 @@ impl Apply {
             path: Some(path.clone()),
             content: Content::Unconfirmed,
         };
-        let lock = lock_image(&path, disk.format)?;
+        let lock = lock_image(&path, disk.format).await?;
         let image = Image::open(&self.storage, &path, disk.format).await.map_err(|e| e.to_string())?;
         let record = ReplicaRecord { size: image.size(), ..empty.anew(&self.kek, disk.id) };
         let key = self.kek.unwrap(&record.wrapped_key, disk.id, record.generation).map_err(|e| e.to_string())?;
@@ -341,6 +351,23 @@ impl Apply {
 }
 
 impl Replica {
+    /// Changes of a machine that was served before this come too late: the replica is rolled, or served anew.
+    pub fn next_serving(&self) -> u64 {
+        self.serving.set(self.serving.get() + 1);
+        self.serving.get()
+    }
+
+    /// Waits, but not longer than the replica is here.
+    pub async fn pause(&self, duration: Duration) {
+        if self.retired.get() {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(duration) => {}
+            () = self.gone.notified() => {}
+        }
+    }
+
     /// The opened body of an item, from memory or from the journal.
     pub async fn body(&self, apply: &Apply, item: &mut Item) -> Result<(), super::checkpoint::ApplyError> {
         if item.body.is_some() {
@@ -360,8 +387,15 @@ impl Replica {
 }
 
 /// Keeps agents from an image that is a replica, and the master target from one that an agent has.
-fn lock_image(path: &Path, format: Format) -> Result<Vec<std::fs::File>, String> {
-    lock_files(&format.files(path), true).map_err(|e| format!("{}: {e}", path.display()))
+async fn lock_image(path: &Path, format: Format) -> Result<Vec<std::fs::File>, String> {
+    for _ in 1..LOCK_ATTEMPTS {
+        if let Ok(held) = lock_files(&format.files(path), true, 1) {
+            return Ok(held);
+        }
+        // Others on this thread go on meanwhile.
+        tokio::time::sleep(LOCK_WAIT).await;
+    }
+    lock_files(&format.files(path), true, 1).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 /// The source disk has grown: so does the image, durably, before anything of the new part is accepted. The catalogue learns

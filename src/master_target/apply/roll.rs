@@ -41,6 +41,11 @@ pub struct Progress {
 /// [`ApplyError`]; rolling again goes on.
 pub async fn roll(replica: &Replica, before: Position, target: Position, progress: &Progress) -> Result<u64, ApplyError> {
     let _alone = replica.changing.lock().await;
+    // What the machine wrote before and was not written yet is dropped: nothing of it may come after the roll.
+    replica.next_serving();
+    if replica.retention.newest_start() > Some(before) {
+        return Err(std::io::Error::other("old content was kept behind the place where the failover began").into());
+    }
     replica.retention.begin(before).await?;
     replica.last_marker.set(Some(before));
     replica.noted_marker.set(Some(before));

@@ -30,6 +30,8 @@ const WAITING_MAX: usize = 512;
 pub enum StandingError {
     /// No space for the image, or for what it overwrites.
     Full,
+    /// The disk is not served any more.
+    Over,
     /// Anything else.
     Failed(String),
 }
@@ -46,6 +48,8 @@ pub enum Action {
 
 /// A change under way.
 pub struct Request {
+    /// Which serving of the disk it comes from, see [`Replica::next_serving`].
+    pub serving: u64,
     /// First byte.
     pub offset: u64,
     /// What.
@@ -82,7 +86,11 @@ pub fn start(replica: Rc<Replica>) -> Writer {
                 bytes += more.data_len();
                 group.push(more);
             }
+            let (alone, serving) = (replica.changing.lock().await, replica.serving.get());
+            let (group, late): (Vec<Request>, Vec<Request>) = group.into_iter().partition(|r| r.serving == serving);
             let result = write_group(&replica, &group).await.map_err(|e| told(&replica, &e));
+            drop(alone);
+            late.into_iter().for_each(|request| drop(request.done.send(Err(StandingError::Over))));
             for request in group {
                 let _ = request.done.send(result.clone());
             }
@@ -121,8 +129,8 @@ fn told(replica: &Replica, error: &ApplyError) -> StandingError {
     if full { StandingError::Full } else { StandingError::Failed(error.to_string()) }
 }
 
+/// Writes a group; the caller holds the replica.
 async fn write_group(replica: &Replica, group: &[Request]) -> Result<(), ApplyError> {
-    let _alone = replica.changing.lock().await;
     let mut pieces: OverlayMap<Option<usize>> = OverlayMap::default();
     let mut patched = Vec::new();
     for (index, request) in group.iter().enumerate() {

@@ -1,12 +1,12 @@
 //! Takes requests, keeps jobs durable, runs one task for each job that has something to do.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 
 use super::log::Log;
 use super::{Ask, Entry, Jobs, Request};
@@ -45,12 +45,13 @@ pub struct Setup {
 pub(super) struct Engine {
     pub(super) setup: Setup,
     pub(super) log: RefCell<Log>,
-    /// Rung to make a job give up what it waits for.
-    pub(super) give_up: RefCell<HashMap<u64, Rc<Notify>>>,
+    /// Jobs that somebody wants to end instead of waiting.
+    pub(super) given_up: RefCell<HashSet<u64>>,
     /// Mounts of tests.
     pub(super) mounts: RefCell<HashMap<u64, Vec<String>>>,
     next_id: std::cell::Cell<u64>,
     taking: tokio::sync::Mutex<()>,
+    keeping: tokio::sync::Mutex<()>,
 }
 
 /// Goes on with what was under way, then serves until every sender is gone.
@@ -67,10 +68,11 @@ pub async fn run(setup: Setup, found: Vec<Job>, mut requests: mpsc::Receiver<Req
     let engine = Rc::new(Engine {
         log: RefCell::new(Log::open(&dir)?),
         setup,
-        give_up: RefCell::default(),
+        given_up: RefCell::default(),
         mounts: RefCell::default(),
         next_id: std::cell::Cell::new(next_id),
         taking: tokio::sync::Mutex::new(()),
+        keeping: tokio::sync::Mutex::new(()),
     });
     for entry in engine.setup.jobs.list() {
         if !entry.job.state.is_over() {
@@ -99,7 +101,7 @@ impl Engine {
             if let Some(entry) = engine.setup.jobs.lock().get_mut(&id) {
                 (entry.busy, entry.progress) = (false, None);
             }
-            engine.give_up.borrow_mut().remove(&id);
+            engine.given_up.borrow_mut().remove(&id);
         });
     }
 
@@ -272,14 +274,26 @@ impl Engine {
 
     /// Makes a job durable with its effects, then shows it. States that were entered are logged.
     pub(super) async fn keep(&self, job: Job, effects: &Effects) -> Result<(), String> {
-        let mut effects = effects.clone();
+        // One after the other: the state that is noted last is the one that was entered last.
+        let _alone = self.keeping.lock().await;
+        let (mut job, mut effects) = (job, effects.clone());
         let before = self.setup.jobs.get(job.id).map(|e| e.job.state);
         {
             let jobs = self.setup.jobs.lock();
             let over: Vec<u64> = jobs.values().filter(|e| e.job.state.is_over()).map(|e| e.job.id).collect();
-            // What holds a machine is never forgotten.
-            let holds = |id: &u64| jobs.get(id).is_some_and(|e| e.job.state.hold() != Hold::None);
-            let old: Vec<u64> = over.iter().copied().filter(|id| !holds(id)).collect();
+            // What was said meanwhile about disks that may be overwritten stays said.
+            let said = jobs.get(&job.id).map(|e| e.job.disks.clone()).unwrap_or_default();
+            for disk in &mut job.disks {
+                disk.overwrite |= said.iter().any(|d| d.id == disk.id && d.overwrite);
+            }
+            // The one that says what holds a machine, or that nothing does any more, is never forgotten.
+            let decides = |id: &u64| {
+                jobs.get(id).is_some_and(|e| {
+                    let failover = |j: &Job| j.machine == e.job.machine && j.kind != JobKind::Test && j.state != JobState::Failed;
+                    failover(&e.job) && jobs.values().filter(|other| failover(&other.job)).all(|other| other.job.id <= e.job.id)
+                })
+            };
+            let old: Vec<u64> = over.iter().copied().filter(|id| !decides(id)).collect();
             effects.forgotten = old[..old.len().saturating_sub(OVER_KEPT)].to_vec();
         }
         let (records, kept) = (self.setup.records.clone(), job.clone());

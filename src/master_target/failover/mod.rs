@@ -10,6 +10,7 @@
 
 mod answers;
 mod choice;
+mod decisions;
 mod engine;
 mod hooks;
 mod log;

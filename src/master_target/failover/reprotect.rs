@@ -9,8 +9,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Notify;
-
 use super::engine::Engine;
 use crate::clock;
 use crate::config::units::show_size;
@@ -71,14 +69,7 @@ impl Engine {
         let mut job = self.new_job(JobKind::Reprotect, JobState::Comparing, Choice::Latest, None, &taken, by);
         mark(&mut job, &overwrite);
         let id = job.id;
-        let begins = !effects.replicas.is_empty();
         self.keep(job, &effects).await?;
-        if begins {
-            for disk in &taken {
-                disk.begin_history();
-                self.order(disk.id, |done| Order::Adopt { done }).await?;
-            }
-        }
         self.go_on(id, false);
         Ok(id)
     }
@@ -101,21 +92,20 @@ impl Engine {
     }
 
     pub(super) async fn compare(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
-        let give_up = Rc::new(Notify::new());
-        self.give_up.borrow_mut().insert(job.id, give_up.clone());
-        tokio::select! {
-            result = self.compare_all(job) => result?,
-            () = give_up.notified() => return Err("it was cancelled; nothing was overwritten".to_owned()),
-        }
+        self.compare_all(job).await?;
         if job.state == JobState::Resynchronising { self.resynchronise(job).await } else { Ok(()) }
     }
 
     async fn compare_all(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
         let disks: Vec<Arc<DiskShared>> = self.disks(job.machine).into_iter().filter(|d| job.disk(d.id).is_some()).collect();
+        for disk in &disks {
+            // Also after a restart, and when the image could not be opened the last time.
+            self.order(disk.id, |done| Order::Adopt { done }).await?;
+        }
         self.step(job, "compare source and disks").await?;
         let mut found = Vec::new();
         for disk in &disks {
-            self.wait_for(disk, |report| report.unverified_bytes == Some(0)).await;
+            self.wait_for(job.id, disk, |report| report.unverified_bytes == Some(0)).await?;
             let size = disk.condition().size;
             found.push(format!("{}: {} of {} differ", disk.name, show_size(disk.differing_bytes()), show_size(size)));
             if let Some(d) = job.disks.iter_mut().find(|d| d.id == disk.id) {
@@ -138,13 +128,11 @@ impl Engine {
             ));
             return self.keep(job.clone(), &Effects::default()).await;
         }
-        let mut effects = Effects::default();
         for disk in &disks {
             let record = self.setup.records.replica(disk.id).map_err(|e| e.to_string())?;
-            let mut record = record.ok_or_else(|| format!("{} has no replica yet: its agent has not connected", disk.label))?;
-            record.content = Content::Confirmed;
-            effects.replicas.push((disk.id, record));
+            record.ok_or_else(|| format!("{} has no replica yet: its agent has not connected", disk.label))?;
         }
+        let effects = Effects { confirmed: disks.iter().map(|d| d.id).collect(), ..Effects::default() };
         job.remedy = None;
         job.enter(JobState::Resynchronising, clock::wall_ms());
         self.keep(job.clone(), &effects).await
@@ -158,7 +146,7 @@ impl Engine {
         }
         self.step(job, "send what differs").await?;
         for disk in &disks {
-            self.wait_for(disk, |report| report.missing_bytes == 0 && report.unverified_bytes == Some(0)).await;
+            self.wait_for(job.id, disk, |report| report.missing_bytes == 0 && report.unverified_bytes == Some(0)).await?;
         }
         self.done(job, None).await?;
         self.step(job, "wait for the first point").await?;
@@ -170,15 +158,16 @@ impl Engine {
         self.keep(job.clone(), &Effects::default()).await
     }
 
-    async fn wait_for(&self, disk: &DiskShared, enough: impl Fn(&DiskReport) -> bool) {
+    async fn wait_for(&self, id: u64, disk: &DiskShared, enough: impl Fn(&DiskReport) -> bool) -> Result<(), String> {
         loop {
             let report = disk.condition().report.clone();
             if let Some((report, at)) = report
                 && clock::now().since(at) < FRESH
                 && enough(&report)
             {
-                return;
+                return Ok(());
             }
+            self.go_on_waiting(id)?;
             tokio::time::sleep(LOOK).await;
         }
     }

@@ -1,11 +1,12 @@
 //! What jobs do, step by step. Each state is durable before its work begins and its work can be done again.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 
 use super::engine::Engine;
 use super::hooks::{self, Phase};
@@ -18,14 +19,18 @@ use crate::master_target::catalogue::Effects;
 use crate::master_target::recover::{Command as RecoverCommand, Serve};
 use crate::master_target::shared::DiskShared;
 use crate::model::job::{ChosenPoint, JobDisk};
-use crate::model::{Address, Choice, DiskId, Hold, Job, JobKind, JobState, MachineId, PointId, PointKind, Position, RecoveryPoint, Wanted};
+use crate::model::{
+    Address, Choice, DiskId, Hold, Job, JobKind, JobState, PointId, PointKind, Position, RecoveryPoint, ReplicationState, Wanted,
+};
 
 /// How often what is waited for is looked at.
 const LOOK: Duration = Duration::from_millis(50);
 /// Batches that were received must be in the journal by then, or the journal is stuck.
 const JOURNAL_LIMIT: Duration = Duration::from_secs(60);
-/// A scrub that runs lets go of its point by then.
-const SCRUB_LIMIT: Duration = Duration::from_secs(3);
+/// A marker that does not become a point for so long was lost.
+const POINT_LIMIT: Duration = Duration::from_secs(30);
+/// Between two attempts to note a job's end.
+const KEEP_AGAIN: Duration = Duration::from_secs(1);
 
 impl Engine {
     /// Does what the job's state asks for, until it waits for a person.
@@ -50,14 +55,10 @@ impl Engine {
         job.error = Some(error.clone());
         job.remedy = Some(match job.state {
             // Nothing was changed yet.
-            JobState::Preparing | JobState::Quiescing | JobState::Draining => {
-                self.set_hold(&job, Hold::None);
-                for disk in self.disks(job.machine) {
-                    disk.set_wanted(Wanted::Run);
-                }
+            JobState::Preparing | JobState::Quiescing | JobState::Draining | JobState::Comparing => {
                 self.unmount(&job).await;
-                job.enter(JobState::Failed, clock::wall_ms());
-                "nothing was changed: correct what the error names and ask again".to_owned()
+                "nothing was changed: correct what the error names and ask again. Meanwhile `failover test` runs the machine from any point"
+                    .to_owned()
             }
             JobState::Rolling => format!(
                 "correct what the error names, then `tidegate failover change-point {id}` to go on or `tidegate failover cancel {id}` to go back; every point is as it was"
@@ -66,21 +67,34 @@ impl Engine {
             _ => format!("correct what the error names, then ask again; see `tidegate failover show {id}`"),
         });
         tracing::error!(job = id, machine = job.machine_name, error, "failover does not go on");
-        if let Err(error) = self.keep(job, &Effects::default()).await {
-            tracing::error!(job = id, error, "the state of a failover cannot be noted");
+        let undone = matches!(job.state, JobState::Preparing | JobState::Quiescing | JobState::Draining | JobState::Comparing);
+        if undone {
+            job.enter(JobState::Failed, clock::wall_ms());
+        }
+        // The source goes on only when it is durable that this failover does not: a restart must not take it up again.
+        let mut told = false;
+        while let Err(error) = self.keep(job.clone(), &Effects::default()).await {
+            if !std::mem::replace(&mut told, true) {
+                tracing::error!(job = id, error, "the state of a failover cannot be noted; it is tried again");
+            }
+            tokio::time::sleep(KEEP_AGAIN).await;
+        }
+        if undone && job.kind != JobKind::Test && job.kind != JobKind::Reprotect {
+            self.set_hold(&job, Hold::None);
+            for disk in self.disks(job.machine) {
+                disk.set_wanted(Wanted::Run);
+            }
         }
     }
 
-    // ---- failing over ------------------------------------------------------------------------------------------------
+    /// Whether somebody wants a job to end instead of waiting. Asked between its durable steps, so that none is cut in two.
+    pub(super) fn go_on_waiting(&self, id: u64) -> Result<(), String> {
+        if self.given_up.borrow().contains(&id) { Err("it was cancelled".to_owned()) } else { Ok(()) }
+    }
 
     async fn fail_over(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
-        let give_up = Rc::new(Notify::new());
-        self.give_up.borrow_mut().insert(job.id, give_up.clone());
-        tokio::select! {
-            result = self.halt_and_choose(job) => result?,
-            () = give_up.notified() => return Err("it was cancelled".to_owned()),
-        }
-        // From here on nobody can give up by waiting: cancelling is a roll.
+        self.halt_and_choose(job).await?;
+        // From here on nobody gives up by waiting: cancelling is a roll.
         self.roll(job).await
     }
 
@@ -104,66 +118,94 @@ impl Engine {
                 if clock::now().since(started) > JOURNAL_LIMIT {
                     return Err(format!("the journal does not take what arrived of {}", disk.label));
                 }
+                self.go_on_waiting(job.id)?;
                 tokio::time::sleep(LOOK).await;
             }
         }
-        if job.choice == Choice::Latest {
-            for disk in &disks {
-                loop {
-                    let condition = disk.condition().clone();
-                    if disk.waiting() == 0 && condition.checkpointed == condition.journaled {
-                        break;
-                    }
-                    if let Some(error) = condition.error {
-                        return Err(format!(
-                            "what arrived of {} cannot be applied ({error}): choose latest-processed to go without it",
-                            disk.label
-                        ));
-                    }
-                    tokio::time::sleep(LOOK).await;
-                }
-            }
+        for disk in &disks {
+            self.settle(job, disk).await?;
         }
         self.done(job, None).await?;
         self.step(job, "halt the replicas").await?;
         self.set_hold(job, Hold::Standing);
+        let mut unusable = BTreeMap::new();
         for disk in &disks {
-            let (before, size) = self.order(disk.id, |done| Order::Halt { done }).await?;
-            set_disk(job, disk.id, |d| (d.before, d.size) = (Some(before), size));
+            match self.order(disk.id, |done| Order::Halt { done }).await {
+                Ok((before, size)) => set_disk(job, disk.id, |d| (d.before, d.size) = (Some(before), size)),
+                // Only a disk that the point has is needed.
+                Err(error) => drop(unusable.insert(disk.id, error)),
+            }
         }
         self.done(job, None).await?;
         self.step(job, "choose the point").await?;
+        self.go_on_waiting(job.id)?;
+        // Nothing expires meanwhile; from here on the hold keeps every point.
+        let noting = self.setup.shared.noting.lock().await;
         let point = self.choose(job)?;
-        let told = describe(&point);
-        aim(job, &point)?;
+        drop(noting);
+        if let Some((_, error)) = unusable.iter().find(|(disk, _)| point.disks.contains_key(disk)) {
+            return Err(error.clone());
+        }
+        let told = aim(job, &point);
         self.done(job, Some(told)).await?;
         job.enter(JobState::Rolling, clock::wall_ms());
         let stand = job.disks.iter().map(|d| (d.id, d.before)).collect();
         self.keep(job.clone(), &Effects { stand, ..Effects::default() }).await
     }
 
+    /// Waits until a disk's replica stands at a checkpoint and nothing beyond it: what a crash cut off half-way has to be
+    /// applied to its end first, whichever point is wanted, because old content that the attempt kept behind the checkpoint
+    /// counts from where it was kept. With [`Choice::Latest`] also until everything that arrived is applied.
+    async fn settle(&self, job: &Job, disk: &DiskShared) -> Result<(), String> {
+        let has_points = self.setup.shared.book().of(job.machine).iter().any(|p| p.disks.contains_key(&disk.id));
+        if !has_points {
+            return Ok(());
+        }
+        loop {
+            let condition = disk.condition().clone();
+            let all = disk.waiting() == 0 && condition.checkpointed == condition.journaled;
+            if all || job.choice != Choice::Latest && self.order(disk.id, |done| Order::IsSettled { done }).await? {
+                return Ok(());
+            }
+            if let Some(error) = condition.error {
+                return Err(format!("what arrived of {} cannot be applied: {error}", disk.label));
+            }
+            self.go_on_waiting(job.id)?;
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
     async fn quiesce(self: &Rc<Self>, job: &mut Job, disks: &[Arc<DiskShared>]) -> Result<(), String> {
         self.step(job, "stop the source and take the final point").await?;
-        let point = match &job.point {
-            Some(point) => point.id,
-            None => {
-                let id = PointId(uuid::Uuid::new_v4());
-                job.point = Some(ChosenPoint { id, kind: PointKind::Crash, label: None, wall_ms: clock::wall_ms() });
-                self.keep(job.clone(), &Effects::default()).await?;
-                id
-            }
-        };
-        for disk in disks {
-            disk.set_wanted(Wanted::Quiesce(point));
-        }
+        let mut asked = clock::now();
         let listed = loop {
+            let point = match &job.point {
+                Some(point) => point.id,
+                None => {
+                    let id = PointId(uuid::Uuid::new_v4());
+                    job.point = Some(ChosenPoint { id, kind: PointKind::Crash, label: None, wall_ms: clock::wall_ms() });
+                    self.keep(job.clone(), &Effects::default()).await?;
+                    asked = clock::now();
+                    id
+                }
+            };
+            disks.iter().filter(|d| d.wanted() != Wanted::Quiesce(point)).for_each(|d| d.set_wanted(Wanted::Quiesce(point)));
             let found = self.setup.shared.book().get(point).cloned();
             if let Some(found) = found {
                 break found;
             }
+            // Handed over, everything sent, and still no point: a marker was lost with its agent. Another one is asked for.
+            let handed_over =
+                |d: &Arc<DiskShared>| d.condition().report.as_ref().is_some_and(|(r, _)| r.state == ReplicationState::FailedOver);
+            if !disks.iter().all(handed_over) {
+                asked = clock::now();
+            } else if clock::now().since(asked) > POINT_LIMIT {
+                job.point = None;
+            }
+            self.go_on_waiting(job.id)?;
             tokio::time::sleep(LOOK).await;
         };
-        job.choice = Choice::Point(point.to_string());
+        job.choice = Choice::Point(listed.id.to_string());
         // The agent takes no more writes: its newest change is the final marker of each disk.
         let started = clock::now();
         let mut proof = Vec::new();
@@ -189,6 +231,8 @@ impl Engine {
     }
 
     async fn roll(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        self.stop_machine(job).await?;
+        self.stop_serving(job).await;
         for disk in job.disks.clone() {
             let (Some(before), Some(target)) = (disk.before, disk.target) else {
                 return Err(format!("{} has no place to roll to", disk.name));
@@ -224,7 +268,8 @@ impl Engine {
             self.step(job, &format!("serve {}", disk.name)).await?;
             let address = Address::Unix(dir.join(format!("{}.sock", disk.name)));
             let label = format!("{}/{}", job.machine_name, disk.name);
-            let serve = Serve { name: service(job.id, &disk), disk: disk.id, label, address: address.clone(), size: disk.size };
+            let period = self.order(disk.id, |done| Order::BeginServing { done }).await?;
+            let serve = Serve { name: service(job.id, &disk), disk: disk.id, label, address: address.clone(), size: disk.size, period };
             let (done, answer) = oneshot::channel();
             self.setup.recover.send(RecoverCommand::Serve { serve, done }).await.map_err(|_| gone())?;
             answer.await.map_err(|_| gone())??;
@@ -239,75 +284,9 @@ impl Engine {
         if job.state == JobState::Committed {
             self.end_histories(job).await?;
         }
-        self.serve(job).await
-    }
-
-    // ---- decisions ---------------------------------------------------------------------------------------------------
-
-    /// Another point for a failover that is not committed; the same again goes on with one that failed.
-    pub(super) async fn change_point(self: &Rc<Self>, id: u64, choice: Choice) -> Result<u64, String> {
-        let mut job =
-            self.at_rest(id, &[JobState::FailedOver, JobState::Rolling], "only a failover that is not committed can change its point")?;
-        job.choice = match choice {
-            // Nothing arrives any more; the newest is the newest.
-            Choice::Latest => Choice::LatestProcessed,
-            other => other,
-        };
-        let point = self.choose(&job)?;
-        self.stop_machine(&mut job).await?;
-        self.stop_serving(&mut job).await;
-        aim(&mut job, &point)?;
-        (job.error, job.remedy) = (None, None);
-        job.enter(JobState::Rolling, clock::wall_ms());
-        self.keep(job, &Effects::default()).await?;
-        self.go_on(id, false);
-        Ok(id)
-    }
-
-    /// Keeps the failover and drops the points. The machine goes on running meanwhile.
-    pub(super) async fn commit(self: &Rc<Self>, id: u64, drop_pinned: bool) -> Result<u64, String> {
-        let mut job = self.at_rest(id, &[JobState::FailedOver], "only a failover that stands can be committed")?;
-        self.wait_for_scrub(job.machine).await;
-        let _alone = self.setup.shared.noting.lock().await;
-        let dropped = {
-            let book = self.setup.shared.book();
-            let pinned = book.of(job.machine).iter().filter(|p| p.pinned).count();
-            if pinned > 0 && !drop_pinned {
-                return Err(format!(
-                    "{pinned} points of {} are pinned, and committing drops every point: export what you need, then add --drop-pinned",
-                    job.machine_name
-                ));
-            }
-            if let Some(used) = book.of(job.machine).iter().find(|p| book.is_in_use(p.id)) {
-                return Err(format!("point {} is mounted or being exported: end that first, see `tidegate recover list`", used.id));
-            }
-            job.disks.iter().flat_map(|d| book.needing(d.id)).collect::<std::collections::BTreeSet<_>>()
-        };
-        let dropped: Vec<PointId> = dropped.into_iter().collect();
-        job.enter(JobState::Committing, clock::wall_ms());
-        let stand = job.disks.iter().map(|d| (d.id, None)).collect();
-        self.keep(job, &Effects { stand, dropped: dropped.clone(), ..Effects::default() }).await?;
-        {
-            let mut book = self.setup.shared.book();
-            book.unlist(&dropped);
-            book.forget_pending(&dropped);
-        }
-        self.go_on(id, false);
-        Ok(id)
-    }
-
-    /// A scrub lets go of its point when it sees that the machine fails over.
-    async fn wait_for_scrub(&self, machine: MachineId) {
-        let started = clock::now();
-        while clock::now().since(started) < SCRUB_LIMIT {
-            {
-                let book = self.setup.shared.book();
-                if !book.of(machine).iter().any(|p| book.is_in_use(p.id)) {
-                    return;
-                }
-            }
-            tokio::time::sleep(LOOK).await;
-        }
+        self.serve(job).await?;
+        // It went down between the roll and the hook: the machine was not started yet.
+        if job.state == JobState::FailedOver && !job.hook_started { self.start_machine(job).await } else { Ok(()) }
     }
 
     async fn end_history(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
@@ -329,42 +308,9 @@ impl Engine {
         Ok(())
     }
 
-    /// Back to replication, or out of waiting.
-    pub(super) async fn cancel(self: &Rc<Self>, id: u64) -> Result<u64, String> {
-        let entry = self.setup.jobs.get(id).ok_or_else(|| format!("there is no failover {id}: see `tidegate failover list`"))?;
-        match entry.job.kind {
-            JobKind::Test => return self.cleanup(id).await,
-            JobKind::Reprotect if entry.job.state == JobState::Comparing && entry.busy => {
-                if let Some(give_up) = self.give_up.borrow().get(&id) {
-                    give_up.notify_one();
-                }
-                return Ok(id);
-            }
-            JobKind::Reprotect => {
-                return Err(format!(
-                    "failover {id} protects the machine again, which has no way back: take the disk out of the configuration to stop it"
-                ));
-            }
-            _ => {}
-        }
-        if entry.busy && matches!(entry.job.state, JobState::Quiescing | JobState::Draining) {
-            if let Some(give_up) = self.give_up.borrow().get(&id) {
-                give_up.notify_one();
-            }
-            return Ok(id);
-        }
-        let states = [JobState::FailedOver, JobState::Rolling, JobState::Cancelling];
-        let mut job = self.at_rest(id, &states, "a committed failover has no way back: protect the machine again and fail over home")?;
-        self.stop_machine(&mut job).await?;
-        self.stop_serving(&mut job).await;
-        (job.error, job.remedy) = (None, None);
-        job.enter(JobState::Cancelling, clock::wall_ms());
-        self.keep(job, &Effects::default()).await?;
-        self.go_on(id, false);
-        Ok(id)
-    }
-
     async fn roll_back(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
+        self.stop_machine(job).await?;
+        self.stop_serving(job).await;
         for disk in job.disks.clone() {
             let Some(before) = disk.before else { continue };
             self.step(job, &format!("bring {} back to where it was", disk.name)).await?;
@@ -382,18 +328,6 @@ impl Engine {
         Ok(())
     }
 
-    /// Ends a test, or gives the images of a committed failover out of hand.
-    pub(super) async fn cleanup(self: &Rc<Self>, id: u64) -> Result<u64, String> {
-        let states = [JobState::Running, JobState::Committed, JobState::CleaningUp, JobState::Releasing];
-        let mut job =
-            self.at_rest(id, &states, "cleanup is for tests and for committed failovers; `cancel` goes back, `commit` goes on")?;
-        let next = if job.kind == JobKind::Test { JobState::CleaningUp } else { JobState::Releasing };
-        job.enter(next, clock::wall_ms());
-        self.keep(job, &Effects::default()).await?;
-        self.go_on(id, false);
-        Ok(id)
-    }
-
     async fn release(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
         self.stop_machine(job).await?;
         self.stop_serving(job).await;
@@ -408,8 +342,6 @@ impl Engine {
         self.set_hold(job, Hold::Released);
         Ok(())
     }
-
-    // ---- parts -------------------------------------------------------------------------------------------------------
 
     pub(super) async fn start_machine(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
         let Some(name) = job.hook.clone() else { return Ok(()) };
@@ -522,18 +454,23 @@ pub(super) fn set_disk(job: &mut Job, id: DiskId, change: impl FnOnce(&mut JobDi
     }
 }
 
-/// Sets where each disk is to stand.
-fn aim(job: &mut Job, point: &RecoveryPoint) -> Result<(), String> {
+/// Sets where each disk is to stand; a disk that joined after the point is left out. What a person is told.
+pub(super) fn aim(job: &mut Job, point: &RecoveryPoint) -> String {
+    let (there, left_out): (Vec<JobDisk>, Vec<JobDisk>) =
+        std::mem::take(&mut job.disks).into_iter().partition(|d| point.disks.contains_key(&d.id));
+    job.disks = there;
     for disk in &mut job.disks {
-        let target = point.disks.get(&disk.id).copied();
-        disk.target =
-            Some(target.ok_or_else(|| format!("point {} has no disk {}: it joined later. Choose a newer point", point.id, disk.name))?);
+        disk.target = point.disks.get(&disk.id).copied();
         if let Some(&size) = point.sizes.get(&disk.id) {
             disk.size = size;
         }
     }
     job.point = Some(chosen(point));
-    Ok(())
+    let left_out: Vec<String> = left_out.into_iter().map(|d| d.name).collect();
+    if left_out.is_empty() {
+        return describe(point);
+    }
+    format!("{}; it does not have {}, which joined later", describe(point), left_out.join(", "))
 }
 
 pub(super) fn chosen(point: &RecoveryPoint) -> ChosenPoint {

@@ -20,7 +20,9 @@ impl Engine {
         self.done(job, Some(told)).await?;
         let dir = self.dir(job.id);
         crate::storage::uring::create_dir_durable(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
-        for disk in self.disks(job.machine) {
+        // A disk that joined later is not there.
+        job.disks.retain(|d| point.disks.contains_key(&d.id));
+        for disk in self.disks(job.machine).into_iter().filter(|d| point.disks.contains_key(&d.id)) {
             self.step(job, &format!("mount {}", disk.name)).await?;
             let address = Address::Unix(dir.join(format!("{}.sock", disk.name)));
             let (done, answer) = oneshot::channel();

@@ -216,7 +216,11 @@ impl DiskStream<'_> {
             }
             match prefix.kind {
                 ItemType::Report => {
-                    let report: DiskReport = decode_control(&record[RECORD_HEADER_LEN..])?;
+                    let mut report: DiskReport = decode_control(&record[RECORD_HEADER_LEN..])?;
+                    if report.generation != self.prepared.generation {
+                        // What was compared was another history's.
+                        report.unverified_bytes = None;
+                    }
                     self.shared.condition().report = Some((report, clock::now()));
                 }
                 ItemType::Batch => self.take_batch(prefix, record, connection).await?,
@@ -289,6 +293,9 @@ impl DiskStream<'_> {
 
     /// Counts a batch as received, unless a failover began: from the moment in which it did nothing new counts.
     fn queue(&self, header: BatchHeader, body: AlignedBuf, travel: Travel) -> Result<u64, StreamError> {
+        if self.disk.generation.get() != self.prepared.generation {
+            return Err(StreamError::Superseded);
+        }
         let mut condition = self.shared.condition();
         if condition.hold != Hold::None {
             return Err(StreamError::Refused { retry: false, message: condition.hold_reason.clone() });

@@ -10,6 +10,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -67,9 +68,14 @@ impl Staging {
     /// A sentence.
     pub(super) fn take(dir: PathBuf) -> Result<Self, String> {
         let told = |e: io::Error| format!("{}: {e}", dir.display());
-        match fs::create_dir(&dir) {
+        match fs::DirBuilder::new().mode(0o700).create(&dir) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(told(e)),
             _ => {}
+        }
+        // In a folder that others write, somebody else may have put it there.
+        let found = fs::symlink_metadata(&dir).map_err(told)?;
+        if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() || found.mode() & 0o022 != 0 {
+            return Err(format!("{} was not made by this master target: remove it, or choose another --output", dir.display()));
         }
         let lock = lock(&dir).map_err(told)?.ok_or("this point is being exported to that file already: see `tidegate recover list`")?;
         Ok(Self { dir, _lock: lock })

@@ -23,6 +23,7 @@ pub(super) struct Standing {
     pub(super) disk: DiskId,
     pub(super) name: String,
     pub(super) size: u64,
+    pub(super) period: u64,
 }
 
 impl Standing {
@@ -38,10 +39,11 @@ impl Standing {
 
     async fn change(&self, offset: u64, action: Action, durable: bool) -> Result<(), NbdError> {
         let (done, answer) = oneshot::channel();
-        let order = Order::Change(Request { offset, action, durable, done });
+        let order = Order::Change(Request { serving: self.period, offset, action, durable, done });
         self.apply.send(ApplyCommand::Failover { disk: self.disk, order }).await.map_err(|_| NbdError::Shutdown)?;
         answer.await.map_err(|_| NbdError::Shutdown)?.map_err(|error| match error {
             StandingError::Full => NbdError::NoSpace,
+            StandingError::Over => NbdError::Shutdown,
             StandingError::Failed(_) => NbdError::Io,
         })
     }
@@ -99,6 +101,8 @@ pub struct Serve {
     pub address: crate::model::Address,
     /// Bytes that the machine sees.
     pub size: u64,
+    /// The number that its changes carry, see [`crate::master_target::apply::replica::Replica::next_serving`].
+    pub period: u64,
 }
 
 /// Serves until stopped; answers whether it could begin.
@@ -114,7 +118,7 @@ pub(super) async fn serve(
     };
     let _ = done.send(Ok(()));
     let name = serve.label.rsplit('/').next().unwrap_or_default().to_owned();
-    let export = Rc::new(Standing { apply, disk: serve.disk, name, size: serve.size });
+    let export = Rc::new(Standing { apply, disk: serve.disk, name, size: serve.size, period: serve.period });
     tokio::select! {
         () = super::mount::accept(listener, export) => {}
         () = stop.notified() => {}

@@ -419,6 +419,11 @@ impl<S: Storage> Retention<S> {
         Ok(())
     }
 
+    /// Where the newest interval begins that has a file.
+    pub fn newest_start(&self) -> Option<Position> {
+        self.files.borrow().keys().next_back().copied()
+    }
+
     /// Bytes of the intervals from `position` on: about what was overwritten since.
     pub fn bytes_since(&self, position: Position) -> u64 {
         self.files.borrow().range(position..).map(|(_, bytes)| *bytes).sum()

@@ -48,7 +48,10 @@ pub(super) async fn run(server: Rc<Server>, disk: Rc<Disk>, connection: quinn::C
         while disk.record.borrow().is_none() && disk.size.get() == 0 {
             disk.forward.notified().await;
         }
-        let Err(error) = session(&server, &disk, &connection).await else { continue };
+        let ended = session(&server, &disk, &connection).await;
+        // Nobody knows what is wanted now.
+        disk.wanted.set(None);
+        let Err(error) = ended else { continue };
         if connection.close_reason().is_some() {
             return;
         }

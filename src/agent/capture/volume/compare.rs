@@ -52,9 +52,13 @@ impl Volume {
 
     /// What the replica says to a digest.
     pub(in crate::agent::capture) fn judge(&self, verdict: &Verdict) {
+        if verdict.extent.len == 0 || !verdict.extent.fits(self.shared.size()) {
+            return;
+        }
         let region = *self.regions.borrow().of(verdict.extent).start();
         let inside = verdict.differs.iter().all(|e| e.len > 0 && e.offset >= verdict.extent.offset && e.end() <= verdict.extent.end());
-        if !inside || verdict.extent.len == 0 || !verdict.extent.fits(self.shared.size()) {
+        // The last region may have grown since.
+        if !inside || self.region_extent(region) != verdict.extent {
             return;
         }
         let outcome = self.comparison.borrow_mut().verdict(region, verdict.at.sequence, verdict.differs.clone());

@@ -307,6 +307,7 @@ impl Volume {
             backlog_bytes: backlog.bytes(),
             captured: backlog.rungs()[0].1,
             lag_us: micros(backlog.lag(now)),
+            generation: self.map.header().generation,
             unverified_bytes: self.unverified_bytes(),
         }
     }

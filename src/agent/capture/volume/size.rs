@@ -46,6 +46,9 @@ impl Volume {
         if let Err(error) = &grown {
             self.failed(error);
         } else {
+            // What was compared ended where the disk ended.
+            let last = self.regions.borrow().of(Extent::new(from - 1, 1));
+            self.comparison.borrow_mut().lost(last);
             self.regions.borrow_mut().grow(to);
             self.shared.set_size(to);
             tracing::info!(disk = self.shared.label, from, to, "the disk has grown; clients see its new size when they connect again");
@@ -57,6 +60,8 @@ impl Volume {
         let _alone = self.changing.lock().await;
         self.restarting.set(true);
         let marked = self.map.mark_all().await;
+        let all = self.regions.borrow().of(Extent::new(0, known));
+        self.comparison.borrow_mut().lost(all);
         self.regions.borrow_mut().lose(Extent::new(0, known));
         if let Err(error) = &marked {
             self.failed(error);
