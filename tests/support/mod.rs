@@ -13,6 +13,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 pub mod faulty_storage;
+pub mod guest;
 pub mod mounted;
 mod rng;
 
@@ -301,10 +302,22 @@ impl Cluster {
 
     /// Makes a point and waits until it is listed.
     pub fn mark(&self, label: &str) -> String {
-        let marked = self.json("agent", &["point", "mark", "--machine", "m1", "--label", label]);
-        let id = marked["point"].as_str().unwrap_or_else(|| panic!("no point: {marked}")).to_owned();
+        let id = self.mark_unlisted(label);
         self.wait(&format!("point {label} is listed"), Duration::from_secs(60), || self.points().iter().any(|p| p["id"] == id.as_str()));
         id
+    }
+
+    /// Makes a point, which is listed at the master target some time later.
+    pub fn mark_unlisted(&self, label: &str) -> String {
+        let marked = self.json("agent", &["point", "mark", "--machine", "m1", "--label", label]);
+        marked["point"].as_str().unwrap_or_else(|| panic!("no point: {marked}")).to_owned()
+    }
+
+    /// Runs a `failover` command at the master target, and returns the job.
+    pub fn failover(&self, args: &[&str]) -> Value {
+        let control = self.control("master-target");
+        let text = self.tidegate(&[&["failover"], args, &["--json", "--control", &control]].concat());
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("failover {args:?}: {e}: {text}"))
     }
 
     /// Exports a point.

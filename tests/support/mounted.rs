@@ -10,7 +10,8 @@ use super::{s, tool, try_tool};
 /// Ends with the test.
 pub struct Mounted {
     fuse: Child,
-    file: PathBuf,
+    /// The disk as a file.
+    pub file: PathBuf,
     /// Where the file system is, once it is mounted.
     pub point: PathBuf,
 }
