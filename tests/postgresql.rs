@@ -64,6 +64,7 @@ impl Server {
         let settings = "listen_addresses = ''\nshared_buffers = 32MB\nmin_wal_size = 32MB\nmax_wal_size = 64MB\ncheckpoint_timeout = 30s\n";
         let file = self.data.join("postgresql.conf");
         fs::write(&file, fs::read_to_string(&file).unwrap() + settings).unwrap();
+        tool("sync", &[s(&file)]);
     }
 
     /// Our own child, so that nothing is left of it once it ended, whoever is process 1 here.
