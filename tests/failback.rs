@@ -55,7 +55,7 @@ fn move_away(cluster: &mut Cluster, what: &str) -> String {
 }
 
 fn release(cluster: &Cluster) {
-    assert_eq!(failover(cluster, &["commit", "m1"])["state"], "committed");
+    assert_eq!(failover(cluster, &["commit", "m1", "--yes"])["state"], "committed");
     assert_eq!(failover(cluster, &["cleanup", "m1"])["state"], "released");
 }
 

@@ -142,7 +142,7 @@ fn a_test_failover_stands_alone_runs_the_hook_and_leaves_no_trace() {
     let third = m.point("third");
     let beside = m.failover(&["test", "m1", "--point", "latest", "--cleanup"]);
     assert_eq!(beside["state"], "cleaned");
-    assert!(m.refused(&["commit", "1"]).contains("is running"), "a test is not committed");
+    assert!(m.refused(&["commit", "1", "--yes"]).contains("is running"), "a test is not committed");
     let cleaned = m.failover(&["cleanup", "1"]);
     assert_eq!(cleaned["state"], "cleaned");
     assert!(m.env("stop").contains("TIDEGATE_JOB=1"));
@@ -253,8 +253,8 @@ fn a_committed_failover_has_no_way_back_and_gives_the_images_out_of_hand() {
     let uris = Machine::uris(&job);
     m.scribble(&uris, 50);
     m.cluster.tidegate(&["point", "pin", &ids[0], "--control", &m.cluster.control("master-target")]);
-    assert!(m.refused(&["commit", "m1"]).contains("--drop-pinned"));
-    let committed = m.failover(&["commit", "m1", "--drop-pinned"]);
+    assert!(m.refused(&["commit", "m1", "--yes"]).contains("--drop-pinned"));
+    let committed = m.failover(&["commit", "m1", "--yes", "--drop-pinned"]);
     assert_eq!(committed["state"], "committed", "{committed}");
     assert_eq!(m.cluster.points().len(), 0);
     assert!(m.refused(&["cancel", "1"]).contains("no way back"));

@@ -39,7 +39,10 @@ impl Role for Control {
                 Some(error),
                 Some("correct what the reason names; it is tried again every few seconds".to_owned()),
             ),
-            (true, None) => (worst, None, None),
+            (true, None) => {
+                let of = disks.iter().find(|d| d.reason.is_some());
+                (worst, of.and_then(|d| d.reason.clone()), of.and_then(|d| d.remedy.clone()))
+            }
         };
         let machine = MachineView {
             name: self.shared.machine.to_string(),
@@ -105,14 +108,22 @@ fn disk(volume: &super::shared::VolumeShared) -> DiskView {
         ReplicationState::InitialReplication | ReplicationState::Resynchronising => Health::Warning,
         ReplicationState::Error | ReplicationState::FailedOver => Health::Critical,
     };
-    let reason = volume.trouble();
+    let handed_over = report.state == ReplicationState::FailedOver;
+    let (reason, remedy) = match volume.trouble() {
+        Some(trouble) => (Some(trouble), Some("do what the reason says".to_owned())),
+        None if handed_over => (
+            Some("the machine was handed over in a planned failover: the disk takes no writes".to_owned()),
+            Some("cancel the failover at the master target; or, if the machine is to run here again, `tidegate machine resume`".to_owned()),
+        ),
+        None => (None, None),
+    };
     let rungs = volume.backlog().rungs();
     DiskView {
         name: volume.name.to_string(),
         id: volume.id.to_string(),
         state: report.state.as_str().to_owned(),
         health,
-        remedy: reason.as_ref().map(|_| "do what the reason says".to_owned()),
+        remedy,
         reason,
         size_bytes: Some(volume.size()),
         missing_bytes: report.missing_bytes,

@@ -96,6 +96,9 @@ pub(super) enum FailoverCommand {
         /// Pinned points go too.
         #[arg(long)]
         drop_pinned: bool,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
         #[command(flatten)]
         wait: Wait,
     },
@@ -167,7 +170,11 @@ pub(super) fn run(command: FailoverCommand) -> anyhow::Result<()> {
             request(Request::FailoverStart { kind: JobKind::Unplanned, machine, point, hook, overwrite: Vec::new() }, &wait).map(drop)
         }
         FailoverCommand::ChangePoint { job, point, wait } => decide(job, Decision::ChangePoint(point), &wait),
-        FailoverCommand::Commit { job, drop_pinned, wait } => decide(job, Decision::Commit { drop_pinned }, &wait),
+        FailoverCommand::Commit { job, drop_pinned, yes, wait } => {
+            let question = "All recovery points of the machine are dropped, and there is no way back to before the failover.";
+            confirm(question, yes, wait.ask.json)?;
+            decide(job, Decision::Commit { drop_pinned }, &wait)
+        }
         FailoverCommand::Cancel { job, wait } => decide(job, Decision::Cancel, &wait),
         FailoverCommand::Cleanup { job, wait } => decide(job, Decision::Cleanup, &wait),
         FailoverCommand::Reprotect { machine, overwrite, wait } => {
@@ -202,6 +209,10 @@ fn lost(plan: &PlanView, choice: &Choice) -> String {
             )
         }
         None => text += "         what the agent had and not sent is not known: it was not heard since this master target started\n",
+    }
+    text += "         and what it wrote since then, which nobody here knows\n";
+    if plan.heard_seconds.is_some_and(|heard| heard < 5.0) {
+        text += "note     the agent is heard now: `failover planned` would lose nothing\n";
     }
     text + &format!(
         "The source of {} is refused from now on, until the failover is cancelled. Points stay until it is committed.",
@@ -238,6 +249,8 @@ fn request(request: Request, wait: &Wait) -> anyhow::Result<JobView> {
         output::json(&job)?;
     }
     match (&job.error, job.passed) {
+        // What a test found was told when it ran.
+        _ if job.over && job.state != "failed" => Ok(job),
         (Some(_), Some(false)) => verdict(&job).map(|()| job),
         (Some(error), _) => bail!("failover {}: {error}{}", job.id, job.remedy.as_ref().map_or_else(String::new, |r| format!(". Do: {r}"))),
         (None, _) => Ok(job),
@@ -249,8 +262,10 @@ fn watch(request: &Request, wait: &Wait) -> anyhow::Result<JobView> {
     let control = &wait.ask.control;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let job: JobView = runtime.block_on(client::call(control, request))?;
-    let (id, before) = (job.id, if matches!(request, Request::FailoverDecide { .. }) { usize::MAX } else { 0 });
-    let mut told = Told { steps: before.min(job.steps.len().saturating_sub(usize::from(job.busy))), open: false };
+    let id = job.id;
+    // What was done before was told before.
+    let before = if matches!(request, Request::FailoverDecide { .. }) || job.kind == "reprotect" { usize::MAX } else { 0 };
+    let mut told = Told { steps: before.min(job.steps.iter().filter(|s| s.seconds.is_some()).count()), open: false };
     let mut job = job;
     let bar =
         if wait.ask.json || !std::io::stderr().is_terminal() { indicatif::ProgressBar::hidden() } else { indicatif::ProgressBar::new(0) };

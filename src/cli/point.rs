@@ -205,10 +205,13 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
         PointCommand::Show { point, ask: args } => {
             let points: Vec<PointView> = ask(&args.control, &Request::Points { machine: None })?;
             let newest = points.last().filter(|_| point == "latest");
-            let found: Vec<_> = newest.map_or_else(|| points.iter().filter(|p| p.id.starts_with(&point)).collect(), |p| vec![p]);
+            let found: Vec<_> = newest.map_or_else(
+                || points.iter().filter(|p| p.id.starts_with(&point) || p.label.as_ref() == Some(&point)).collect(),
+                |p| vec![p],
+            );
             let [found] = found[..] else {
                 match found.len() {
-                    0 => bail!("no point begins with {point:?}: see `tidegate point list`"),
+                    0 => bail!("no point has this id or label, {point:?}: see `tidegate point list`"),
                     n => bail!("{n} points begin with {point:?}: give more of the id"),
                 }
             };

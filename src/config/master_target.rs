@@ -343,6 +343,16 @@ impl Settings for MasterTargetSettings {
                     let name = disk.format.as_str();
                     return Err(format!("format of disk {} of machine {}: {name} is for exports only", disk.name, machine.name));
                 }
+                let ending =
+                    disk.adopt.as_ref().and_then(|p| p.extension()).and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+                if ["raw", "img", "vhdx", "vmdk"].contains(&ending.as_str()) && ending.replace("img", "raw") != disk.format.extension() {
+                    return Err(format!(
+                        "disk {} of machine {}: `adopt` looks like another format than {}: set `format` of the disk",
+                        disk.name,
+                        machine.name,
+                        disk.format.as_str()
+                    ));
+                }
                 if disk.size.is_some_and(|s| s == 0 || !s.is_multiple_of(512)) {
                     return Err(format!("size of disk {} of machine {} must be a positive multiple of 512", disk.name, machine.name));
                 }

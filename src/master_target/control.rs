@@ -25,7 +25,7 @@ use crate::control::api::{
 };
 use crate::control::server::{Answer, Role};
 use crate::disk::Format;
-use crate::model::{DiskId, Health, Hold, Ladder, MachineId, PointId, Policy, Position, RecoveryPoint, ReplicationState, Rung};
+use crate::model::{Choice, DiskId, Health, Hold, Ladder, MachineId, PointId, Policy, Position, RecoveryPoint, ReplicationState, Rung};
 use crate::observe::metrics;
 
 const FIGURES_EVERY: Duration = Duration::from_secs(1);
@@ -224,18 +224,19 @@ impl Control {
                 _ => Err("several machines have points: give the id of one, see `tidegate point list --machine M`".to_owned()),
             };
         }
-        let found: Vec<_> = all.into_iter().filter(|p| p.id.to_string().starts_with(text)).collect();
+        let found: Vec<_> = all.into_iter().filter(|p| Choice::names(text, p.id, p.label.as_deref())).collect();
         match <[_; 1]>::try_from(found) {
-            Ok([point]) if text.len() >= 4 => Ok(point),
-            Ok(_) => Err(format!("{text:?} is too short to name a point: give at least four characters")),
+            Ok([point]) => Ok(point),
             Err(found) if found.is_empty() => {
                 let book = self.shared.book();
                 Err(match book.bad().iter().find(|b| text.len() >= 4 && b.point.id.to_string().starts_with(text)) {
                     Some(bad) => format!("recovery point {} became unusable: {}; choose another one", bad.point.id, bad.cause),
-                    None => format!("there is no recovery point {text}: see `tidegate point list`"),
+                    None => format!(
+                        "there is no recovery point {text}: give `latest`, a label, or at least four characters of an id from `tidegate point list`"
+                    ),
                 })
             }
-            Err(found) => Err(format!("{text} begins the ids of {} points: give more of it", found.len())),
+            Err(found) => Err(format!("{text} names {} points: give more of the id", found.len())),
         }
     }
 
@@ -457,11 +458,14 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
 fn judge(condition: &Condition, size: u64, state: Option<ReplicationState>) -> (Health, Option<String>, Option<String>) {
     let told = |health, reason: &str, remedy: &str| (health, Some(reason.to_owned()), Some(remedy.to_owned()));
     if condition.hold != Hold::None && condition.error.is_none() {
-        return told(
-            Health::Warning,
-            &condition.hold_reason,
-            "decide with `tidegate failover commit`, `change-point` or `cancel`; once committed, `cleanup` and `reprotect`",
-        );
+        let remedy = match condition.hold {
+            Hold::Committed => {
+                "`tidegate failover cleanup` gives the image files out of hand; until then the machine runs from the master target"
+            }
+            Hold::Released => "to replicate the machine here again: `tidegate failover reprotect`",
+            _ => "decide with `tidegate failover commit`, `change-point` or `cancel`",
+        };
+        return told(Health::Warning, &condition.hold_reason, remedy);
     }
     if condition.unconfirmed && condition.error.is_none() {
         return told(

@@ -147,7 +147,7 @@ pub enum Choice {
     LatestApp,
     /// The newest of a group.
     LatestMultiVm,
-    /// This one: its id, or the beginning of it.
+    /// This one: its id, the beginning of it, or its label.
     Point(String),
 }
 
@@ -160,13 +160,16 @@ impl std::str::FromStr for Choice {
             "latest-processed" => Choice::LatestProcessed,
             "latest-app" => Choice::LatestApp,
             "latest-multi-vm" => Choice::LatestMultiVm,
-            id if id.len() >= 4 && id.chars().all(|c| c.is_ascii_hexdigit() || c == '-') => Choice::Point(id.to_owned()),
-            _ => {
-                return Err(format!(
-                    "{text:?} names no point: use latest, latest-processed, latest-app, latest-multi-vm, or at least four characters of an id from `tidegate point list`"
-                ));
-            }
+            "" => return Err("give latest, latest-processed, latest-app, latest-multi-vm, an id, or a label".to_owned()),
+            name => Choice::Point(name.to_owned()),
         })
+    }
+}
+
+impl Choice {
+    /// Whether a text names a point: at least four characters of its id, or all of its label.
+    pub fn names(text: &str, id: PointId, label: Option<&str>) -> bool {
+        label == Some(text) || text.len() >= 4 && id.to_string().starts_with(text)
     }
 }
 
@@ -316,9 +319,10 @@ mod tests {
     fn choices_are_told_apart_from_ids() {
         assert_eq!("latest-app".parse(), Ok(Choice::LatestApp));
         assert_eq!("3f2a".parse(), Ok(Choice::Point("3f2a".to_owned())));
-        for bad in ["newest", "3f2", "", "latest_app"] {
-            assert!(bad.parse::<Choice>().is_err(), "{bad}");
-        }
+        assert!("".parse::<Choice>().is_err());
+        let id = PointId(uuid::Uuid::from_u128(0x3f2a << 112));
+        assert!(Choice::names("3f2a", id, None) && Choice::names("v2", id, Some("v2")));
+        assert!(!Choice::names("3f2", id, Some("v2")) && !Choice::names("v", id, Some("v2")));
     }
 
     #[test]

@@ -268,6 +268,8 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
     async fn transmit(mut self) -> io::Result<()> {
         let replies = Rc::new(Replies::default());
         let writer = tokio::task::spawn_local(write_replies(self.write, replies.clone()));
+        // A service that ends drops this task: the client must see its connection end, not wait for ever.
+        let _close = CloseOnDrop(replies.clone());
         let budget = Rc::new(Budget { requests: Semaphore::new(REQUESTS_MAX), payload_kib: Semaphore::new(PAYLOAD_KIB_MAX) });
         let info = self.export.info();
         let answer = Rc::new(Answer { export: self.export.clone(), info, structured: self.structured, context: self.context });
@@ -330,6 +332,15 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
         replies.close();
         let _ = writer.await;
         result
+    }
+}
+
+/// Ends the task that writes replies, whatever ended the connection.
+struct CloseOnDrop(Rc<Replies>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
     }
 }
 

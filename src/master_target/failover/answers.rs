@@ -41,6 +41,8 @@ impl Desk {
             let error = j.error.as_ref().map_or_else(String::new, |e| format!(": {e}"));
             format!("{} (failover {}, {}{point}){error}", j.state.as_str(), j.id, j.kind.as_str())
         });
+        let tests = of().filter(|j| j.kind == JobKind::Test && !j.state.is_over()).count();
+        let now = now.or_else(|| (tests > 0).then(|| format!("{tests} test failovers stand, see `tidegate failover list`")));
         let test = of().find(|j| j.kind == JobKind::Test && (j.passed.is_some() || j.state.is_at_rest()));
         let test = test.map(|j| {
             let result = match (j.passed, &j.error) {
@@ -131,6 +133,16 @@ impl Desk {
     /// A sentence.
     pub async fn plan(&self, machine: &str, choice: &Choice) -> Result<PlanView, String> {
         let id = self.machine(machine)?;
+        let held = self
+            .shared
+            .disks
+            .iter()
+            .find(|d| d.machine == id)
+            .map(|d| d.condition().clone())
+            .filter(|c| c.hold != crate::model::Hold::None);
+        if let Some(held) = held {
+            return Err(held.hold_reason);
+        }
         let (point, newest) = {
             let book = self.shared.book();
             let points = book.of(id);

@@ -15,11 +15,11 @@ pub fn choose<'a>(points: &[&'a RecoveryPoint], choice: &Choice) -> Result<&'a R
         }),
         Choice::LatestMultiVm => Err("there is no multi-VM point: the machine is in no replication group. Choose latest".to_owned()),
         Choice::Point(id) => {
-            let found: Vec<_> = points.iter().filter(|p| p.id.to_string().starts_with(id)).collect();
+            let found: Vec<_> = points.iter().filter(|p| Choice::names(id, p.id, p.label.as_deref())).collect();
             match found[..] {
                 [only] => Ok(only),
                 [] => Err(format!("the machine has no recovery point {id}: see `tidegate point list`")),
-                _ => Err(format!("{id} begins the ids of {} points: give more of it", found.len())),
+                _ => Err(format!("{id} names {} points: give more of the id", found.len())),
             }
         }
     }

@@ -20,6 +20,8 @@ use crate::master_target::shared::{DiskShared, TargetShared};
 use crate::model::job::JobDisk;
 use crate::model::{Choice, Hold, Job, JobKind, JobState, MachineId};
 
+/// An agent that was not heard for longer cannot be asked for anything.
+const HEARD: std::time::Duration = std::time::Duration::from_secs(15);
 /// Jobs that are over and remembered.
 const OVER_KEPT: usize = 200;
 
@@ -151,7 +153,16 @@ impl Engine {
                 JobKind::Planned if points.is_empty() => {
                     return Err(format!("{name} has no recovery point yet: wait until initial replication is complete"));
                 }
-                JobKind::Planned => {}
+                JobKind::Planned => {
+                    let now = clock::now();
+                    let silent = disks.iter().find(|d| d.condition().report.as_ref().is_none_or(|(_, at)| now.since(*at) >= HEARD));
+                    if let Some(silent) = silent {
+                        return Err(format!(
+                            "the agent of {} is not heard, so nobody can stop the machine there: start it, or use `failover unplanned`",
+                            silent.label
+                        ));
+                    }
+                }
                 _ => drop(super::choose(&points, &choice)?),
             }
         }
@@ -215,12 +226,9 @@ impl Engine {
         if kind != JobKind::Test
             && let Some(other) = jobs.iter().map(|e| &e.job).find(|j| j.machine == machine && j.kind != JobKind::Test && !j.state.is_over())
         {
-            return Err(format!(
-                "{name} has failover {} ({}): finish it first, see `tidegate failover show {}`",
-                other.id,
-                other.state.as_str(),
-                other.id
-            ));
+            let cancel = matches!(other.state, JobState::Quiescing | JobState::Draining | JobState::Comparing);
+            let how = if cancel { "end it with `tidegate failover cancel" } else { "finish it first, see `tidegate failover show" };
+            return Err(format!("{name} has failover {} ({}): {how} {}`", other.id, other.state.as_str(), other.id));
         }
         match crate::model::job::hold(jobs.iter().map(|e| &e.job), machine) {
             Some((other, Hold::Released)) if kind != JobKind::Reprotect => Err(format!(
@@ -265,6 +273,9 @@ impl Engine {
                 "failover {id} is {}{step}: wait until it is done, see `tidegate failover show {id}`",
                 entry.job.state.as_str()
             ));
+        }
+        if entry.job.state.is_over() && !states.contains(&entry.job.state) {
+            return Err(format!("failover {id} is over ({}): nothing is left to decide", entry.job.state.as_str()));
         }
         if !states.contains(&entry.job.state) {
             return Err(format!("failover {id} is {}: {wanted}", entry.job.state.as_str()));

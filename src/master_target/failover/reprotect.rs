@@ -118,11 +118,12 @@ impl Engine {
             let allowed: BTreeSet<DiskId> = entry.job.disks.iter().filter(|d| d.overwrite).map(|d| d.id).collect();
             job.disks.iter_mut().for_each(|d| d.overwrite |= allowed.contains(&d.id));
         }
-        let unnamed: Vec<String> = job.disks.iter().filter(|d| !d.overwrite).map(|d| format!("--overwrite {}", d.name)).collect();
+        let unnamed: Vec<&str> = job.disks.iter().filter(|d| !d.overwrite).map(|d| d.name.as_str()).collect();
         if !unnamed.is_empty() {
             let all: Vec<String> = job.disks.iter().map(|d| format!("--overwrite {}", d.name)).collect();
             job.remedy = Some(format!(
-                "if what stands on these disks may be overwritten: tidegate failover reprotect {} {}",
+                "not named yet: {}. If what stands on the disks may be overwritten: tidegate failover reprotect {} {}",
+                unnamed.join(", "),
                 job.machine_name,
                 all.join(" ")
             ));

@@ -29,6 +29,8 @@ const LOOK: Duration = Duration::from_millis(50);
 const JOURNAL_LIMIT: Duration = Duration::from_secs(60);
 /// A marker that does not become a point for so long was lost.
 const POINT_LIMIT: Duration = Duration::from_secs(30);
+/// Why a job ends that somebody does not want to wait for.
+const CANCELLED: &str = "it was cancelled";
 /// Between two attempts to note a job's end.
 const KEEP_AGAIN: Duration = Duration::from_secs(1);
 
@@ -52,7 +54,9 @@ impl Engine {
         };
         let Err(error) = result else { return };
         job.end(Err(error.clone()), clock::wall_ms());
-        job.error = Some(error.clone());
+        // What somebody asked for is no failure.
+        let cancelled = error == CANCELLED;
+        job.error = (!cancelled).then(|| error.clone());
         job.remedy = Some(match job.state {
             // Nothing was changed yet.
             JobState::Preparing | JobState::Quiescing | JobState::Draining | JobState::Comparing => {
@@ -66,10 +70,14 @@ impl Engine {
             JobState::Cancelling => format!("correct what the error names, then `tidegate failover cancel {id}` again"),
             _ => format!("correct what the error names, then ask again; see `tidegate failover show {id}`"),
         });
-        tracing::error!(job = id, machine = job.machine_name, error, "failover does not go on");
         let undone = matches!(job.state, JobState::Preparing | JobState::Quiescing | JobState::Draining | JobState::Comparing);
         if undone {
-            job.enter(JobState::Failed, clock::wall_ms());
+            job.enter(if cancelled { JobState::Cancelled } else { JobState::Failed }, clock::wall_ms());
+        }
+        if cancelled {
+            job.remedy = None;
+        } else {
+            tracing::error!(job = id, machine = job.machine_name, error, "failover does not go on");
         }
         // The source goes on only when it is durable that this failover does not: a restart must not take it up again.
         let mut told = false;
@@ -89,7 +97,7 @@ impl Engine {
 
     /// Whether somebody wants a job to end instead of waiting. Asked between its durable steps, so that none is cut in two.
     pub(super) fn go_on_waiting(&self, id: u64) -> Result<(), String> {
-        if self.given_up.borrow().contains(&id) { Err("it was cancelled".to_owned()) } else { Ok(()) }
+        if self.given_up.borrow().contains(&id) { Err(CANCELLED.to_owned()) } else { Ok(()) }
     }
 
     async fn fail_over(self: &Rc<Self>, job: &mut Job) -> Result<(), String> {
