@@ -1,4 +1,5 @@
-//! What points cost while a replica is applied to, and how soon the oldest of a thousand points can be read. `benches/run points`.
+//! What points cost while a replica is applied to, how soon the oldest of a thousand points can be read, and how long rolling
+//! to one takes. `benches/run points`.
 //!
 //! Applying: random 16 KiB overwrites of allocated blocks through the library as the apply thread does them (old content kept
 //! and durable, 64 writes at once, a barrier for each 64 MiB, a point at each), against the same without points, in turn.
@@ -16,6 +17,7 @@ use futures_util::StreamExt;
 use tidegate::crypto::keyring::DataKey;
 use tidegate::disk::{Disk, Format, Image};
 use tidegate::master_target::apply::overwrite::overwrite;
+use tidegate::master_target::apply::roll::{Progress, bring_back};
 use tidegate::master_target::retain::{Retention, Subject, View};
 use tidegate::model::{DiskId, Extent, Position};
 use tidegate::storage::AlignedBuf;
@@ -190,11 +192,68 @@ fn mounting(dir: &Path, name: &str, len: u64, extents: u64, random: usize, disk:
     std::fs::remove_file(dir.join("replica")).unwrap();
 }
 
+/// Rolls a disk of `disk` bytes back over `churn` bytes of random 64 KiB overwrites of allocated blocks, spread over 60 points, and looks
+/// whether it is what it was. Nothing else of the disk is allocated.
+fn rolling(dir: &Path, disk: u64, churn: u64) {
+    const LEN: u64 = 64 << 10;
+    const POINTS: u64 = 60;
+    let (undo, path) = (dir.join("undo"), dir.join("replica"));
+    uring::run(async {
+        let image = Image::create(&Uring::direct(), &path, Format::Raw, disk).await.unwrap();
+        let retention = Retention::open(Uring::direct(), &undo, subject(), None).await.unwrap();
+        let (old, new) = (content(2 << 20, 4096, 1), content(2 << 20, 4096, 2));
+        let of = |data: &Bytes, at: u64| data.slice((at / LEN % 241 * 4096) as usize..(at / LEN % 241 * 4096 + LEN) as usize);
+        let churned: Vec<std::collections::BTreeSet<u64>> = (0..POINTS)
+            .map(|point| (0..churn / LEN / POINTS).map(|n| scattered(point * 1_000_003 + n + 1, disk / LEN) * LEN).collect())
+            .collect();
+        let all: std::collections::BTreeSet<u64> = churned.iter().flatten().copied().collect();
+        let put = |extent: Extent, data: Bytes| image.write(extent.offset, data);
+        for part in all.iter().copied().collect::<Vec<_>>().chunks(1024) {
+            let writes = part.iter().map(|&at| put(Extent::new(at, LEN), of(&old, at)));
+            futures_util::stream::iter(writes).buffer_unordered(DEPTH).map(Result::unwrap).collect::<Vec<()>>().await;
+        }
+        image.barrier().await.unwrap();
+        for (point, places) in (1..).zip(&churned) {
+            retention.begin(Position::new(1, point)).await.unwrap();
+            let places: Vec<(Extent, ())> = places.iter().map(|&at| (Extent::new(at, LEN), ())).collect();
+            let keep = async |piece: &[(Extent, ())]| {
+                retention.preserve(&image, piece.iter().map(|(extent, ())| *extent)).await.map_err(|e| panic!("{e}"))
+            };
+            overwrite(&places, DEPTH, Some(keep), |extent, ()| put(extent, of(&new, extent.offset))).await.unwrap();
+            image.barrier().await.unwrap();
+        }
+        retention.begin(Position::new(1, POINTS + 1)).await.unwrap();
+        let started = Instant::now();
+        let bytes = bring_back(&image, &retention, Position::new(1, 1), &Progress::default()).await.unwrap();
+        let seconds = started.elapsed().as_secs_f64();
+        for at in all.iter().step_by(all.len() / 500 + 1) {
+            assert_eq!(image.read(Extent::new(*at, LEN)).await.unwrap()[..], of(&old, *at)[..], "at {at}");
+        }
+        println!(
+            "a disk of {} GiB with {:.2} GB of churn in {POINTS} points: rolled to the first in {seconds:.1} s, {:.2} GB written, {:.0} MB/s",
+            disk >> 30,
+            churn as f64 / 1e9,
+            bytes as f64 / 1e9,
+            bytes as f64 / seconds / 1e6
+        );
+    })
+    .unwrap();
+    std::fs::remove_dir_all(&undo).unwrap();
+    std::fs::remove_file(&path).unwrap();
+}
+
 fn main() {
     let dir = tempfile::tempdir().unwrap();
     let only = std::env::var("POINTS_ONLY").unwrap_or_default();
     if only.is_empty() || only == "apply" {
         applying(dir.path());
+    }
+    if only.is_empty() || only == "roll" {
+        // A tenth of what 20 MB/s are in an hour; then a tenth of that, then a tenth of the disk.
+        for (disk, churn) in [(100 << 30, 7_200_000_000), (100 << 30, 720_000_000), (10 << 30, 720_000_000)] {
+            let most: u64 = std::env::var("ROLL_BYTES").map_or(churn, |bytes| bytes.parse().unwrap());
+            rolling(dir.path(), disk, churn.min(most));
+        }
     }
     if only.is_empty() || only == "small" {
         mounting(dir.path(), "6.5 GiB of history that does not compress, in 64 KiB", 64 << 10, 105, 4096, 4 << 30);

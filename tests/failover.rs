@@ -336,3 +336,81 @@ fn a_planned_failover_loses_nothing_and_a_cancelled_one_lets_the_source_go_on() 
     m.cluster.start_role("agent");
     m.cluster.wait_for_delta();
 }
+
+#[test]
+fn what_the_machine_was_writing_when_its_failover_was_cancelled_never_lands() {
+    let mut cluster = Cluster::start(Options { disk_bytes: 96 << 20, interval: "1h", ..Options::default() });
+    cluster.wait_for_delta();
+    tool("qemu-io", &["-f", "raw", "-c", "write -P 7 0 48M", "-c", "flush", &cluster.nbd_uri(0)]);
+    cluster.wait_for_delta();
+    cluster.mark("a");
+    let noise = cluster.path("noise.raw");
+    let mut rng = Rng::new(9);
+    fs::write(&noise, (0..(96usize << 20) / 8).flat_map(|_| rng.below(u64::MAX).to_le_bytes()).collect::<Vec<u8>>()).unwrap();
+    let control = cluster.control("master-target");
+    for round in 0..3 {
+        cluster.tidegate(&["failover", "unplanned", "m1", "--yes", "--control", &control]);
+        let job = cluster.json("master-target", &["failover", "show", "m1"]);
+        let uri = job["disks"][0]["nbd"].as_str().unwrap().to_owned();
+        let copy = ["--requests=64", "--request-size=1048576", s(&noise), &uri];
+        let start = |_| std::process::Command::new("nbdcopy").args(copy).stderr(std::process::Stdio::null()).spawn().unwrap();
+        let writers: Vec<_> = (0..6).map(start).collect();
+        std::thread::sleep(Duration::from_millis(100 + 80 * round));
+        cluster.tidegate(&["failover", "cancel", "m1", "--control", &control]);
+        for mut writer in writers {
+            // Its connection ends with the service: nobody waits for an answer that never comes.
+            cluster.wait("the client is let go", Duration::from_secs(20), || writer.try_wait().unwrap().is_some());
+        }
+        cluster.wait_for_delta();
+        let point = cluster.mark(&format!("after {round}"));
+        let exported = cluster.path("exported.raw");
+        cluster.export(&point, 0, "raw", &exported);
+        assert!(same_bytes(&exported, &cluster.disk(0)), "round {round}: a point after the cancelled failover is not the source");
+        fs::remove_file(exported).unwrap();
+    }
+}
+
+#[test]
+fn a_machine_that_came_back_is_not_stopped_again_by_an_old_word() {
+    let mut cluster = Cluster::start(Options { disk_bytes: 8 << 20, interval: "1h", ..Options::default() });
+    let takes_writes = |cluster: &Cluster| {
+        let output = try_tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4k", &cluster.nbd_uri(0)]);
+        output.status.success() && !String::from_utf8_lossy(&output.stdout).contains("failed")
+    };
+    cluster.wait_for_delta();
+    cluster.mark("a");
+    let control = cluster.control("master-target");
+    let failover = |cluster: &Cluster, args: &[&str]| cluster.tidegate(&[&["failover"], args, &["--control", &control]].concat());
+    failover(&cluster, &["planned", "m1", "--yes"]);
+    assert!(!takes_writes(&cluster));
+    // The other site is lost, the machine goes on at home, its agent connects again.
+    cluster.kill("master-target");
+    cluster.tidegate(&["machine", "resume", "m1", "--control", &cluster.control("agent")]);
+    cluster.kill("agent");
+    cluster.start_role("agent");
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(takes_writes(&cluster), "the process server does not repeat what its master target wanted once");
+    // The other site is there again, and the machine stays here: protected anew, at once after its disks were given back.
+    cluster.start_role("master-target");
+    cluster.wait("the disks are served", Duration::from_secs(20), || {
+        cluster.json("master-target", &["failover", "show", "m1"])["busy"] == false
+    });
+    failover(&cluster, &["commit", "m1", "--yes"]);
+    failover(&cluster, &["cleanup", "m1"]);
+    failover(&cluster, &["reprotect", "m1", "--overwrite", "d0", "--detach"]);
+    cluster.wait_for_delta();
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(takes_writes(&cluster), "a failover that is over stops nobody");
+    cluster.mark("protected");
+    cluster.wait("the job ends", Duration::from_secs(20), || {
+        cluster.json("master-target", &["failover", "list"]).as_array().unwrap().iter().any(|j| j["state"] == "protected")
+    });
+    // More jobs than are remembered: what they forget is never the one that says that the machine is protected.
+    for _ in 0..202 {
+        failover(&cluster, &["test", "m1", "--cleanup"]);
+    }
+    cluster.kill("master-target");
+    cluster.start_role("master-target");
+    cluster.wait_for_delta();
+    failover(&cluster, &["unplanned", "m1", "--yes"]);
+}

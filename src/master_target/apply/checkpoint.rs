@@ -213,10 +213,17 @@ impl Apply {
 
 /// Drops points beyond the policy, then what only they needed.
 pub(super) async fn expire(apply: &Apply, replica: &Replica) -> Result<(), ApplyError> {
+    // For space they go one at a time: what the next would give back is known when the one before is gone.
+    while expire_some(apply, replica).await? {}
+    Ok(())
+}
+
+/// True if a point went.
+async fn expire_some(apply: &Apply, replica: &Replica) -> Result<bool, ApplyError> {
     let _alone = apply.shared.noting.lock().await;
     // A failover may want any of them; it chooses under the same lock.
     if replica.shared.condition().hold != Hold::None {
-        return Ok(());
+        return Ok(false);
     }
     let policy = apply.policy.now(replica.shared.machine_name.as_str());
     let (gone, hopeless): (Vec<_>, _) = {
@@ -237,7 +244,11 @@ pub(super) async fn expire(apply: &Apply, replica: &Replica) -> Result<(), Apply
     // Of all disks of the machine: a point that went gives back space on each of them.
     let replicas: Vec<_> = apply.replicas.borrow().values().filter(|r| r.shared.machine == replica.shared.machine).cloned().collect();
     for other in replicas {
+        // A checkpoint of it that runs now may have passed markers, and kept what their points need, which the book learns
+        // of only when it is noted: what begins at the marker noted last, or later, stays.
+        let Some(noted) = other.noted_marker.get() else { continue };
         let needed = apply.shared.book().oldest_needed(other.shared.id);
+        let needed = Some(needed.map_or(noted, |needed| needed.min(noted)));
         // Forgotten before they go, so that a file that is noted and not there was lost.
         let unneeded = other.retention.unneeded(needed);
         if !unneeded.is_empty() {
@@ -253,5 +264,5 @@ pub(super) async fn expire(apply: &Apply, replica: &Replica) -> Result<(), Apply
     let bytes = replica.retention.bytes();
     replica.shared.condition().retained_bytes = bytes;
     metrics::disk_gauge(metrics::RETAINED_BYTES, &replica.shared.label, metrics::number(bytes));
-    Ok(())
+    Ok(!gone.is_empty())
 }

@@ -140,7 +140,7 @@ impl Apply {
                 let halted = match condition.error {
                     Some(error) => Err(error),
                     None if condition.hold < Hold::Standing => Err("the replica is not held".to_owned()),
-                    None if replica.retention.newest_start() > Some(condition.checkpointed) => {
+                    None if replica.retention.is_ahead_of(condition.checkpointed) => {
                         Err(format!("{} was cut off in the middle of a checkpoint, which has to be finished first", replica.shared.label))
                     }
                     None => Ok((condition.checkpointed, replica.image.size())),
@@ -149,7 +149,7 @@ impl Apply {
             }
             Order::IsSettled { done } => {
                 let checkpointed = replica.shared.condition().checkpointed;
-                let _ = done.send(Ok(replica.retention.newest_start() <= Some(checkpointed)));
+                let _ = done.send(Ok(!replica.retention.is_ahead_of(checkpointed)));
             }
             Order::BeginServing { done } => drop(done.send(Ok(replica.next_serving()))),
             Order::Since { position, done } => drop(done.send(Ok(replica.retention.bytes_since(position)))),

@@ -236,8 +236,12 @@ async fn thin(apply: Rc<Apply>, replica: Rc<Replica>) {
     let mut told = String::new();
     while !replica.retired.get() {
         replica.pause(THIN_EVERY).await;
-        // A policy that was set counts at once, also for machines that send nothing.
-        if apply.policy.version() != policy {
+        // A policy that was set counts at once, also for machines that send nothing. A bound of space counts while a checkpoint
+        // waits for space: it is what gives some back.
+        disk.condition().retained_bytes = replica.retention.bytes();
+        let too_much =
+            apply.policy.now(disk.machine_name.as_str()).space_max.is_some_and(|most| apply.shared.retained_bytes(disk.machine) > most);
+        if too_much || apply.policy.version() != policy {
             policy = apply.policy.version();
             if let Err(error) = checkpoint::expire(&apply, &replica).await {
                 tracing::error!(disk = disk.label, %error, "the policy could not be applied now; it is with the next checkpoint");

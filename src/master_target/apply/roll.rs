@@ -13,18 +13,19 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use futures_util::StreamExt;
-
 use super::checkpoint::ApplyError;
+use super::overwrite::overwrite;
 use super::replica::Replica;
 use crate::config::limits::APPLY_DEPTH;
-use crate::disk::Disk;
+use crate::disk::{Disk, Image};
+use crate::master_target::retain::Retention;
 use crate::model::{Extent, Position};
+use crate::storage::{File, Storage};
 
 /// Bytes read at once.
 const STEP: u64 = 1 << 20;
-/// Bytes whose old content is made durable at once.
-const GROUP: usize = 16;
+/// Blocks read and written at once.
+const DEPTH: usize = APPLY_DEPTH / 4;
 
 /// How far a roll is, for whoever watches.
 #[derive(Debug, Default)]
@@ -43,14 +44,29 @@ pub async fn roll(replica: &Replica, before: Position, target: Position, progres
     let _alone = replica.changing.lock().await;
     // What the machine wrote before and was not written yet is dropped: nothing of it may come after the roll.
     replica.next_serving();
-    if replica.retention.newest_start() > Some(before) {
+    if replica.retention.is_ahead_of(before) {
         return Err(std::io::Error::other("old content was kept behind the place where the failover began").into());
     }
     replica.retention.begin(before).await?;
     replica.last_marker.set(Some(before));
     replica.noted_marker.set(Some(before));
-    let view = replica.retention.view(target).await?;
-    let size = replica.image.size();
+    let total = bring_back(&replica.image, &replica.retention, target, progress).await?;
+    replica.shared.condition().retained_bytes = replica.retention.bytes();
+    Ok(total)
+}
+
+/// Brings an image to `target`, with what stood there kept in the interval that grows. Returns the bytes written.
+///
+/// # Errors
+/// [`ApplyError`]; the same again goes on.
+pub async fn bring_back<S: Storage>(
+    image: &Image<S::File>,
+    retention: &Retention<S>,
+    target: Position,
+    progress: &Progress,
+) -> Result<u64, ApplyError> {
+    let view = retention.view(target).await?;
+    let size = image.size();
     let mut extents = Vec::new();
     let mut at = 0;
     while let Some(found) = view.next_kept(at).filter(|e| e.offset < size) {
@@ -64,29 +80,24 @@ pub async fn roll(replica: &Replica, before: Position, target: Position, progres
     let total: u64 = extents.iter().map(|e| e.len).sum();
     progress.total.store(total, Ordering::Relaxed);
     progress.done.store(0, Ordering::Relaxed);
-    for group in extents.chunks(GROUP) {
-        replica.retention.preserve(&replica.image, group.iter().copied()).await?;
-        let steps = group.iter().map(|&extent| {
-            let view = &view;
-            async move {
-                let old = view.read(&replica.image, extent).await?;
-                write_sparse(replica, extent, old).await
-            }
-        });
-        let mut running = futures_util::stream::iter(steps).buffer_unordered(APPLY_DEPTH / 8);
-        while let Some(result) = running.next().await {
-            result?;
+    let places: Vec<(Extent, ())> = extents.into_iter().map(|extent| (extent, ())).collect();
+    let keep = async |piece: &[(Extent, ())]| Ok(retention.preserve(image, piece.iter().map(|(extent, ())| *extent)).await?);
+    let write = |extent: Extent, ()| {
+        let view = &view;
+        async move {
+            let old = view.read(image, extent).await?;
+            write_sparse(image, extent, old).await?;
+            progress.done.fetch_add(extent.len, Ordering::Relaxed);
+            Ok::<_, ApplyError>(())
         }
-        drop(running);
-        progress.done.fetch_add(group.iter().map(|e| e.len).sum(), Ordering::Relaxed);
-    }
-    replica.image.barrier().await?;
-    replica.shared.condition().retained_bytes = replica.retention.bytes();
+    };
+    overwrite(&places, DEPTH, Some(keep), write).await?;
+    image.barrier().await?;
     Ok(total)
 }
 
 /// Writes content, zeroes as zeroes: what was a hole at the point takes no space.
-async fn write_sparse(replica: &Replica, extent: Extent, data: crate::storage::AlignedBuf) -> Result<(), ApplyError> {
+async fn write_sparse<F: File>(image: &Image<F>, extent: Extent, data: crate::storage::AlignedBuf) -> Result<(), ApplyError> {
     const UNIT: usize = 64 << 10;
     let data = data.freeze();
     let is_zero = |bytes: &[u8]| bytes.iter().all(|&b| b == 0);
@@ -99,9 +110,9 @@ async fn write_sparse(replica: &Replica, extent: Extent, data: crate::storage::A
         }
         let offset = extent.offset + at as u64;
         if zero {
-            replica.image.zero(Extent::new(offset, (end - at) as u64)).await?;
+            image.zero(Extent::new(offset, (end - at) as u64)).await?;
         } else {
-            replica.image.write(offset, data.slice(at..end)).await?;
+            image.write(offset, data.slice(at..end)).await?;
         }
         at = end;
     }

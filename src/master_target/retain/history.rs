@@ -12,7 +12,8 @@ use std::rc::Rc;
 
 use super::RetainError;
 use super::atlas::{Atlas, NUMBERS_MAX, Spot};
-use super::interval::{Entries, file_name, read_record};
+use super::interval::{Entries, file_name};
+use super::record::read_record;
 use crate::crypto::seal::{OpenError, Opener};
 use crate::model::{Extent, Position};
 use crate::storage::{AlignedBuf, OpenMode, Storage};

@@ -25,6 +25,7 @@ mod inspect;
 mod interval;
 pub mod loss;
 mod merge;
+mod record;
 mod view;
 
 use std::cell::{Cell, RefCell};
@@ -266,6 +267,11 @@ impl<S: Storage> Retention<S> {
         Ok(())
     }
 
+    /// Whether an interval has a file that begins behind `position`.
+    pub fn is_ahead_of(&self, position: Position) -> bool {
+        self.files.borrow().last_key_value().is_some_and(|(start, _)| *start > position)
+    }
+
     /// Keeps the content that `extents` have in `image` now, as far as this interval does not have it. Durable when this
     /// returns; only then may they be overwritten.
     ///
@@ -329,7 +335,7 @@ impl<S: Storage> Retention<S> {
         groups: Vec<Vec<(Extent, bool)>>,
     ) -> Result<(), RetainError> {
         // Space first: a file system that is full is noticed before anything was written.
-        interval.reserve(groups.iter().map(|group| interval::stored_at_most(group)).sum()).await?;
+        interval.reserve(groups.iter().map(|group| record::stored_at_most(group)).sum()).await?;
         let (reading, failed) = (tokio::sync::Semaphore::new(READ_DEPTH), Cell::new(false));
         let sealed = groups.iter().map(|group| {
             let number = interval.next_record();
@@ -348,7 +354,7 @@ impl<S: Storage> Retention<S> {
                 while let Some(old) = reads.next().await {
                     body.extend_from_slice(&old?);
                 }
-                Ok::<_, RetainError>(Some((group, interval::sealed(&self.subject, &self.session, body, group, number).await)))
+                Ok::<_, RetainError>(Some((group, record::sealed(&self.subject, &self.session, body, group, number).await)))
             }
         });
         // Written in long runs: a file system takes its time for each write that makes a file longer.
@@ -417,11 +423,6 @@ impl<S: Storage> Retention<S> {
         self.files.borrow_mut().remove(&start);
         self.grown.borrow_mut().remove(&start);
         Ok(())
-    }
-
-    /// Where the newest interval begins that has a file.
-    pub fn newest_start(&self) -> Option<Position> {
-        self.files.borrow().keys().next_back().copied()
     }
 
     /// Bytes of the intervals from `position` on: about what was overwritten since.
