@@ -184,7 +184,7 @@ fn an_unplanned_failover_is_changed_survives_kills_and_is_cancelled_without_a_tr
     m.check_replicas(&m.models[1].1.clone(), "the image itself at b");
     assert_eq!(m.state(), "failed-over");
     let again = m.refused(&["unplanned", "m1", "--yes"]);
-    assert!(again.contains("finish it first"), "{again}");
+    assert!(again.contains("is failing over to this site"), "{again}");
     let mut random = Rng::new(5);
     for round in 0..6 {
         // The machine runs here and writes, then somebody wants another moment.

@@ -34,7 +34,7 @@ pub(super) enum FailoverCommand {
         /// latest, latest-processed, latest-app, latest-multi-vm, or an id.
         #[arg(long, default_value = "latest")]
         point: Choice,
-        /// A [[hook]] of the master target's configuration that starts and checks the machine.
+        /// A hook of the master target's configuration that starts and checks the machine.
         #[arg(long)]
         hook: Option<String>,
         /// Clean up as soon as the result is known.
@@ -51,7 +51,7 @@ pub(super) enum FailoverCommand {
         /// Always the newest: a final point is made.
         #[arg(long, default_value = "latest")]
         point: Choice,
-        /// A [[hook]] of the master target's configuration that starts and checks the machine.
+        /// A hook of the master target's configuration that starts and checks the machine.
         #[arg(long)]
         hook: Option<String>,
         /// Do not ask.
@@ -70,7 +70,7 @@ pub(super) enum FailoverCommand {
         /// latest (after all that arrived was applied), latest-processed, latest-app, latest-multi-vm, or an id.
         #[arg(long, default_value = "latest")]
         point: Choice,
-        /// A [[hook]] of the master target's configuration that starts and checks the machine.
+        /// A hook of the master target's configuration that starts and checks the machine.
         #[arg(long)]
         hook: Option<String>,
         /// Do not ask.

@@ -5,6 +5,7 @@
 #![allow(clippy::big_endian_bytes, reason = "NBD is big-endian")]
 
 pub mod client;
+mod patience;
 pub mod protocol;
 pub mod server;
 

@@ -2,20 +2,18 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::pin::Pin;
 use std::rc::Rc;
-use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::sync::{Notify, Semaphore};
 
+use super::patience::{Patience, wait_for_request};
 use super::protocol::{
     CONTEXT_ID, CONTEXT_NAME, DESCRIPTORS_MAX, HANDSHAKE_FLAGS, MAGIC_GREETING, MAGIC_OPTION, MAGIC_OPTION_REPLY, NbdError,
     OPTION_BYTES_MAX, PAYLOAD_BYTES_MAX, REQUEST_LEN, Request, chunk, chunk_header, command, flag, option, reply, simple_reply,
 };
-use crate::clock;
 use crate::model::Extent;
 use crate::storage::AlignedBuf;
 
@@ -25,11 +23,6 @@ const REQUESTS_MAX: usize = 128;
 const PAYLOAD_KIB_MAX: usize = 64 << 10;
 /// Requests of one connection before others get their turn.
 pub const REQUESTS_NOW_MAX: u32 = 64;
-/// A connection whose next request is expected sooner polls for it instead of sleeping (QEMU's I/O threads do the same, with
-/// 32 us).
-const POLL_LIMIT: Duration = Duration::from_micros(150);
-/// Requests that are waited for without polling after polling was in vain many times.
-const POLL_PAUSE_MAX: u32 = 1024;
 /// Largest read tried without waiting: longer copies would hold up others.
 const READ_NOW_BYTES_MAX: u32 = 64 << 10;
 /// A client must finish the negotiation in this time.
@@ -342,44 +335,6 @@ impl Drop for CloseOnDrop {
     fn drop(&mut self) {
         self.0.close();
     }
-}
-
-/// Whether a connection polls for its next request.
-#[derive(Default)]
-struct Patience {
-    /// The last request came soon after the one before.
-    expects: bool,
-    /// Requests to wait for without polling, because polling was in vain, and how many the next time.
-    pause: u32,
-    next_pause: u32,
-}
-
-/// Waits until something can be read. When the last request came soon after the one before, looks for the next a few times
-/// before the thread may sleep: waking a sleeping thread costs more than the whole of a small write, and a client at depth 1
-/// pays it with each request. When looking was in vain (the client may want this very core) it is done less and less often.
-async fn wait_for_request<E: Export, R: AsyncRead + Unpin>(read: &mut BufReader<R>, patience: &mut Patience, export: &E) -> io::Result<()> {
-    let since = clock::now();
-    let mut waited = Duration::ZERO;
-    if patience.pause > 0 {
-        patience.pause -= 1;
-    } else if patience.expects {
-        while waited < POLL_LIMIT && export.may_poll() {
-            let polled = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *read).poll_fill_buf(cx).map_ok(|_| ()))).await;
-            waited = clock::now().since(since);
-            if let Poll::Ready(result) = polled {
-                patience.next_pause = 0;
-                return result;
-            }
-            tokio::task::yield_now().await;
-        }
-        if waited >= POLL_LIMIT {
-            patience.next_pause = (patience.next_pause * 2).clamp(1, POLL_PAUSE_MAX);
-            patience.pause = patience.next_pause;
-        }
-    }
-    let result = read.fill_buf().await.map(|_| ());
-    patience.expects = clock::now().since(since) < POLL_LIMIT;
-    result
 }
 
 struct Budget {

@@ -4,6 +4,7 @@
 //! The note that writes are refused is durable before the final marker is made: whatever happens to this process afterwards,
 //! nothing is written behind the point from which the machine goes on elsewhere.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
@@ -19,8 +20,14 @@ const AGAIN: Duration = Duration::from_millis(200);
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 const LABEL: &str = "planned failover";
 
+/// Says that writes are refused, and for which point.
 fn note_path(state: &Path) -> PathBuf {
     state.join("handed-over")
+}
+
+/// Says which point's failover is over for this machine: it runs here again.
+fn declined_path(state: &Path) -> PathBuf {
+    state.join("resumed-after")
 }
 
 /// Whether the machine was handed over before the last stop.
@@ -39,6 +46,12 @@ impl Capture {
         match wanted {
             Wanted::Run if self.is_handed_over() => self.go_on(),
             Wanted::Run => Ok(()),
+            // A word that is older than the machine's return; whoever repeats it has not heard of that.
+            Wanted::Quiesce(point)
+                if std::fs::read_to_string(declined_path(&self.settings.state)).is_ok_and(|id| id == point.to_string()) =>
+            {
+                Ok(())
+            }
             Wanted::Quiesce(point) => {
                 if self.final_point.replace(Some(point)) == Some(point) {
                     return Ok(());
@@ -61,7 +74,7 @@ impl Capture {
                 self.gate.release();
                 return Err("writes under way did not finish: the machine goes on".to_owned());
             }
-            if let Err(error) = self.note() {
+            if let Err(error) = self.note(point) {
                 self.gate.release();
                 return Err(format!("cannot note that the machine is handed over: {error}"));
             }
@@ -94,6 +107,10 @@ impl Capture {
     /// If the note cannot be removed durably: writes stay refused.
     pub(super) fn go_on(&self) -> Result<(), String> {
         let path = note_path(&self.settings.state);
+        let point = std::fs::read(&path).unwrap_or_default();
+        if !point.is_empty() {
+            write_durable(&declined_path(&self.settings.state), &point).map_err(|e| format!("{}: {e}", path.display()))?;
+        }
         let removed = match std::fs::remove_file(&path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
             _ => sync_dir(&self.settings.state),
@@ -105,9 +122,14 @@ impl Capture {
         Ok(())
     }
 
-    fn note(&self) -> std::io::Result<()> {
-        let file = std::fs::File::create(note_path(&self.settings.state))?;
-        file.sync_all()?;
+    fn note(&self, point: PointId) -> std::io::Result<()> {
+        write_durable(&note_path(&self.settings.state), point.to_string().as_bytes())?;
         sync_dir(&self.settings.state)
     }
+}
+
+fn write_durable(path: &Path, text: &[u8]) -> std::io::Result<()> {
+    let mut file = std::fs::File::create(path)?;
+    file.write_all(text)?;
+    file.sync_all()
 }

@@ -40,6 +40,15 @@ enum StreamError {
     Cache(#[from] LogError),
 }
 
+/// However a stream ends, also with its task: nobody knows what its master target wants from then on.
+struct ForgetWish<'a>(&'a Disk);
+
+impl Drop for ForgetWish<'_> {
+    fn drop(&mut self) {
+        self.0.wanted.set(None);
+    }
+}
+
 /// Runs until the connection ends.
 pub(super) async fn run(server: Rc<Server>, disk: Rc<Disk>, connection: quinn::Connection) {
     let mut told = String::new();
@@ -48,9 +57,10 @@ pub(super) async fn run(server: Rc<Server>, disk: Rc<Disk>, connection: quinn::C
         while disk.record.borrow().is_none() && disk.size.get() == 0 {
             disk.forward.notified().await;
         }
-        let ended = session(&server, &disk, &connection).await;
-        // Nobody knows what is wanted now.
-        disk.wanted.set(None);
+        let ended = {
+            let _forget = ForgetWish(&disk);
+            session(&server, &disk, &connection).await
+        };
         let Err(error) = ended else { continue };
         if connection.close_reason().is_some() {
             return;
