@@ -155,6 +155,11 @@ fn a_machine_moves_to_the_other_site_and_home_again_and_only_what_changed_travel
         }
         write_files(&mounted.point, 4, 12);
     }
+    // A comparison that is given up, over a restart: nothing was overwritten, and it can be asked for again.
+    assert_eq!(failover(&a, &["reprotect", "m1"])["state"], "comparing");
+    assert_eq!(failover(&a, &["cancel", "m1"])["state"], "cancelled");
+    a.kill("master-target");
+    a.start_role("master-target");
     failover(&a, &["reprotect", "m1", "--overwrite", "d0", "--detach"]);
     a.wait_for_delta();
     let point = a.mark("again");

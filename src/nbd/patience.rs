@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, BufReader};
 
-use super::server::Export;
 use crate::clock;
 
 /// A connection whose next request is expected sooner polls for it instead of sleeping (QEMU's I/O threads do the same, with
@@ -29,17 +28,17 @@ pub(super) struct Patience {
 /// Waits until something can be read. When the last request came soon after the one before, looks for the next a few times
 /// before the thread may sleep: waking a sleeping thread costs more than the whole of a small write, and a client at depth 1
 /// pays it with each request. When looking was in vain (the client may want this very core) it is done less and less often.
-pub(super) async fn wait_for_request<E: Export, R: AsyncRead + Unpin>(
+pub(super) async fn wait_for_request<R: AsyncRead + Unpin>(
     read: &mut BufReader<R>,
     patience: &mut Patience,
-    export: &E,
+    may_poll: impl Fn() -> bool,
 ) -> io::Result<()> {
     let since = clock::now();
     let mut waited = Duration::ZERO;
     if patience.pause > 0 {
         patience.pause -= 1;
     } else if patience.expects {
-        while waited < POLL_LIMIT && export.may_poll() {
+        while waited < POLL_LIMIT && may_poll() {
             let polled = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut *read).poll_fill_buf(cx).map_ok(|_| ()))).await;
             waited = clock::now().since(since);
             if let Poll::Ready(result) = polled {

@@ -271,7 +271,7 @@ impl<E: Export, R: AsyncRead + Unpin + 'static, W: AsyncWrite + Unpin + 'static>
         let mut header = [0; REQUEST_LEN];
         let result = loop {
             if self.read.buffer().is_empty()
-                && let Err(e) = wait_for_request(&mut self.read, &mut patience, &*answer.export).await
+                && let Err(e) = wait_for_request(&mut self.read, &mut patience, || answer.export.may_poll()).await
             {
                 break Err(e);
             }

@@ -98,8 +98,8 @@ impl Engine {
                     self.given_up.borrow_mut().insert(id);
                 } else {
                     let mut job = entry.job;
-                    job.error = Some("it was cancelled; nothing was overwritten".to_owned());
-                    job.enter(JobState::Failed, clock::wall_ms());
+                    (job.error, job.remedy) = (None, None);
+                    job.enter(JobState::Cancelled, clock::wall_ms());
                     self.keep(job, &Effects::default()).await?;
                 }
                 return Ok(id);

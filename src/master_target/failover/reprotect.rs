@@ -45,8 +45,11 @@ impl Engine {
                 for disk in &disks {
                     let record = self.setup.records.replica(disk.id).map_err(|e| e.to_string())?;
                     let record = record.ok_or_else(|| format!("{} has no replica", disk.label))?;
-                    effects.replicas.push((disk.id, record.anew(&self.setup.kek, disk.id)));
-                    effects.ended.push(disk.id);
+                    // A comparison that was given up has begun the history already, and the replica may be open in it.
+                    if record.content != Content::Unconfirmed {
+                        effects.replicas.push((disk.id, record.anew(&self.setup.kek, disk.id)));
+                        effects.ended.push(disk.id);
+                    }
                     taken.push(disk.clone());
                 }
             }
