@@ -217,7 +217,7 @@ fn a_machine_that_burns_while_it_writes_goes_on_at_the_other_site() {
 
     // It runs here: before and after there is no way back.
     here.wait("a file written at this site", || here.synced() > last);
-    let committed = cluster.failover(&["commit", "m1", "--yes"]);
+    let committed = cluster.failover(&["commit", "--yes", "m1"]);
     assert_eq!(committed["state"], "committed", "{committed}");
     let before = here.synced();
     here.wait("a file written after the commit", || here.synced() > before + 1);

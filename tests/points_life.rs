@@ -434,7 +434,7 @@ fn hundreds_of_points_stay_exact_over_thinning_pressure_failovers_and_kills() {
         let control = life.cluster.control("master-target");
         let id = job["id"].to_string();
         let mut asking = std::process::Command::new(env!("CARGO_BIN_EXE_tidegate"))
-            .args(["failover", "commit", &id, "--drop-pinned", "--detach", "--control", &control])
+            .args(["failover", "commit", "--yes", &id, "--drop-pinned", "--detach", "--control", &control])
             .stderr(std::process::Stdio::null())
             .spawn()
             .unwrap();
