@@ -138,6 +138,11 @@ impl Comparison {
         Outcome::Differs
     }
 
+    /// Whether nothing can be done with any missing region before somebody at the master target allows it.
+    pub fn is_held_up(&self) -> bool {
+        self.held && self.unverified() == 0
+    }
+
     /// Regions that still have to be compared.
     pub fn unverified(&self) -> u64 {
         self.open.as_ref().map_or(0, RegionSet::count)
@@ -178,6 +183,7 @@ mod tests {
         assert_eq!(c.verdict(2, 99, vec![]), Outcome::Nothing, "of another digest");
         assert_eq!(c.unverified(), 2);
         assert_eq!(c.task(1, NOW), Task::Wait, "nobody allowed it yet");
+        assert!(!c.is_held_up(), "two are still to be compared");
         c.hold(Compare::Yes);
         assert_eq!(c.task(1, NOW), Task::Send(Some(differs)));
         c.sent(1);

@@ -81,6 +81,8 @@ impl Capture {
             self.gate.close();
             tracing::warn!(machine = %self.shared.machine, %point, "planned failover: the disks take no more writes from here on");
         }
+        // Also of a point that takes the place of one that was lost: it is this one that a return of the machine ends.
+        self.note(point).map_err(|e| format!("cannot note that the machine is handed over: {e}"))?;
         for volume in &self.volumes {
             volume.make_durable().await.map_err(|e| format!("{}: {e}", volume.shared.label))?;
         }

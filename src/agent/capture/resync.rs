@@ -20,6 +20,8 @@ const DEPTH: usize = 6;
 /// While there is nothing to do, and while the stream has no room.
 const IDLE: Duration = Duration::from_millis(50);
 const NO_ROOM: Duration = Duration::from_millis(2);
+/// While every missing region is under way, or waits for its verdict.
+const NOTHING_NOW: Duration = Duration::from_millis(10);
 
 /// Sends missing regions of one disk whenever there are some and the process server takes changes.
 pub(super) async fn run(volume: Rc<Volume>) {
@@ -51,7 +53,7 @@ pub(super) async fn run(volume: Rc<Volume>) {
         permit.forget();
         let Some((region, task)) = volume.next_task() else {
             depth.add_permits(1);
-            tokio::time::sleep(NO_ROOM).await;
+            tokio::time::sleep(NOTHING_NOW).await;
             continue;
         };
         let (volume, depth) = (volume.clone(), depth.clone());

@@ -13,6 +13,10 @@ const COMPARE_BYTES_MIN: u64 = 64 << 20;
 impl Volume {
     /// The next missing region with which something can be done, and what.
     pub(in crate::agent::capture) fn next_task(&self) -> Option<(u64, Task)> {
+        // The application waits for this thread: nothing is looked through in vain while nothing may be sent, which can be days.
+        if self.comparison.borrow().is_held_up() {
+            return None;
+        }
         let now = clock::now();
         for _ in 0..SCAN_MAX {
             let region = self.regions.borrow_mut().next_missing()?;
