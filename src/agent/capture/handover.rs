@@ -74,15 +74,17 @@ impl Capture {
                 self.gate.release();
                 return Err("writes under way did not finish: the machine goes on".to_owned());
             }
-            if let Err(error) = self.note(point) {
-                self.gate.release();
-                return Err(format!("cannot note that the machine is handed over: {error}"));
-            }
+        }
+        // Also of a point that takes the place of one that was lost: it is this one that a return of the machine ends.
+        if let Err(error) = self.note(point) {
+            // Stays closed if it was.
+            self.gate.release();
+            return Err(format!("cannot note that the machine is handed over: {error}"));
+        }
+        if !self.is_handed_over() {
             self.gate.close();
             tracing::warn!(machine = %self.shared.machine, %point, "planned failover: the disks take no more writes from here on");
         }
-        // Also of a point that takes the place of one that was lost: it is this one that a return of the machine ends.
-        self.note(point).map_err(|e| format!("cannot note that the machine is handed over: {e}"))?;
         for volume in &self.volumes {
             volume.make_durable().await.map_err(|e| format!("{}: {e}", volume.shared.label))?;
         }
