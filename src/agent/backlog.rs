@@ -202,16 +202,7 @@ mod tests {
         let mut backlog = Backlog::new(1, 10_000);
         assert_eq!(backlog.push(write(8000), Mono(0)), Ok(1));
         assert_eq!(backlog.push(write(8000), Mono(0)), Err(Full));
-        let marker = crate::model::Marker {
-            point: crate::model::PointId(uuid::Uuid::nil()),
-            machine: crate::model::MachineId(uuid::Uuid::nil()),
-            kind: crate::model::PointKind::Crash,
-            disks: vec![],
-            sizes: vec![1 << 20],
-            label: None,
-            wall_ms: 0,
-            hold_us: 0,
-        };
+        let marker = crate::model::Marker::sample(1, &[]);
         assert_eq!(backlog.push(ChangeKind::Mark(Box::new(marker)), Mono(0)), Ok(2));
     }
 

@@ -31,7 +31,7 @@ const INTERVALS: Table = Table::new("intervals");
 const SCRUBS: Table = Table::new("scrubs");
 
 /// Changes with the types stored here.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 
 /// A replica's record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -115,6 +115,8 @@ impl Book {
             listed_clock: clock,
             pinned: false,
             sizes: marker.disks.iter().copied().zip(marker.sizes.iter().copied()).collect(),
+            group: marker.group.clone(),
+            remark: marker.remark.clone(),
             disks: pending.arrived,
         });
         changes
@@ -303,23 +305,13 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::model::PointKind;
 
     fn disk(n: u128) -> DiskId {
         DiskId(Uuid::from_u128(n))
     }
 
     fn marker(n: u128, disks: &[DiskId]) -> Marker {
-        Marker {
-            point: PointId(Uuid::from_u128(n)),
-            machine: MachineId(Uuid::from_u128(1)),
-            kind: PointKind::Crash,
-            disks: disks.to_vec(),
-            sizes: vec![1 << 20; disks.len()],
-            label: None,
-            wall_ms: 0,
-            hold_us: 0,
-        }
+        Marker::sample(n, disks)
     }
 
     fn arrive(book: &mut Book, disk: DiskId, sequence: u64, marker: &Marker, clock: u64) -> bool {

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{Digest, DiskId, Extent, MachineId, PointId, PointKind};
+use super::{Digest, DiskId, Extent, GroupPart, MachineId, PointId, PointKind};
 
 /// Largest data of one change, in bytes. Longer writes are cut by the agent.
 pub const CHANGE_BYTES_MAX: usize = 256 * 1024;
@@ -75,6 +75,10 @@ pub struct Marker {
     pub wall_ms: i64,
     /// How long new writes were held for it, in microseconds.
     pub hold_us: u64,
+    /// The group's point that it is a part of.
+    pub group: Option<GroupPart>,
+    /// Why it is not what was asked for, for example crash- instead of application-consistent; bounded like the label.
+    pub remark: Option<String>,
 }
 
 /// Longest label of a point, in bytes.
@@ -82,12 +86,36 @@ pub const LABEL_BYTES_MAX: usize = 256;
 /// Most disks of one machine.
 pub const DISKS_PER_MACHINE_MAX: usize = 64;
 
+/// Whether a text may be a label of a point.
+pub fn is_label(text: &str) -> bool {
+    text.len() <= LABEL_BYTES_MAX && !text.chars().any(char::is_control)
+}
+
 impl Marker {
     /// Whether the marker respects the bounds above. Receivers refuse others.
     pub fn is_sane(&self) -> bool {
         (1..=DISKS_PER_MACHINE_MAX).contains(&self.disks.len())
             && self.sizes.len() == self.disks.len()
             && self.sizes.iter().all(|&size| size > 0 && size.is_multiple_of(super::SECTOR) && size <= i64::MAX as u64)
-            && self.label.as_ref().is_none_or(|l| l.len() <= LABEL_BYTES_MAX && !l.chars().any(char::is_control))
+            && [&self.label, &self.remark].into_iter().flatten().all(|text| is_label(text))
+            && self.group.as_ref().is_none_or(GroupPart::is_sane)
+    }
+
+    /// A marker for tests.
+    #[cfg(test)]
+    pub(crate) fn sample(point: u128, disks: &[DiskId]) -> Self {
+        let id = uuid::Uuid::from_u128;
+        Self {
+            point: PointId(id(point)),
+            machine: MachineId(id(1)),
+            kind: PointKind::Crash,
+            disks: disks.to_vec(),
+            sizes: vec![1 << 20; disks.len()],
+            label: None,
+            wall_ms: 0,
+            hold_us: 0,
+            group: None,
+            remark: None,
+        }
     }
 }

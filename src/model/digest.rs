@@ -59,7 +59,7 @@ pub struct Verdict {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Trailer {
     /// A point.
-    Mark(super::Marker),
+    Mark(Box<super::Marker>),
     /// A comparison.
     Digest(Digest),
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{DiskId, MachineId, PointId, Position};
+use super::{DiskId, GroupPart, MachineId, PointId, Position};
 
 /// What was at rest when a point was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,4 +51,31 @@ pub struct RecoveryPoint {
     pub pinned: bool,
     /// Bytes of each disk at the point.
     pub sizes: BTreeMap<DiskId, u64>,
+    /// The group's point that it is a part of.
+    pub group: Option<GroupPart>,
+    /// Why it is not what was asked for.
+    pub remark: Option<String>,
+}
+
+#[cfg(test)]
+impl RecoveryPoint {
+    /// A point for tests, of machine 1 and without disks.
+    pub(crate) fn sample(id: u128, order: u64) -> Self {
+        let uuid = uuid::Uuid::from_u128;
+        Self {
+            id: PointId(uuid(id)),
+            machine: MachineId(uuid(1)),
+            kind: PointKind::Crash,
+            label: None,
+            wall_ms: 0,
+            hold_us: 0,
+            order,
+            listed_clock: 0,
+            disks: BTreeMap::new(),
+            pinned: false,
+            sizes: BTreeMap::new(),
+            group: None,
+            remark: None,
+        }
+    }
 }

@@ -13,7 +13,7 @@ const DISKS: Table = Table::new("disks");
 const SERVER: Table = Table::new("server");
 
 /// Changes with the types stored here.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 
 /// One disk's record.
 #[derive(Clone, Debug, Serialize, Deserialize)]

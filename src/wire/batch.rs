@@ -254,7 +254,7 @@ pub fn parse_trailer(header: &BatchHeader, body: &[u8]) -> Result<Option<Trailer
         return if digest.is_sane() { Ok(Some(Trailer::Digest(digest))) } else { Err(WireError::Illegal("digest")) };
     }
     let marker: Marker = super::decode_control(&body[at..])?;
-    if marker.is_sane() { Ok(Some(Trailer::Mark(marker))) } else { Err(WireError::Illegal("marker")) }
+    if marker.is_sane() { Ok(Some(Trailer::Mark(Box::new(marker)))) } else { Err(WireError::Illegal("marker")) }
 }
 
 #[cfg(test)]

@@ -150,6 +150,8 @@ impl Capture {
             label,
             wall_ms: clock::wall_ms(),
             hold_us: clock::micros(clock::now().since(started)),
+            group: None,
+            remark: None,
         };
         if !marker.is_sane() {
             return Err(Skip::Label);

@@ -137,7 +137,7 @@ async fn patiently(replica: &Replica, mut operation: impl AsyncFnMut() -> Result
     }
 }
 
-type Arrival = (crate::model::Position, crate::model::Marker, Option<crate::master_target::shared::Travel>);
+type Arrival = (crate::model::Position, Box<crate::model::Marker>, Option<crate::master_target::shared::Travel>);
 
 /// Makes the checkpoint durable in the catalogue, with what it did to the points.
 async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arrivals: Vec<Arrival>) -> Result<(), ApplyError> {

@@ -55,7 +55,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::model::{DiskId, MachineId, Marker, PointId, PointKind};
+    use crate::model::{DiskId, Marker};
     use crate::wire::batch::push_entry;
 
     fn batch(last: u64, extents: &[(u64, u64, bool)], marked: bool) -> (BatchHeader, Vec<u8>) {
@@ -66,16 +66,7 @@ mod tests {
         }
         let table_end = body.len();
         if marked {
-            let marker = Marker {
-                point: PointId(Uuid::from_u128(last.into())),
-                machine: MachineId(Uuid::nil()),
-                kind: PointKind::Crash,
-                disks: vec![DiskId(Uuid::nil())],
-                sizes: vec![1 << 20],
-                label: None,
-                wall_ms: 0,
-                hold_us: 0,
-            };
+            let marker = Marker::sample(last.into(), &[DiskId(Uuid::nil())]);
             body.extend(postcard::to_stdvec(&marker).unwrap());
         }
         let header = BatchHeader {

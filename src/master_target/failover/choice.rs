@@ -27,28 +27,12 @@ pub fn choose<'a>(points: &[&'a RecoveryPoint], choice: &Choice) -> Result<&'a R
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
-    use uuid::Uuid;
 
     use super::*;
-    use crate::model::{MachineId, PointId};
 
     #[test]
     fn each_choice_takes_its_point_or_says_what_there_is() {
-        let point = |n: u128, kind| RecoveryPoint {
-            id: PointId(Uuid::from_u128(n)),
-            machine: MachineId(Uuid::nil()),
-            kind,
-            label: None,
-            wall_ms: 0,
-            hold_us: 0,
-            order: n as u64,
-            listed_clock: 0,
-            disks: BTreeMap::new(),
-            pinned: false,
-            sizes: BTreeMap::new(),
-        };
+        let point = |n: u128, kind| RecoveryPoint { kind, ..RecoveryPoint::sample(n, n as u64) };
         let all = [point(1, PointKind::Crash), point(2, PointKind::App), point(3 << 120, PointKind::Crash)];
         let points: Vec<_> = all.iter().collect();
         assert_eq!(choose(&points, &Choice::Latest), Ok(&all[2]));

@@ -40,12 +40,11 @@ pub fn choose<'a>(listed: &[&RecoveryPoint], verification: impl Fn(PointId) -> O
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, HashMap};
+    use std::collections::HashMap;
 
     use uuid::Uuid;
 
     use super::*;
-    use crate::model::{MachineId, PointKind};
 
     #[test]
     fn a_round_goes_on_where_it_was_and_is_due_again_when_its_time_has_passed() {
@@ -63,19 +62,7 @@ mod tests {
     #[test]
     fn the_newest_never_verified_and_the_longest_ago_verified_are_recomputed() {
         let id = |n: u128| PointId(Uuid::from_u128(n));
-        let point = |n: u128| RecoveryPoint {
-            id: id(n),
-            machine: MachineId(Uuid::from_u128(1)),
-            kind: PointKind::Crash,
-            label: None,
-            wall_ms: 0,
-            hold_us: 0,
-            order: n as u64,
-            listed_clock: 0,
-            disks: BTreeMap::new(),
-            pinned: false,
-            sizes: BTreeMap::new(),
-        };
+        let point = |n: u128| RecoveryPoint::sample(n, n as u64);
         let points = [1, 2, 3, 4].map(point);
         let listed: Vec<_> = points.iter().collect();
         let mut verified = HashMap::new();

@@ -139,7 +139,7 @@ impl Connection {
                     if !marker.is_sane() {
                         return Err(WireError::Illegal("marker").into());
                     }
-                    self.change(&frame, Input::End(Trailer::Mark(marker))).await?;
+                    self.change(&frame, Input::End(Trailer::Mark(Box::new(marker)))).await?;
                 }
                 FrameType::Digest => {
                     let digest: Digest = decode_control(&payload)?;

@@ -89,7 +89,7 @@ impl Batcher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{MachineId, Marker, PointId, PointKind};
+    use crate::model::Marker;
 
     fn write(len: usize) -> Input {
         Input::Change(Collected { extent: Extent::new(0, len as u64), data: Some(AlignedBuf::zeroed(len)) })
@@ -104,17 +104,8 @@ mod tests {
         assert!(batcher.add(Mono(0), 1, 3, 1, Mono(0), write(512)).is_none());
         assert!(batcher.close_older(Mono(999), Duration::from_millis(1)).is_none());
         assert!(batcher.close_older(Mono(1000), Duration::from_millis(1)).is_some());
-        let marker = Marker {
-            point: PointId(uuid::Uuid::nil()),
-            machine: MachineId(uuid::Uuid::nil()),
-            kind: PointKind::Crash,
-            disks: vec![],
-            sizes: vec![1 << 20],
-            label: None,
-            wall_ms: 0,
-            hold_us: 0,
-        };
-        let marked = batcher.add(Mono(0), 1, 4, 1, Mono(0), Input::End(Trailer::Mark(marker))).expect("a marker ends a batch");
+        let marker = Marker::sample(1, &[]);
+        let marked = batcher.add(Mono(0), 1, 4, 1, Mono(0), Input::End(Trailer::Mark(Box::new(marker)))).expect("a marker ends a batch");
         assert!(marked.trailer.is_some() && !batcher.is_open());
     }
 }
