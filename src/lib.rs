@@ -16,6 +16,8 @@ pub mod process_server;
 
 pub mod master_target;
 
+pub mod coordinator;
+
 pub mod disk;
 pub mod nbd;
 

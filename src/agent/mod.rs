@@ -15,6 +15,7 @@
 pub mod backlog;
 pub mod capture;
 pub mod comparison;
+pub mod consistency;
 pub mod control;
 pub mod dirty_map;
 pub mod locks;

@@ -5,6 +5,7 @@
 //! All integers are little-endian. Every length is checked against [`limits`](self) before anything is allocated.
 
 pub mod batch;
+pub mod consistency;
 pub mod forward;
 pub mod ingest;
 
