@@ -34,8 +34,12 @@ fn short(text: &impl std::fmt::Debug) -> String {
 fn every_state_of_a_round_with_every_event() {
     let mut listing = String::new();
     let mut pairs = 0;
-    for wish in [PLAIN, Wish { partial: true, ..PLAIN }, Wish { app: true, partial: true, ..PLAIN }, Wish { app: true, app_or_nothing: true, ..PLAIN }]
-    {
+    for wish in [
+        PLAIN,
+        Wish { partial: true, ..PLAIN },
+        Wish { app: true, partial: true, ..PLAIN },
+        Wish { app: true, app_or_nothing: true, ..PLAIN },
+    ] {
         writeln!(listing, "# two members, {wish:?}").unwrap();
         let events: Vec<Event> = (0..2)
             .flat_map(|i| {
@@ -106,8 +110,14 @@ fn every_state_of_a_member_with_every_input() {
             if let Some(Output::InsertAndOpen(round)) = out.first().copied() {
                 out.extend(next.on(Input::Inserted(round, true)));
             }
-            assert!(!(state.is_holding() && !next.is_holding()) || out.iter().any(|o| matches!(o, Output::Open | Output::InsertAndOpen(_))));
-            assert!(!(state.is_resting() && !next.is_resting()) || out.contains(&Output::EndRest) || matches!(input, Input::RestOver(_) | Input::Rest(_, false)));
+            assert!(
+                !(state.is_holding() && !next.is_holding()) || out.iter().any(|o| matches!(o, Output::Open | Output::InsertAndOpen(_)))
+            );
+            assert!(
+                !(state.is_resting() && !next.is_resting())
+                    || out.contains(&Output::EndRest)
+                    || matches!(input, Input::RestOver(_) | Input::Rest(_, false))
+            );
             writeln!(listing, "  {input:?} -> {next:?} {out:?}").unwrap();
             if !seen.contains(&next) {
                 seen.push(next);
@@ -243,7 +253,9 @@ impl Explorer {
         let late = matches!(input, Input::Commit(_)) && self.fault == Fault::MarkAfterLimit;
         for output in outputs {
             let output = match output {
-                Output::Say(Say::Failed(round, _)) if late && round == world.number && world.marked[round as usize - 1][i].is_none() => Output::InsertAndOpen(round),
+                Output::Say(Say::Failed(round, _)) if late && round == world.number && world.marked[round as usize - 1][i].is_none() => {
+                    Output::InsertAndOpen(round)
+                }
                 other => other,
             };
             let mut say = |what: Up| {
@@ -452,7 +464,10 @@ fn three_members_with_every_loss_delay_repetition_and_crash() {
     run("three members, one round, two crashes or lost connections", &plain);
     run("the same, points without some members allowed", &Explorer { wish: Wish { partial: true, ..PLAIN }, ..plain });
     run("two members, two rounds, one crash", &Explorer { members: 2, rounds: 2, crashes: 1, ..plain });
-    run("two members, two rounds, partial, one crash", &Explorer { members: 2, rounds: 2, crashes: 1, wish: Wish { partial: true, ..PLAIN }, ..plain });
+    run(
+        "two members, two rounds, partial, one crash",
+        &Explorer { members: 2, rounds: 2, crashes: 1, wish: Wish { partial: true, ..PLAIN }, ..plain },
+    );
     let app = Wish { app: true, partial: true, ..PLAIN };
     run("two members, applications at rest, one crash", &Explorer { members: 2, rounds: 1, crashes: 1, wish: app, ..plain });
 }

@@ -32,7 +32,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::config::agent::AgentSettings;
 use crate::crypto::pki::Role;
-use crate::crypto::tls::{Credentials, TlsError};
+use crate::crypto::tls::{ALPN_CONSISTENCY, Credentials, TlsError};
 
 pub use shared::{AgentShared, Command};
 
@@ -77,12 +77,13 @@ impl Agent {
             return Err(AgentError::OtherMachine { found: credentials.identity.name.to_string(), expected: settings.machine.to_string() });
         }
         let (commands, requests) = mpsc::channel(64);
+        let coordinator = Arc::new(credentials.client(ALPN_CONSISTENCY)?);
         let (opened_tx, opened_rx) = std::sync::mpsc::sync_channel(1);
         let capture_settings = settings.clone();
         let capture = std::thread::Builder::new().name("capture".to_owned()).spawn(move || {
             let report = opened_tx.clone();
             prefer_this_thread();
-            if let Err(e) = crate::storage::uring::run(capture::run(capture_settings, requests, opened_tx)) {
+            if let Err(e) = crate::storage::uring::run(capture::run(capture_settings, coordinator, requests, opened_tx)) {
                 let _ = report.send(Err(e));
             }
         })?;

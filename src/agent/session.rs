@@ -205,6 +205,9 @@ async fn receive(link: Rc<Link>, mut read: ReadHalf<TlsStream<TcpStream>>) -> Re
                     link.command(Command::Verdict { volume: index, verdict }).await?;
                 }
             }
+            ServerMessage::Target(name) => {
+                *link.shared.target.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(name);
+            }
             ServerMessage::Alive => {}
             ServerMessage::Goodbye { message } => return Err(SessionError::Goodbye(message)),
             ServerMessage::Welcome => return Err(WireError::Illegal("second welcome").into()),

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, oneshot};
 
 use super::backlog::Backlog;
+use super::consistency::GroupStatus;
 use crate::model::{Compare, DiskId, DiskReport, MachineId, Name, PointId, PointKind, Verdict, Wanted};
 
 /// Everything another thread may see of the agent.
@@ -26,6 +27,10 @@ pub struct AgentShared {
     pub last_error: Mutex<Option<String>>,
     /// Points made, and points that were due and not made.
     pub points: [AtomicU64; 2],
+    /// The master target it replicates to, as the process server says.
+    pub target: Mutex<Option<Name>>,
+    /// The replication group.
+    pub group: Mutex<GroupStatus>,
 }
 
 /// What is shared of one disk.

@@ -27,6 +27,9 @@ pub struct AgentSettings {
     /// Recovery points.
     #[serde(default)]
     pub points: Points,
+    /// The replication group.
+    #[serde(default)]
+    pub consistency: Consistency,
     /// Changes that wait in memory.
     #[serde(default)]
     pub backlog: Backlog,
@@ -66,6 +69,26 @@ pub struct Points {
 impl Default for Points {
     fn default() -> Self {
         Self { interval: Duration::from_secs(5), hold_max: Duration::from_millis(200) }
+    }
+}
+
+/// `[consistency]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Consistency {
+    /// Host name or IP address of the coordinator, and port. Without one the machine belongs to no group.
+    pub coordinator: Option<String>,
+    /// Longest time new writes are held for a point of the group, whatever the coordinator wants.
+    #[serde(deserialize_with = "units::duration")]
+    pub hold_max: Duration,
+    /// Shortest time between two such holds.
+    #[serde(deserialize_with = "units::duration")]
+    pub rest_min: Duration,
+}
+
+impl Default for Consistency {
+    fn default() -> Self {
+        Self { coordinator: None, hold_max: Duration::from_millis(200), rest_min: Duration::from_millis(500) }
     }
 }
 
@@ -190,6 +213,11 @@ impl Settings for AgentSettings {
         }
         in_range("points.interval in seconds", self.points.interval.as_secs_f64(), 1.0, 86400.0)?;
         in_range("points.hold_max in seconds", self.points.hold_max.as_secs_f64(), 0.001, 2.0)?;
+        in_range("consistency.hold_max in seconds", self.consistency.hold_max.as_secs_f64(), 0.001, 2.0)?;
+        in_range("consistency.rest_min in seconds", self.consistency.rest_min.as_secs_f64(), 0.05, 3600.0)?;
+        if self.consistency.coordinator.as_ref().is_some_and(|address| !address.contains(':')) {
+            return Err("consistency.coordinator needs a port, for example \"gateway.example:20004\"".to_owned());
+        }
         in_range("backlog.memory_max", self.backlog.memory_max, 2 * limits::RESYNC_WINDOW_BYTES, 1 << 40)?;
         let region = self.dirty_map.region;
         in_range("dirty_map.region", region, CHANGE_BYTES_MAX as u64, 64 << 20)?;

@@ -1,6 +1,7 @@
 //! Keys, seals and certificates. Nothing here prints a key.
 
 pub mod keyring;
+pub mod messages;
 pub mod pki;
 pub mod quic;
 pub mod seal;

@@ -18,6 +18,9 @@ pub const ALPN_INGEST: &[u8] = b"tidegate-ingest/1";
 /// Protocol name of batches on 9444.
 pub const ALPN_FORWARD: &[u8] = b"tidegate-forward/1";
 
+/// Protocol name of consistency rounds on 20004.
+pub const ALPN_CONSISTENCY: &[u8] = b"tidegate-consistency/1";
+
 /// Where a server's certificates are.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]

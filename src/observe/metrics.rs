@@ -48,6 +48,7 @@ declare! {
     CAPTURED_BYTES = "tidegate_captured_bytes_total", Counter, "disk", "Bytes written to the protected disk through the agent";
     BACKLOG = "tidegate_backlog_bytes", Gauge, "disk, kind", "Agent's backlog: memory (changes held), map (regions to send again); bytes";
     HOLD = "tidegate_marker_hold_seconds", Histogram, "", "How long writes of a machine were held for a marker, seconds";
+    GROUP_HOLD = "tidegate_group_hold_seconds", Histogram, "", "How long writes of a machine were held for a round of its group, seconds";
     POINTS_SKIPPED = "tidegate_points_skipped_total", Counter, "reason", "Recovery points that were due and not made";
     RESYNCS = "tidegate_resynchronisations_total", Counter, "disk, reason", "Times a disk left delta replication";
     INGEST_BYTES = "tidegate_ingest_bytes_total", Counter, "disk", "Bytes of changes received by the process server";

@@ -1,6 +1,6 @@
 //! Puts the stages together and runs what is not one connection's business: results of the cache, release, ageing, figures.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -26,7 +26,7 @@ use crate::crypto::keyring::KeyEncryptionKey;
 use crate::crypto::pki::Role;
 use crate::crypto::seal::{Purpose, SealingSession};
 use crate::crypto::tls::Credentials;
-use crate::model::DiskId;
+use crate::model::{DiskId, Name};
 use crate::observe::http::Readiness;
 use crate::observe::metrics;
 use crate::storage::log::Recovered;
@@ -60,6 +60,8 @@ pub struct Server {
     pub view: Arc<Mutex<ProcessServerView>>,
     /// Agents connected.
     pub agents: Cell<usize>,
+    /// The master target, by its certificate, once it was reached.
+    pub target: RefCell<Option<Name>>,
     next_owner: Cell<u64>,
 }
 
@@ -124,6 +126,7 @@ async fn open(
         queue_memory: Cell::new(0),
         view,
         agents: Cell::new(0),
+        target: RefCell::default(),
         next_owner: Cell::new(0),
         settings,
     };

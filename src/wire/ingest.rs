@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{CONTROL_BYTES_MAX, Fields, PROTOCOL, WireError, check_len};
 use crate::model::change::{CHANGE_BYTES_MAX, ZERO_BYTES_MAX};
-use crate::model::{Compare, DiskId, DiskReport, Extent, MachineId, SECTOR, Verdict, Wanted};
+use crate::model::{Compare, DiskId, DiskReport, Extent, MachineId, Name, SECTOR, Verdict, Wanted};
 
 /// Length of a frame header, in bytes.
 pub const FRAME_LEN: usize = 64;
@@ -231,6 +231,8 @@ pub enum ServerMessage {
         /// What.
         verdict: Verdict,
     },
+    /// The master target that the changes go to, by its certificate; when it is known, and when it changes.
+    Target(Name),
     /// A disk may not send.
     Refused {
         /// Which disk.

@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::Capture;
+use super::markers::Mark;
 use crate::clock;
 use crate::model::{PointId, PointKind, Wanted};
 use crate::storage::uring::sync_dir;
@@ -94,7 +95,7 @@ impl Capture {
             while capture.final_point.get() == Some(point) && capture.is_handed_over() {
                 if capture.is_consistent() {
                     let _one_at_a_time = capture.marking.lock().await;
-                    match capture.insert_as(point, Some(LABEL.to_owned()), PointKind::Crash, clock::now()) {
+                    match capture.insert(Mark { point, ..Mark::plain(Some(LABEL.to_owned()), PointKind::Crash) }, clock::now()) {
                         Ok(point) => return tracing::info!(machine = %capture.shared.machine, %point, "the final point is in the stream"),
                         Err(skip) => tracing::debug!(%skip, "the final point waits"),
                     }

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::Capture;
 use crate::clock;
-use crate::model::{ChangeKind, Marker, PointId, PointKind};
+use crate::model::{ChangeKind, GroupPart, Marker, PointId, PointKind};
 use crate::observe::metrics;
 
 /// Why a point was not made.
@@ -39,7 +39,7 @@ pub enum Skip {
 }
 
 impl Skip {
-    fn reason(self) -> &'static str {
+    pub(super) fn reason(self) -> &'static str {
         match self {
             Skip::NotConsistent => "not-consistent",
             Skip::HoldTooLong => "hold-too-long",
@@ -49,6 +49,22 @@ impl Skip {
             Skip::BacklogFull => "backlog-full",
             Skip::Label => "label",
         }
+    }
+}
+
+/// What a marker says beside the disks.
+pub(super) struct Mark {
+    pub(super) point: PointId,
+    pub(super) kind: PointKind,
+    pub(super) label: Option<String>,
+    pub(super) group: Option<GroupPart>,
+    pub(super) remark: Option<String>,
+}
+
+impl Mark {
+    /// A new point of this machine alone.
+    pub(super) fn plain(label: Option<String>, kind: PointKind) -> Self {
+        Self { point: PointId(Uuid::new_v4()), kind, label, group: None, remark: None }
     }
 }
 
@@ -108,32 +124,20 @@ impl Capture {
         if kind == PointKind::App {
             return Err(Skip::NoAppPoints);
         }
-        if self.shared.stopping.load(Ordering::Relaxed) {
-            return Err(Skip::Stopping);
-        }
-        if self.is_handed_over() {
-            return Err(Skip::HandedOver);
-        }
-        if !self.is_consistent() {
-            return Err(Skip::NotConsistent);
+        if let Some(skip) = self.cannot_mark() {
+            return Err(skip);
         }
         let started = clock::now();
         self.gate.hold();
         let drained = tokio::time::timeout(self.settings.points.hold_max, self.gate.drained()).await.is_ok();
-        let point = if drained { self.insert(label, kind, started) } else { Err(Skip::HoldTooLong) };
-        if !self.shared.stopping.load(Ordering::Relaxed) {
-            self.gate.release();
-        }
+        let point = if drained { self.insert(Mark::plain(label, kind), started) } else { Err(Skip::HoldTooLong) };
+        self.let_writes_pass();
         metrics::observe(metrics::HOLD, clock::now().since(started));
         point
     }
 
-    fn insert(&self, label: Option<String>, kind: PointKind, started: clock::Mono) -> Result<PointId, Skip> {
-        self.insert_as(PointId(Uuid::new_v4()), label, kind, started)
-    }
-
     /// Puts the marker into every stream. Nothing awaits here: no write can come between two disks.
-    pub(super) fn insert_as(&self, point: PointId, label: Option<String>, kind: PointKind, started: clock::Mono) -> Result<PointId, Skip> {
+    pub(super) fn insert(&self, mark: Mark, started: clock::Mono) -> Result<PointId, Skip> {
         // A write that was under way may have met a full backlog.
         if !self.is_consistent() {
             return Err(Skip::NotConsistent);
@@ -142,16 +146,16 @@ impl Capture {
             return Err(Skip::BacklogFull);
         }
         let marker = Marker {
-            point,
+            point: mark.point,
             machine: self.shared.machine_id,
-            kind,
+            kind: mark.kind,
             disks: self.volumes.iter().map(|v| v.shared.id).collect(),
             sizes: self.volumes.iter().map(|v| v.shared.size()).collect(),
-            label,
+            label: mark.label,
             wall_ms: clock::wall_ms(),
             hold_us: clock::micros(clock::now().since(started)),
-            group: None,
-            remark: None,
+            group: mark.group,
+            remark: mark.remark,
         };
         if !marker.is_sane() {
             return Err(Skip::Label);

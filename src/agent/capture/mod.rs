@@ -1,6 +1,7 @@
 //! The capture thread: owns the disks of the machine, serves them over NBD, feeds their streams and makes markers.
 
 mod gate;
+pub(super) mod group;
 mod handover;
 mod local;
 mod markers;
@@ -15,9 +16,11 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
+use rustls::ClientConfig;
 use tokio::sync::mpsc;
 
 use self::gate::Gate;
+use self::markers::Skip;
 use self::volume::Volume;
 use super::shared::{AgentShared, Command};
 use crate::clock;
@@ -34,14 +37,22 @@ pub struct Capture {
     shared: Arc<AgentShared>,
     volumes: Vec<Rc<Volume>>,
     gate: Rc<Gate>,
-    marking: tokio::sync::Mutex<()>,
+    /// Whoever makes a marker holds it.
+    marking: Arc<tokio::sync::Mutex<()>>,
+    /// When writes passed again after the last hold for the group.
+    last_group_hold: Cell<Option<clock::Mono>>,
     /// The point that ends a planned failover, once it was asked for in this process.
     final_point: Cell<Option<PointId>>,
     settings: AgentSettings,
 }
 
 /// Opens the disks, reports through `opened`, and serves until told to stop.
-pub async fn run(settings: AgentSettings, requests: mpsc::Receiver<Command>, opened: SyncSender<io::Result<Arc<AgentShared>>>) {
+pub async fn run(
+    settings: AgentSettings,
+    coordinator: Arc<ClientConfig>,
+    requests: mpsc::Receiver<Command>,
+    opened: SyncSender<io::Result<Arc<AgentShared>>>,
+) {
     let (capture, listeners) = match open(settings).await {
         Ok(opened) => opened,
         Err(e) => return drop(opened.send(Err(e))),
@@ -53,6 +64,7 @@ pub async fn run(settings: AgentSettings, requests: mpsc::Receiver<Command>, ope
     }
     tokio::task::spawn_local(markers::timer(capture.clone()));
     tokio::task::spawn_local(housekeeping(capture.clone()));
+    tokio::task::spawn_local(group::run(capture.clone(), capture.settings.consistency.clone(), coordinator));
     capture.serve(requests).await;
 }
 
@@ -72,6 +84,8 @@ async fn open(settings: AgentSettings) -> io::Result<(Rc<Capture>, Vec<Listener>
         connected: Default::default(),
         last_error: Default::default(),
         points: Default::default(),
+        target: Default::default(),
+        group: Default::default(),
     });
     let one_file_system = files.windows(2).all(|pair| pair[0].device == pair[1].device);
     let volume = |parts| Rc::new(Volume::new(parts, gate.clone(), shared.clone(), one_file_system));
@@ -87,7 +101,15 @@ async fn open(settings: AgentSettings) -> io::Result<(Rc<Capture>, Vec<Listener>
         );
         gate.close();
     }
-    let capture = Capture { shared, volumes, gate, marking: tokio::sync::Mutex::new(()), final_point: Cell::new(None), settings };
+    let capture = Capture {
+        shared,
+        volumes,
+        gate,
+        marking: Arc::default(),
+        last_group_hold: Cell::new(None),
+        final_point: Cell::new(None),
+        settings,
+    };
     Ok((Rc::new(capture), listeners))
 }
 

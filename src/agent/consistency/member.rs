@@ -107,6 +107,11 @@ impl Member {
         self.gate != Gate::Open
     }
 
+    /// Whether it holds for `round` and still waits for writes under way.
+    pub fn is_draining(&self, round: u64) -> bool {
+        self.gate == Gate::Draining && self.round == round
+    }
+
     /// Whether applications are at rest or on the way to it.
     pub fn is_resting(&self) -> bool {
         self.rest != Rest::None

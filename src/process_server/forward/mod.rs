@@ -67,7 +67,8 @@ async fn connect(server: &Server) -> Result<(quinn::Endpoint, quinn::Connection)
         Err(_) => return Err(format!("the master target at {address} (udp) does not answer: is it running, is the port open?")),
     };
     let certificates = connection.peer_identity().and_then(|c| c.downcast::<Vec<rustls_pki_types::CertificateDer<'static>>>().ok());
-    tls::peer_identity(certificates.as_deref().map(Vec::as_slice), Role::MasterTarget).map_err(|e| e.to_string())?;
+    let identity = tls::peer_identity(certificates.as_deref().map(Vec::as_slice), Role::MasterTarget).map_err(|e| e.to_string())?;
+    server.target.replace(Some(identity.name));
     Ok((endpoint, connection))
 }
 

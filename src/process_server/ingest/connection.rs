@@ -324,8 +324,14 @@ impl Connection {
 
     /// Sends replies and the newest positions; each position once, however often it changed.
     async fn answer(&self, write: &mut WriteHalf<TlsStream<TcpStream>>) -> Result<(), ConnectionError> {
+        let mut told_target: Option<Name> = None;
         loop {
             let mut out: Vec<u8> = std::mem::take(&mut *self.replies.borrow_mut()).iter().flat_map(encode).collect();
+            let target = self.server.target.borrow().clone();
+            if let Some(name) = target.filter(|name| told_target.as_ref() != Some(name)) {
+                out.extend(encode(&ServerMessage::Target(name.clone())));
+                told_target = Some(name);
+            }
             self.add_acknowledgements(&mut out);
             if out.is_empty() {
                 let waited = tokio::time::timeout(ALIVE_EVERY, self.bell.notified()).await;
