@@ -47,7 +47,7 @@ fn no_file_is_longer_than_600_lines() {
 #[test]
 fn imports_go_one_way() {
     // A module may use those that stand after it, and itself.
-    let servers = ["agent", "process_server", "master_target"];
+    let servers = ["agent", "process_server", "master_target", "coordinator"];
     let ground = ["disk", "nbd", "crypto", "control", "observe", "config", "storage", "wire", "clock", "model"];
     let may: &[(&str, &[&str])] = &[
         ("model", &[]),
@@ -91,6 +91,9 @@ fn pure_files_do_no_io() {
     let pure = [
         "agent/backlog.rs",
         "agent/regions.rs",
+        "agent/consistency/member.rs",
+        "coordinator/groups.rs",
+        "coordinator/rounds.rs",
         "agent/dirty_map/format.rs",
         "process_server/stream.rs",
         "process_server/optimize/batcher.rs",
@@ -109,6 +112,7 @@ fn pure_files_do_no_io() {
         "disk/vhdx/format.rs",
         "storage/log/format.rs",
         "wire/batch.rs",
+        "wire/consistency.rs",
         "wire/ingest.rs",
         "wire/forward.rs",
         "nbd/protocol.rs",
@@ -127,18 +131,22 @@ fn readme_names_every_metric_and_every_port() {
     for metric in tidegate::observe::metrics::ALL {
         assert!(readme.contains(metric.name), "README does not mention {}", metric.name);
     }
-    for port in ["9443", "9444"] {
+    for port in ["9443", "9444", "20004"] {
         assert!(readme.contains(port));
     }
 }
 
 #[test]
 fn configuration_examples_are_what_the_servers_accept() {
-    use tidegate::config::{self, agent::AgentSettings, master_target::MasterTargetSettings, process_server::ProcessServerSettings};
+    use tidegate::config::{
+        self, agent::AgentSettings, coordinator::CoordinatorSettings, master_target::MasterTargetSettings,
+        process_server::ProcessServerSettings,
+    };
     let file = |name: &str| root().join("config").join(name);
     config::load::<AgentSettings>(&file("agent.toml")).unwrap();
     config::load::<ProcessServerSettings>(&file("process-server.toml")).unwrap();
     config::load::<MasterTargetSettings>(&file("master-target.toml")).unwrap();
+    config::load::<CoordinatorSettings>(&file("coordinator.toml")).unwrap();
 }
 
 #[test]

@@ -65,6 +65,7 @@ impl Role for Control {
             machines: vec![machine],
             cache_bytes: None,
             connected: Some(connected),
+            ..RoleStatus::default()
         }
     }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::Usage;
 use crate::config::agent::AgentSettings;
+use crate::config::coordinator::CoordinatorSettings;
 use crate::config::master_target::MasterTargetSettings;
 use crate::config::process_server::ProcessServerSettings;
 use crate::config::units::show_size;
@@ -19,7 +20,7 @@ pub(super) enum CheckCommand {
     Config {
         /// The file.
         file: PathBuf,
-        /// agent, process-server or master-target; default: by the file's name.
+        /// agent, process-server, master-target or coordinator; default: by the file's name.
         #[arg(long)]
         role: Option<String>,
     },
@@ -111,8 +112,12 @@ fn check_config(file: &Path, role: Option<&str>) -> anyhow::Result<()> {
         "agent" => config::load::<AgentSettings>(file).map(|_| ()),
         "process-server" => config::load::<ProcessServerSettings>(file).map(|_| ()),
         "master-target" => config::load::<MasterTargetSettings>(file).map(|_| ()),
+        "coordinator" => config::load::<CoordinatorSettings>(file).map(|_| ()),
         other => {
-            return Err(Usage(format!("cannot tell the role from {other:?}: give --role agent, process-server or master-target")).into());
+            return Err(Usage(format!(
+                "cannot tell the role from {other:?}: give --role agent, process-server, master-target or coordinator"
+            ))
+            .into());
         }
     };
     checked?;

@@ -2,6 +2,7 @@
 
 mod check;
 mod failover;
+mod group;
 mod machine;
 mod output;
 mod pki;
@@ -54,6 +55,9 @@ enum Command {
     /// Run a master target.
     #[command(after_help = "Example:\n  tidegate master-target --config /etc/tidegate/master-target.toml")]
     MasterTarget(servers::Args),
+    /// Run a coordinator of replication groups.
+    #[command(after_help = "Example:\n  tidegate coordinator --config /etc/tidegate/coordinator.toml")]
+    Coordinator(servers::Args),
     /// Is it working? Exit code 0 healthy, 1 warning, 2 critical, 3 cannot tell.
     #[command(after_help = "Example:\n  tidegate status --control unix:/run/tidegate/master-target.sock")]
     Status(Ask),
@@ -63,6 +67,12 @@ enum Command {
     /// Disks of protected machines.
     #[command(subcommand, after_help = "Example:\n  tidegate disk show web01/sda")]
     Disk(machine::DiskCommand),
+    /// Replication groups: machines that recover to one moment. Ask the coordinator.
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  tidegate group create shop --machine db01 --machine web01 --control unix:/run/tidegate/coordinator.sock\n  tidegate group add shop web02\n  tidegate group show shop"
+    )]
+    Group(group::GroupCommand),
     /// Recovery points.
     #[command(
         subcommand,
@@ -118,6 +128,8 @@ pub fn main() -> ExitCode {
         Command::Agent(args) => servers::agent(&args),
         Command::ProcessServer(args) => servers::process_server(&args),
         Command::MasterTarget(args) => servers::master_target(&args),
+        Command::Coordinator(args) => servers::coordinator(&args),
+        Command::Group(command) => group::run(command),
         Command::Status(ask) => return status::run(&ask),
         Command::Machine(command) => machine::machine(command),
         Command::Disk(command) => machine::disk(command),

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Ask, Usage, ask, output};
 use crate::config::units::show_size;
-use crate::control::api::{BadPointView, Marked, PointView, Request, VerifyView};
+use crate::control::api::{BadPointView, GroupMarked, Marked, PointView, Request, VerifyView};
 use crate::control::client;
 
 /// Recovery points.
@@ -70,11 +70,17 @@ pub(super) enum PointCommand {
         #[command(flatten)]
         ask: Ask,
     },
-    /// Make a crash-consistent point now. Ask the agent of the machine.
+    /// Make a point now. Ask the agent of the machine, or the coordinator of the group.
+    #[command(
+        after_help = "Examples:\n  tidegate point mark --machine web01 --label before-upgrade --control unix:/run/tidegate/agent.sock\n  tidegate point mark --group shop --app --control unix:/run/tidegate/coordinator.sock"
+    )]
     Mark {
         /// Of which machine.
+        #[arg(long, required_unless_present = "group", conflicts_with = "group")]
+        machine: Option<String>,
+        /// Of all machines of which group, at one moment.
         #[arg(long)]
-        machine: String,
+        group: Option<String>,
         /// What to call it.
         #[arg(long)]
         label: Option<String>,
@@ -97,6 +103,30 @@ fn pin(point: String, pinned: bool, args: &Ask) -> anyhow::Result<()> {
         view.machine,
         if pinned { "pinned: it stays until it is unpinned" } else { "left to the policy" }
     );
+    Ok(())
+}
+
+fn mark_group(group: String, app: bool, label: Option<String>, args: &Ask) -> anyhow::Result<()> {
+    let marked: GroupMarked = ask(&args.control, &Request::GroupMark { group, app, label })?;
+    if args.json {
+        return output::json(&marked);
+    }
+    let all = marked.members + marked.missing.len();
+    println!(
+        "point {} of group {} is on its way, {}, {} of {all} machines, held for at most {:.1} ms; `tidegate point list --group {}` at the master target shows it when every part is there",
+        marked.point,
+        marked.group,
+        marked.kind,
+        marked.members,
+        marked.hold_seconds * 1e3,
+        marked.group
+    );
+    for missing in &marked.missing {
+        println!("missing: {}: {}", missing.machine, missing.why);
+    }
+    if let Some(remark) = &marked.remark {
+        println!("remark: {remark}");
+    }
     Ok(())
 }
 
@@ -238,7 +268,9 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
         }
         PointCommand::Pin { point, ask: args } => pin(point, true, &args),
         PointCommand::Unpin { point, ask: args } => pin(point, false, &args),
-        PointCommand::Mark { machine, label, app, ask: args } => {
+        PointCommand::Mark { group: Some(group), label, app, ask: args, .. } => mark_group(group, app, label, &args),
+        PointCommand::Mark { machine, label, app, ask: args, .. } => {
+            let machine = machine.ok_or_else(|| Usage("which one? Give --machine or --group".to_owned()))?;
             let marked: Marked = ask(&args.control, &Request::Mark { machine, label, app })?;
             if args.json {
                 return output::json(&marked);

@@ -8,8 +8,13 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::check::load;
 use crate::agent::Agent;
-use crate::config::{Control, Metrics, agent::AgentSettings, master_target::MasterTargetSettings, process_server::ProcessServerSettings};
+use crate::config::agent::AgentSettings;
+use crate::config::coordinator::CoordinatorSettings;
+use crate::config::master_target::MasterTargetSettings;
+use crate::config::process_server::ProcessServerSettings;
+use crate::config::{Control, Metrics};
 use crate::control::server::{self, Role};
+use crate::coordinator::Coordinator;
 use crate::master_target::MasterTarget;
 use crate::model::Address;
 use crate::observe::http::{self, Readiness};
@@ -40,13 +45,55 @@ pub(super) fn agent(args: &Args) -> anyhow::Result<()> {
 
 /// Runs a process server.
 pub(super) fn process_server(args: &Args) -> anyhow::Result<()> {
-    let settings: ProcessServerSettings = load(&args.config)?;
+    let mut settings: ProcessServerSettings = load(&args.config)?;
     let (control, scrape) = (settings.control.clone(), settings.metrics.clone());
+    let beside = settings.coordinator.take();
     run(args, control, scrape, |ready| {
+        let coordinator = match beside {
+            Some(settings) => {
+                let socket = control_socket(&settings.control)?.to_owned();
+                let coordinator = Coordinator::start(settings).context("the coordinator beside it does not start")?;
+                tokio::spawn(answer(socket.clone(), coordinator.control()));
+                Some((coordinator, socket))
+            }
+            None => None,
+        };
         let server = ProcessServer::start(settings)?;
         *ready = server.readiness.clone();
-        Ok((server.control(), Box::pin(async move { server.stop().await }) as Stop))
+        let role = server.control();
+        let stop = async move {
+            server.stop().await;
+            if let Some((coordinator, socket)) = coordinator {
+                coordinator.stop().await;
+                let _ = std::fs::remove_file(&socket);
+            }
+        };
+        Ok((role, Box::pin(stop) as Stop))
     })
+}
+
+/// Runs a coordinator.
+pub(super) fn coordinator(args: &Args) -> anyhow::Result<()> {
+    let settings: CoordinatorSettings = load(&args.config)?;
+    let (control, scrape) = (settings.control.clone(), settings.metrics.clone());
+    run(args, control, scrape, |ready| {
+        let coordinator = Coordinator::start(settings)?;
+        *ready = coordinator.readiness.clone();
+        Ok((coordinator.control(), Box::pin(async move { coordinator.stop().await }) as Stop))
+    })
+}
+
+/// Answers the command line for a role beside the one that the process is named after.
+async fn answer(socket: PathBuf, role: Arc<dyn Role>) {
+    match server::bind(&socket).await {
+        Ok(listener) => server::serve(listener, vec![role]).await,
+        Err(error) => tracing::error!(%error, "the command line cannot reach the coordinator; it runs"),
+    }
+}
+
+fn control_socket(control: &Control) -> anyhow::Result<&std::path::Path> {
+    let Address::Unix(socket) = &control.listen else { anyhow::bail!("[control] listen must be a unix socket") };
+    Ok(socket)
 }
 
 /// Runs a master target.
@@ -73,7 +120,7 @@ fn run(
     metrics::install();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let Address::Unix(socket) = &control.listen else { anyhow::bail!("[control] listen must be a unix socket") };
+        let socket = control_socket(&control)?;
         let control_listener = server::bind(socket).await?;
         let scrape_listener = match scrape.listen {
             Some(address) => Some(http::bind(address).await?),

@@ -42,6 +42,7 @@ fn print(role: &RoleStatus) {
     if let Some((used, capacity)) = role.cache_bytes {
         println!("  cache {} of {}", show_size(used), show_size(capacity));
     }
+    super::group::print_all(&role.coordinated);
     let mut rows = Vec::new();
     for machine in &role.machines {
         for disk in &machine.disks {

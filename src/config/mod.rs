@@ -1,6 +1,7 @@
 //! Configuration: the file as typed becomes settings as meant. `check config` runs exactly this.
 
 pub mod agent;
+pub mod coordinator;
 pub mod limits;
 pub mod master_target;
 pub mod process_server;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::coordinator::CoordinatorSettings;
 use super::{Control, Keys, Metrics, Settings, in_range, limits, units};
 use crate::crypto::tls::TlsFiles;
 use crate::model::{DiskId, MachineId, Name};
@@ -35,6 +36,8 @@ pub struct ProcessServerSettings {
     /// Machines whose agents may connect.
     #[serde(default)]
     pub machine: Vec<Machine>,
+    /// A coordinator in the same process.
+    pub coordinator: Option<CoordinatorSettings>,
     /// Command line.
     #[serde(default)]
     pub control: Control,
@@ -164,6 +167,18 @@ impl Settings for ProcessServerSettings {
         for (index, machine) in self.machine.iter().enumerate() {
             if self.machine[..index].iter().any(|m| m.name == machine.name) {
                 return Err(format!("machine {} is listed twice", machine.name));
+            }
+        }
+        if let Some(coordinator) = &self.coordinator {
+            coordinator.check()?;
+            if coordinator.control.listen == self.control.listen {
+                return Err("[coordinator.control] listen must be another socket than the process server's".to_owned());
+            }
+            if coordinator.state == self.state {
+                return Err("[coordinator] state must be another folder than the process server's".to_owned());
+            }
+            if coordinator.metrics.listen.is_some() {
+                return Err("[coordinator.metrics] is not needed: the process server's [metrics] shows both".to_owned());
             }
         }
         self.control.check()

@@ -80,6 +80,7 @@ impl Role for Control {
             machines,
             cache_bytes: None,
             connected: None,
+            ..RoleStatus::default()
         }
     }
 
@@ -123,7 +124,15 @@ impl Role for Control {
                 },
                 Request::Verifications => to_value(&self.verify.list()),
                 Request::Unmount { name } => self.unmount(name).await.and_then(|()| to_value(&())),
-                Request::Status | Request::Mark { .. } | Request::Resume { .. } => return None,
+                Request::Status
+                | Request::Mark { .. }
+                | Request::Resume { .. }
+                | Request::Groups
+                | Request::GroupCreate { .. }
+                | Request::GroupChange { .. }
+                | Request::GroupSet { .. }
+                | Request::GroupDelete { .. }
+                | Request::GroupMark { .. } => return None,
             };
             Some(result.map_err(|message| ApiError { message }))
         })

@@ -49,6 +49,10 @@ declare! {
     BACKLOG = "tidegate_backlog_bytes", Gauge, "disk, kind", "Agent's backlog: memory (changes held), map (regions to send again); bytes";
     HOLD = "tidegate_marker_hold_seconds", Histogram, "", "How long writes of a machine were held for a marker, seconds";
     GROUP_HOLD = "tidegate_group_hold_seconds", Histogram, "", "How long writes of a machine were held for a round of its group, seconds";
+    GROUP_ROUND = "tidegate_group_round_seconds", Histogram, "", "Time of a whole round of a group, hooks included, seconds";
+    GROUP_ROUNDS = "tidegate_group_rounds_total", Counter, "group, result", "Rounds of a group: full, partial, skipped, unconfirmed";
+    GROUP_MISSING = "tidegate_group_missing_total", Counter, "reason", "Members that a round went without: absent, silent, gone, failed";
+    GROUP_MEMBERS = "tidegate_group_members", Gauge, "group, state", "Members of a group: all, ready";
     POINTS_SKIPPED = "tidegate_points_skipped_total", Counter, "reason", "Recovery points that were due and not made";
     RESYNCS = "tidegate_resynchronisations_total", Counter, "disk, reason", "Times a disk left delta replication";
     INGEST_BYTES = "tidegate_ingest_bytes_total", Counter, "disk", "Bytes of changes received by the process server";
@@ -132,6 +136,18 @@ pub fn machine_gauge(name: &'static str, machine: &str, value: f64) {
 /// Sets how many points were given up because a disk's marker never came.
 pub fn points_incomplete(total: u64) {
     counter!(POINTS_SKIPPED, "reason" => "incomplete").absolute(total);
+}
+
+/// Counts a round of a group.
+pub fn group_round(group: &str, result: &'static str) {
+    counter!(GROUP_ROUNDS, "group" => group.to_owned(), "result" => result).increment(1);
+}
+
+/// Sets how many members a group has, and how many could take part in a round.
+pub fn group_members(group: &str, ready: usize, all: usize) {
+    for (state, count) in [("ready", ready), ("all", all)] {
+        gauge!(GROUP_MEMBERS, "group" => group.to_owned(), "state" => state).set(number(count as u64));
+    }
 }
 
 /// Counts something with a reason.

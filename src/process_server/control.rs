@@ -54,6 +54,7 @@ impl Role for Control {
             machines,
             cache_bytes: Some((view.cache_used_bytes, view.cache_capacity_bytes)),
             connected: Some(view.link_up),
+            ..RoleStatus::default()
         }
     }
 

@@ -1,0 +1,582 @@
+//! Owns groups, connections and rounds: takes what members and people say, runs the rounds' orders and timers.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::{mpsc, oneshot};
+use uuid::Uuid;
+
+use super::CoordinatorError;
+use super::groups::{Group, GroupPolicy, Groups, home};
+use super::history::{History, Point};
+use super::rounds::{Cause, Event as RoundEvent, Order, Outcome, Part, Phase, Round, Wish};
+use crate::clock::{self, Mono, micros};
+use crate::config::coordinator::{Consistency, CoordinatorSettings};
+use crate::control::api::{GroupMarked, GroupMissing, GroupValues, Request, RoleStatus};
+use crate::model::{GroupPart, MachineId, Name, PointId, PointKind};
+use crate::observe::metrics;
+use crate::storage::catalogue::{Catalogue, CatalogueError, Table};
+use crate::wire::consistency::{Common, CoordinatorMessage, MemberMessage, bounded};
+
+/// Events that may wait.
+pub(super) const EVENTS_MAX: usize = 1024;
+/// What a connection is told that another one of the same machine takes over from.
+pub(super) const REPLACED: &str = "the machine has connected again, or takes no messages";
+/// Points that people may wait for, of one group.
+const ASKS_MAX: usize = 16;
+/// How long the confirmation of markers is waited for; nobody holds meanwhile.
+const CONFIRM_MAX: Duration = Duration::from_secs(2);
+/// The view for `status` is made anew this often.
+const PUBLISH_EVERY: Duration = Duration::from_millis(250);
+
+const SERVER: Table = Table::new("server");
+const GROUPS: Table = Table::new("groups");
+/// Changes with the types that are stored.
+const FORMAT: u32 = 1;
+
+/// What happens.
+pub(super) enum Event {
+    /// A member has connected.
+    Connected { name: Name, id: u64, outbox: mpsc::Sender<CoordinatorMessage> },
+    /// A member says something.
+    Message { name: Name, id: u64, message: MemberMessage },
+    /// A connection has ended.
+    Gone { name: Name, id: u64 },
+    /// A person wants something.
+    Ask(Box<Request>, Reply),
+}
+
+pub(super) type Reply = oneshot::Sender<Result<Value, String>>;
+
+/// A connected machine, of a group or not.
+pub(super) struct Connected {
+    id: u64,
+    outbox: mpsc::Sender<CoordinatorMessage>,
+    /// What it said last of itself: its master target, and why it can make no point.
+    pub(super) state: Option<(Option<Name>, Option<String>)>,
+    /// It did not answer the last round, and was not heard since.
+    pub(super) silent: bool,
+}
+
+/// A round under way.
+struct Running {
+    number: u64,
+    point: PointId,
+    group: Group,
+    roster: Vec<Name>,
+    round: Round,
+    app: bool,
+    label: Option<String>,
+    /// Why members are not at rest.
+    not_at_rest: BTreeMap<usize, String>,
+    committed: Option<Common>,
+    held: Duration,
+    began: Mono,
+    timer: Option<(Phase, Mono)>,
+    replies: Vec<Reply>,
+}
+
+/// What a group's timer and its waiting people want.
+pub(super) struct Schedule {
+    due: Mono,
+    app_due: Option<Mono>,
+    /// Members are left alone until then.
+    not_before: Mono,
+    asks: VecDeque<(bool, Option<String>, Reply)>,
+    pub(super) history: History,
+}
+
+/// The state; see [`Hub::run`].
+pub(super) struct Hub {
+    limits: Consistency,
+    pub(super) groups: Groups,
+    catalogue: Catalogue,
+    pub(super) members: BTreeMap<Name, Connected>,
+    running: BTreeMap<Name, Running>,
+    pub(super) schedules: BTreeMap<Name, Schedule>,
+    next_round: u64,
+    pub(super) name: Name,
+    view: Arc<Mutex<RoleStatus>>,
+}
+
+impl Hub {
+    /// Reads the groups.
+    pub(super) fn open(settings: &CoordinatorSettings, name: &Name, view: Arc<Mutex<RoleStatus>>) -> Result<Self, CoordinatorError> {
+        let catalogue = Catalogue::open(&settings.state.join("catalogue.redb"), &[SERVER, GROUPS])?;
+        catalogue.identity(SERVER, b"coordinator-id", FORMAT)?;
+        let groups: Vec<(Vec<u8>, Group)> = catalogue.all(GROUPS)?;
+        let groups = Groups::load(groups.into_iter().map(|(_, group)| group).collect());
+        let mut hub = Self {
+            limits: settings.consistency.clone(),
+            groups,
+            catalogue,
+            members: BTreeMap::new(),
+            running: BTreeMap::new(),
+            schedules: BTreeMap::new(),
+            next_round: 1,
+            name: name.clone(),
+            view,
+        };
+        let all: Vec<Group> = hub.groups.all().cloned().collect();
+        all.iter().for_each(|group| hub.schedule(group));
+        hub.publish();
+        Ok(hub)
+    }
+
+    /// Runs until the process ends.
+    pub(super) async fn run(mut self, mut events: mpsc::Receiver<Event>) {
+        let mut published = clock::now();
+        loop {
+            let now = clock::now();
+            if now.since(published) >= PUBLISH_EVERY {
+                self.publish();
+                published = now;
+            }
+            let next = self.next_deadline().since(now).min(PUBLISH_EVERY);
+            match tokio::time::timeout(next, events.recv()).await {
+                Ok(Some(event)) => self.take(event).await,
+                Ok(None) => return,
+                Err(_) => {}
+            }
+            self.run_timers();
+        }
+    }
+
+    async fn take(&mut self, event: Event) {
+        match event {
+            Event::Connected { name, id, outbox } => {
+                let connected = Connected { id, outbox, state: None, silent: false };
+                if self.members.insert(name.clone(), connected).is_some() {
+                    self.gone(&name);
+                }
+                self.assign(&name);
+            }
+            Event::Gone { name, id } => {
+                if self.members.get(&name).is_some_and(|m| m.id == id) {
+                    self.members.remove(&name);
+                    self.gone(&name);
+                }
+            }
+            Event::Message { name, id, message } => {
+                if self.members.get(&name).is_some_and(|m| m.id == id) {
+                    self.hear(&name, message);
+                }
+            }
+            Event::Ask(request, reply) => self.ask(*request, reply).await,
+        }
+    }
+
+    fn hear(&mut self, name: &Name, message: MemberMessage) {
+        let Some(member) = self.members.get_mut(name) else { return };
+        member.silent = false;
+        let (round, event): (u64, Box<dyn FnOnce(usize) -> RoundEvent>) = match message {
+            MemberMessage::Hello { .. } => return,
+            MemberMessage::State { target, trouble } => {
+                member.state = Some((target, trouble.as_deref().map(bounded)));
+                return;
+            }
+            MemberMessage::Frozen { round, trouble } => {
+                if let Some(why) = &trouble {
+                    self.note_unrest(name, round, why);
+                }
+                (round, Box::new(move |i| RoundEvent::Frozen(i, trouble.is_none())))
+            }
+            MemberMessage::Held { round, frozen, .. } => (round, Box::new(move |i| RoundEvent::Held(i, frozen))),
+            MemberMessage::Marked { round, held_us } => {
+                self.note_hold(name, round, Duration::from_micros(held_us));
+                (round, Box::new(RoundEvent::Marked))
+            }
+            MemberMessage::Failed { round, why } => (round, Box::new(move |i| RoundEvent::Failed(i, bounded(&why)))),
+        };
+        if let Some((group, i)) = self.place(name, Some(round)) {
+            self.feed(&group, event(i));
+        }
+    }
+
+    /// The group whose round under way a member is in, and its place there.
+    fn place(&self, member: &Name, round: Option<u64>) -> Option<(Name, usize)> {
+        let fits = |r: &&Running| round.is_none_or(|n| n == r.number) && r.roster.binary_search(member).is_ok();
+        let running = self.running.values().find(fits)?;
+        Some((running.group.name.clone(), running.roster.binary_search(member).ok()?))
+    }
+
+    fn note_unrest(&mut self, member: &Name, round: u64, why: &str) {
+        if let Some((group, i)) = self.place(member, Some(round))
+            && let Some(running) = self.running.get_mut(&group)
+        {
+            running.not_at_rest.insert(i, bounded(why));
+        }
+    }
+
+    fn note_hold(&mut self, member: &Name, round: u64, held: Duration) {
+        if let Some((group, _)) = self.place(member, Some(round))
+            && let Some(running) = self.running.get_mut(&group)
+        {
+            running.held = running.held.max(held);
+        }
+    }
+
+    fn gone(&mut self, name: &Name) {
+        if let Some((group, i)) = self.place(name, None) {
+            self.feed(&group, RoundEvent::Gone(i));
+        }
+    }
+
+    fn assign(&self, machine: &Name) {
+        let group = self.groups.of(machine).map(|g| (g.name.clone(), g.epoch));
+        self.send(machine, CoordinatorMessage::Assigned { group });
+    }
+
+    fn send(&self, machine: &Name, message: CoordinatorMessage) {
+        if let Some(member) = self.members.get(machine) {
+            // A member that takes nothing is found silent, and its connection ends by itself.
+            let _ = member.outbox.try_send(message);
+        }
+    }
+
+    /// Why a member cannot take part in a round now.
+    pub(super) fn absence(&self, member: &Name, home: Option<&Name>) -> Option<String> {
+        let Some(connected) = self.members.get(member) else { return Some("not connected to the coordinator".to_owned()) };
+        match &connected.state {
+            _ if connected.silent => Some("did not answer the last round and was not heard since".to_owned()),
+            None => Some("has just connected".to_owned()),
+            Some((_, Some(trouble))) => Some(trouble.clone()),
+            Some((None, _)) => Some("its process server has not reached a master target yet".to_owned()),
+            Some((Some(target), _)) if home != Some(target) => {
+                let home = home.map_or("another one", Name::as_str);
+                Some(format!("replicates to master target {target}, the group lives on {home}"))
+            }
+            Some(_) => None,
+        }
+    }
+
+    /// The master target that a group lives on, as far as it is known.
+    pub(super) fn home(&self, group: &Group) -> Option<Name> {
+        home(group.members.iter().filter_map(|m| self.target_of(m)))
+    }
+
+    fn target_of(&self, machine: &Name) -> Option<Name> {
+        self.members.get(machine)?.state.as_ref()?.0.clone()
+    }
+
+    fn schedule(&mut self, group: &Group) {
+        let now = clock::now();
+        let new = Schedule { due: now, app_due: None, not_before: now, asks: VecDeque::new(), history: History::default() };
+        let schedule = self.schedules.entry(group.name.clone()).or_insert(new);
+        let after = |time: Duration| Mono(now.0 + micros(time));
+        schedule.due = after(group.policy.interval);
+        schedule.app_due = group.policy.app_interval.map(after);
+    }
+
+    fn next_deadline(&self) -> Mono {
+        let rounds = self.running.values().filter_map(|r| r.timer.map(|(_, at)| at));
+        let idle = self.schedules.iter().filter(|(name, _)| !self.running.contains_key(*name));
+        let due = idle.map(|(_, s)| {
+            let wanted = if s.asks.is_empty() { s.app_due.map_or(s.due, |app| app.min(s.due)) } else { Mono(0) };
+            wanted.max(s.not_before)
+        });
+        rounds.chain(due).min().unwrap_or(Mono(u64::MAX))
+    }
+
+    fn run_timers(&mut self) {
+        let now = clock::now();
+        let late: Vec<(Name, Phase)> = self
+            .running
+            .iter()
+            .filter_map(|(name, r)| r.timer.filter(|(_, at)| *at <= now).map(|(phase, _)| (name.clone(), phase)))
+            .collect();
+        for (group, phase) in late {
+            if let Some(running) = self.running.get_mut(&group) {
+                running.timer = None;
+            }
+            self.feed(&group, RoundEvent::Timeout(phase));
+        }
+        let idle: Vec<Name> = self.schedules.keys().filter(|name| !self.running.contains_key(*name)).cloned().collect();
+        for name in idle {
+            self.begin_if_due(&name, now);
+        }
+    }
+
+    fn begin_if_due(&mut self, name: &Name, now: Mono) {
+        let Ok(group) = self.groups.get(name.as_str()).cloned() else { return };
+        let Some(schedule) = self.schedules.get_mut(name).filter(|s| s.not_before <= now) else { return };
+        let after = |time: Duration| Mono(now.0 + micros(time));
+        let (app, label, replies) = if let Some((app, label, reply)) = schedule.asks.pop_front() {
+            (app, label, vec![reply])
+        } else if schedule.app_due.is_some_and(|due| due <= now) {
+            (true, None, vec![])
+        } else if schedule.due <= now {
+            (false, None, vec![])
+        } else {
+            return;
+        };
+        schedule.due = if schedule.due <= now { after(group.policy.interval) } else { schedule.due };
+        if app {
+            schedule.app_due = group.policy.app_interval.map(after);
+        }
+        self.begin(group, app, label, replies);
+    }
+
+    fn begin(&mut self, group: Group, app: bool, label: Option<String>, replies: Vec<Reply>) {
+        let home = self.home(&group);
+        let roster: Vec<Name> = group.members.iter().cloned().collect();
+        let absent = roster.iter().map(|m| self.absence(m, home.as_ref())).collect();
+        let wish = Wish { app, app_or_nothing: app && group.policy.app_or_nothing, partial: group.policy.partial };
+        let (round, orders) = Round::start(wish, absent);
+        let number = self.next_round;
+        self.next_round += 1;
+        let name = group.name.clone();
+        let running = Running {
+            number,
+            point: PointId(Uuid::new_v4()),
+            group,
+            roster,
+            round,
+            app,
+            label,
+            not_at_rest: BTreeMap::new(),
+            committed: None,
+            held: Duration::ZERO,
+            began: clock::now(),
+            timer: None,
+            replies,
+        };
+        self.running.insert(name.clone(), running);
+        self.obey(&name, orders);
+    }
+
+    fn feed(&mut self, group: &Name, event: RoundEvent) {
+        if let Some(running) = self.running.get_mut(group) {
+            let orders = running.round.on(event);
+            self.obey(group, orders);
+        }
+    }
+
+    fn obey(&mut self, group: &Name, orders: Vec<Order>) {
+        let limits = self.limits.clone();
+        for order in orders {
+            let Some(running) = self.running.get_mut(group) else { return };
+            let round = running.number;
+            match order {
+                Order::Freeze(i) => {
+                    let to = running.roster[i].clone();
+                    self.send(&to, CoordinatorMessage::Freeze { round });
+                }
+                Order::Prepare(i) => {
+                    let to = running.roster[i].clone();
+                    self.send(&to, CoordinatorMessage::Prepare { round, limit_us: micros(limits.hold_max) });
+                }
+                Order::Release(i) => {
+                    let to = running.roster[i].clone();
+                    self.send(&to, CoordinatorMessage::Release { round });
+                }
+                Order::Commit(to, app) => {
+                    let common = running.common(&to, app);
+                    running.committed = Some(common.clone());
+                    let names: Vec<Name> = to.iter().map(|&i| running.roster[i].clone()).collect();
+                    for name in names {
+                        self.send(&name, CoordinatorMessage::Commit { round, common: common.clone() });
+                    }
+                }
+                Order::Timer(phase) => {
+                    let time = match phase {
+                        Phase::Freezing => limits.freeze_max,
+                        // Sooner than the members' own limit, so that a commit still finds them holding.
+                        Phase::Preparing => limits.hold_max * 3 / 4,
+                        Phase::Committing | Phase::Over => CONFIRM_MAX,
+                    };
+                    running.timer = Some((phase, Mono(clock::now().0 + micros(time))));
+                }
+                Order::Over(outcome) => self.finish(group, outcome),
+            }
+        }
+    }
+
+    fn finish(&mut self, name: &Name, outcome: Outcome) {
+        let Some(running) = self.running.remove(name) else { return };
+        for (i, part) in running.round.parts().iter().enumerate() {
+            if *part == Part::Out(Cause::Silent)
+                && let Some(member) = self.members.get_mut(&running.roster[i])
+            {
+                member.silent = true;
+            }
+        }
+        let missing: Vec<(Name, Cause)> = running.round.missing().map(|(i, cause)| (running.roster[i].clone(), cause.clone())).collect();
+        metrics::observe(metrics::GROUP_ROUND, clock::now().since(running.began));
+        if let Some(schedule) = self.schedules.get_mut(name) {
+            schedule.not_before = Mono(clock::now().0 + micros(self.limits.rest_min));
+            let point = running.committed.as_ref().filter(|_| matches!(outcome, Outcome::Made(_))).map(|common| Point {
+                id: running.point,
+                wall_ms: clock::wall_ms(),
+                at: clock::now(),
+                kind: common.kind,
+                members: common.part.members.len(),
+                missing: common.part.missing.clone(),
+                held: running.held,
+                remark: common.remark.clone(),
+            });
+            schedule.history.note(name, outcome, point, &missing);
+        }
+        let answer = running.answer(outcome, &missing);
+        for reply in running.replies {
+            let _ = reply.send(answer.clone());
+        }
+    }
+
+    async fn ask(&mut self, request: Request, reply: Reply) {
+        let answer = match request {
+            Request::Groups => serde_json::to_value(self.views()).map_err(|e| e.to_string()),
+            Request::GroupMark { group, app, label } => return self.ask_mark(&group, app, label, reply),
+            Request::GroupCreate { name, machines, values } => self.create(&name, &machines, &values),
+            Request::GroupChange { group, add, remove } => self.change(&group, &add, &remove),
+            Request::GroupSet { group, values } => self.set(&group, &values),
+            Request::GroupDelete { group } => self.delete(&group),
+            _ => Err("this is no question for a coordinator".to_owned()),
+        };
+        let _ = reply.send(answer);
+        self.publish();
+    }
+
+    fn ask_mark(&mut self, group: &str, app: bool, label: Option<String>, reply: Reply) {
+        let refused = match self.groups.get(group).map(|g| g.name.clone()) {
+            Err(error) => error,
+            Ok(_) if label.as_ref().is_some_and(|l| !crate::model::change::is_label(l)) => {
+                "a label has at most 256 bytes and no control characters".to_owned()
+            }
+            Ok(name) => match self.schedules.get_mut(&name) {
+                Some(schedule) if schedule.asks.len() < ASKS_MAX => return schedule.asks.push_back((app, label, reply)),
+                _ => format!("{ASKS_MAX} points of the group are waited for already"),
+            },
+        };
+        let _ = reply.send(Err(refused));
+    }
+
+    fn create(&mut self, name: &str, machines: &[String], values: &GroupValues) -> Result<Value, String> {
+        let (name, machines) = (parse(name)?, parse_all(machines)?);
+        let group =
+            self.groups.create(&name, &machines, policy(&GroupPolicy::default(), values), clock::wall_ms(), &|m| self.target_of(m))?;
+        self.store(group)
+    }
+
+    fn change(&mut self, group: &str, add: &[String], remove: &[String]) -> Result<Value, String> {
+        let known = self.groups.get(group)?.clone();
+        let (add, remove) = (parse_all(add)?, parse_all(remove)?);
+        let changed = self.groups.change(&known, &add, &remove, clock::wall_ms(), &|m| self.target_of(m))?;
+        let value = self.store(changed)?;
+        remove.iter().for_each(|machine| self.assign(machine));
+        Ok(value)
+    }
+
+    fn set(&mut self, group: &str, values: &GroupValues) -> Result<Value, String> {
+        let known = self.groups.get(group)?.clone();
+        let changed = Group { policy: policy(&known.policy, values), ..known };
+        changed.policy.check()?;
+        self.store(changed)
+    }
+
+    /// Durable first, then obeyed. A round under way belongs to the members of before: it ends.
+    fn store(&mut self, group: Group) -> Result<Value, String> {
+        let told = |e: CatalogueError| e.to_string();
+        self.catalogue.write(|batch| batch.put(GROUPS, group.name.as_str().as_bytes(), &group)).map_err(told)?;
+        tracing::info!(group = %group.name, epoch = group.epoch, members = group.members.len(), "the group was changed");
+        self.feed(&group.name.clone(), RoundEvent::Abort);
+        self.groups.put(group.clone());
+        self.schedule(&group);
+        group.members.iter().for_each(|machine| self.assign(machine));
+        let view = self.views().into_iter().find(|v| v.name == group.name.as_str());
+        serde_json::to_value(view).map_err(|e| e.to_string())
+    }
+
+    fn delete(&mut self, group: &str) -> Result<Value, String> {
+        let known = self.groups.get(group)?.clone();
+        let told = |e: CatalogueError| e.to_string();
+        self.catalogue.write(|batch| batch.remove(GROUPS, known.name.as_str().as_bytes())).map_err(told)?;
+        tracing::info!(group = %known.name, "the group was deleted");
+        self.feed(&known.name, RoundEvent::Abort);
+        self.groups.remove(&known.name);
+        if let Some(schedule) = self.schedules.remove(&known.name) {
+            for (_, _, reply) in schedule.asks {
+                let _ = reply.send(Err("the group was deleted".to_owned()));
+            }
+        }
+        known.members.iter().for_each(|machine| self.assign(machine));
+        Ok(Value::Null)
+    }
+
+    fn publish(&self) {
+        *self.view.lock().unwrap_or_else(PoisonError::into_inner) = self.status();
+    }
+}
+
+impl Running {
+    /// What every marker says.
+    fn common(&self, to: &[usize], app: bool) -> Common {
+        let mut members: Vec<MachineId> = to.iter().map(|&i| MachineId::from_name(&self.roster[i])).collect();
+        members.sort_unstable();
+        let missing = self.round.missing().map(|(i, _)| self.roster[i].clone()).collect();
+        let remark = (self.app && !app).then(|| {
+            let why: Vec<_> = self.not_at_rest.iter().map(|(&i, why)| format!("{}: {why}", self.roster[i])).collect();
+            let why = if why.is_empty() { "hooks were late".to_owned() } else { why.join("; ") };
+            bounded(&format!("asked for app-consistent; {why}"))
+        });
+        Common {
+            part: GroupPart { point: self.point, group: self.group.name.clone(), epoch: self.group.epoch, members, missing },
+            kind: if app { PointKind::App } else { PointKind::Crash },
+            label: self.label.clone(),
+            remark,
+        }
+    }
+
+    fn answer(&self, outcome: Outcome, missing: &[(Name, Cause)]) -> Result<Value, String> {
+        let told: Vec<_> = missing.iter().map(|(name, cause)| format!("{name}: {cause}")).collect();
+        match (outcome, &self.committed) {
+            (Outcome::Made(_), Some(common)) => serde_json::to_value(GroupMarked {
+                point: self.point.to_string(),
+                group: self.group.name.to_string(),
+                kind: common.kind.as_str().to_owned(),
+                members: common.part.members.len(),
+                missing: missing.iter().map(|(name, cause)| GroupMissing { machine: name.to_string(), why: cause.to_string() }).collect(),
+                hold_seconds: self.held.as_secs_f64(),
+                remark: common.remark.clone(),
+            })
+            .map_err(|e| e.to_string()),
+            (Outcome::Unconfirmed, _) => {
+                Err(format!("not every member has confirmed its marker ({}): the point may never be complete", told.join("; ")))
+            }
+            _ => {
+                let unrest: Vec<_> = self.not_at_rest.iter().map(|(&i, why)| format!("{}: {why}", self.roster[i])).collect();
+                let why = [told, unrest].concat().join("; ");
+                Err(if why.is_empty() {
+                    "no point was made: the group was changed meanwhile".to_owned()
+                } else {
+                    format!("no point was made: {why}")
+                })
+            }
+        }
+    }
+}
+
+fn parse(name: &str) -> Result<Name, String> {
+    name.parse().map_err(|e: crate::model::NameError| e.to_string())
+}
+
+fn parse_all(names: &[String]) -> Result<Vec<Name>, String> {
+    names.iter().map(|name| parse(name)).collect()
+}
+
+fn policy(known: &GroupPolicy, values: &GroupValues) -> GroupPolicy {
+    let time = Duration::from_secs_f64;
+    let bounded = |seconds: f64| time(seconds.clamp(0.0, 1e9));
+    GroupPolicy {
+        interval: values.interval_seconds.map_or(known.interval, bounded),
+        app_interval: match values.app_interval_seconds {
+            None => known.app_interval,
+            Some(0.0) => None,
+            Some(seconds) => Some(bounded(seconds)),
+        },
+        partial: values.partial.unwrap_or(known.partial),
+        app_or_nothing: values.app_or_nothing.unwrap_or(known.app_or_nothing),
+    }
+}
