@@ -12,6 +12,7 @@ pub use rng::Rng;
 use serde_json::Value;
 use tempfile::TempDir;
 
+pub mod estate;
 pub mod faulty_storage;
 pub mod guest;
 pub mod mounted;
