@@ -9,11 +9,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use support::Rng;
 use support::estate::{Estate, EstateOptions};
-use support::{Rng, s};
 use tidegate::control::api::{GroupMarked, Marked, PointView, RecoveryView, Request};
-use tidegate::model::{MachineId, PointId};
+use tidegate::crypto::messages;
+use tidegate::crypto::pki::Role;
+use tidegate::crypto::tls::{ALPN_CONSISTENCY, Credentials, TlsFiles};
+use tidegate::model::{Address, Extent, GroupPart, MachineId, PointId, PointKind};
 use tidegate::nbd::client::Client;
+use tidegate::wire::consistency::{Common, CoordinatorMessage, MemberMessage};
 
 const BLOCK: u64 = 4096;
 
@@ -128,21 +132,19 @@ fn listed(estate: &Estate) -> Vec<PointView> {
     estate.call(&estate.control("master-target"), &Request::Points { machine: None }).unwrap()
 }
 
-/// Brings a machine's disk back at a point.
+/// Brings a machine's disk back at a point, as a block device, and reads what the traffic wrote.
 fn bring_back(estate: &Estate, point: &str) -> Vec<u8> {
     let control = estate.control("master-target");
-    let output = estate.path("recovered.raw");
-    let _ = std::fs::remove_file(&output);
-    let request = Request::Export { point: point.to_owned(), disk: None, format: "raw".to_owned(), output: s(&output).to_owned() };
-    let mut view: RecoveryView = estate.call(&control, &request).unwrap();
-    while view.state == "running" {
-        std::thread::sleep(Duration::from_millis(1));
-        let all: Vec<RecoveryView> = estate.call(&control, &Request::Recoveries).unwrap();
-        view = all.into_iter().find(|v| v.name == view.name).unwrap();
-    }
-    assert_eq!((view.state.as_str(), &view.error), ("done", &None));
+    let nbd = Address::Unix(estate.path("recovered.nbd"));
+    let request = Request::Mount { point: point.to_owned(), disk: None, nbd: nbd.clone(), read_only: true };
+    let view: RecoveryView = estate.call(&control, &request).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let bytes = runtime.block_on(async {
+        let mut device = Client::connect(&nbd, "").await.unwrap();
+        device.read(Extent::new(0, 2 * estate.options.machines as u64 * BLOCK)).await.unwrap()
+    });
     let () = estate.call(&control, &Request::Unmount { name: view.name }).unwrap();
-    std::fs::read(&output).unwrap()
+    bytes
 }
 
 fn group(estate: &Estate) -> Value {
@@ -381,4 +383,161 @@ fn groups_are_made_grown_and_shrunk_while_members_replicate() {
     let control = estate.control("coordinator").to_string();
     support::tool(env!("CARGO_BIN_EXE_tidegate"), &["group", "delete", "g", "--control", &control]);
     assert!(mark(&estate, false).unwrap_err().contains("there are none"));
+}
+
+type Link = tokio_rustls::server::TlsStream<tokio::net::TcpStream>;
+
+/// Reads until a member says something about a round.
+async fn answer(link: &mut Link) -> MemberMessage {
+    loop {
+        match messages::read(link).await.unwrap() {
+            MemberMessage::State { .. } => {}
+            other => return other,
+        }
+    }
+}
+
+async fn say(link: &mut Link, message: CoordinatorMessage) {
+    messages::write(link, &message).await.unwrap();
+}
+
+#[test]
+fn a_coordinator_that_is_broken_or_evil_holds_a_member_no_longer_and_no_more_often_than_its_own_limits() {
+    let options = EstateOptions {
+        machines: 1,
+        member: "hold_max = \"150ms\"\nrest_min = \"400ms\"".to_owned(),
+        test_coordinates: true,
+        ..EstateOptions::default()
+    };
+    let estate = Estate::start(options);
+    let credentials = Credentials::load(&TlsFiles::in_dir(&estate.path("tls-coordinator")), Role::Coordinator).unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(credentials.server(ALPN_CONSISTENCY).unwrap()));
+    let common = |group: &str, point: u128| Common {
+        part: GroupPart {
+            point: PointId(uuid::Uuid::from_u128(point)),
+            group: group.parse().unwrap(),
+            epoch: 3,
+            members: vec![MachineId::from_name(&"m0".parse().unwrap())],
+            missing: vec![],
+        },
+        kind: PointKind::Crash,
+        label: None,
+        remark: None,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", estate.consistency_port())).await.unwrap();
+        let mut link = acceptor.accept(listener.accept().await.unwrap().0).await.unwrap();
+        assert!(matches!(messages::read(&mut link).await.unwrap(), MemberMessage::Hello { .. }));
+        say(&mut link, CoordinatorMessage::Welcome).await;
+        say(&mut link, CoordinatorMessage::Assigned { group: Some(("g".parse().unwrap(), 3)) }).await;
+        while !matches!(messages::read(&mut link).await.unwrap(), MemberMessage::State { trouble: None, target: Some(_) }) {}
+        let mut disk = Client::connect(&estate.nbd("m0", 0), "").await.unwrap();
+        let block = vec![7; BLOCK as usize];
+
+        // Held for ever, as it would like.
+        let began = Instant::now();
+        say(&mut link, CoordinatorMessage::Prepare { round: 1, limit_us: u64::MAX }).await;
+        assert!(matches!(answer(&mut link).await, MemberMessage::Held { round: 1, frozen: false, .. }));
+        disk.write(0, &block, false).await.unwrap();
+        let held = began.elapsed();
+        assert!((Duration::from_millis(100)..Duration::from_millis(900)).contains(&held), "the write waited for the limit: {held:?}");
+        assert!(matches!(answer(&mut link).await, MemberMessage::Failed { round: 1, .. }));
+        // Its commit comes too late: the write above must not stand before the marker.
+        say(&mut link, CoordinatorMessage::Commit { round: 1, common: common("g", 1) }).await;
+        assert!(matches!(answer(&mut link).await, MemberMessage::Failed { round: 1, .. }));
+        // And again at once, and an old round.
+        for round in [2, 1] {
+            say(&mut link, CoordinatorMessage::Prepare { round, limit_us: 1_000_000 }).await;
+            let MemberMessage::Failed { why, .. } = answer(&mut link).await else { panic!("it is held again") };
+            assert!(why.contains("rest_min"), "{why}");
+        }
+        disk.write(0, &block, false).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        say(&mut link, CoordinatorMessage::Prepare { round: 1, limit_us: 1_000_000 }).await;
+        assert!(matches!(answer(&mut link).await, MemberMessage::Failed { round: 1, .. }), "a round that is over");
+        // A point of another group, or without this machine, is not marked, and holds nothing.
+        say(&mut link, CoordinatorMessage::Prepare { round: 3, limit_us: 1_000_000 }).await;
+        assert!(matches!(answer(&mut link).await, MemberMessage::Held { round: 3, .. }));
+        say(&mut link, CoordinatorMessage::Commit { round: 3, common: common("other", 3) }).await;
+        assert!(matches!(answer(&mut link).await, MemberMessage::Failed { round: 3, .. }));
+        // As it should be; said twice, it is the same point.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        say(&mut link, CoordinatorMessage::Prepare { round: 4, limit_us: 1_000_000 }).await;
+        assert!(matches!(answer(&mut link).await, MemberMessage::Held { round: 4, .. }));
+        for _ in 0..2 {
+            say(&mut link, CoordinatorMessage::Commit { round: 4, common: common("g", 4) }).await;
+            assert!(matches!(answer(&mut link).await, MemberMessage::Marked { round: 4, .. }));
+        }
+        // The connection ends in the middle of a hold.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        say(&mut link, CoordinatorMessage::Prepare { round: 5, limit_us: 1_000_000 }).await;
+        assert!(matches!(answer(&mut link).await, MemberMessage::Held { round: 5, .. }));
+        drop(link);
+        let began = Instant::now();
+        disk.write(0, &block, false).await.unwrap();
+        assert!(began.elapsed() < Duration::from_millis(900));
+    });
+    let wanted = part(&uuid::Uuid::from_u128(4).to_string(), "m0");
+    estate.wait("the point that was marked is listed", Duration::from_secs(30), || listed(&estate).iter().any(|p| p.id == wanted));
+    assert_eq!(listed(&estate).iter().filter(|p| p.id == wanted).count(), 1);
+    for refused in [1, 3] {
+        let id = part(&uuid::Uuid::from_u128(refused).to_string(), "m0");
+        assert!(!listed(&estate).iter().any(|p| p.id == id));
+    }
+}
+
+#[test]
+fn strangers_and_impostors_are_not_members() {
+    let estate = Estate::start(EstateOptions { machines: 2, ..EstateOptions::default() });
+    create(&estate, &["--interval", "1h"]);
+    wait_ready(&estate);
+    let machine = |name: &str| MachineId::from_name(&name.parse().unwrap());
+    let hello = |name: &str, protocol| MemberMessage::Hello { protocol, machine: machine(name) };
+    let protocol = tidegate::wire::PROTOCOL;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    // Who connects, with which certificate, what they say first, and what they are told.
+    let attempts = [
+        ("tls-process-server", Role::ProcessServer, hello("m0", protocol), None),
+        ("tls-m0", Role::Agent, hello("m1", protocol), Some("the certificate names machine m0")),
+        ("tls-m0", Role::Agent, hello("m0", 1), Some("protocol 1 is not known")),
+        ("tls-m0", Role::Agent, MemberMessage::Marked { round: 1, held_us: 0 }, Some("no greeting")),
+    ];
+    for (folder, role, first, told) in attempts {
+        let credentials = Credentials::load(&TlsFiles::in_dir(&estate.path(folder)), role).unwrap();
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(credentials.client(ALPN_CONSISTENCY).unwrap()));
+        runtime.block_on(async {
+            let tcp = tokio::net::TcpStream::connect(("127.0.0.1", estate.consistency_port())).await.unwrap();
+            let mut link = connector.connect(tidegate::crypto::tls::server_name(Role::Coordinator), tcp).await.unwrap();
+            let _ = messages::write(&mut link, &first).await;
+            match (messages::read(&mut link).await, told) {
+                (Ok(CoordinatorMessage::Goodbye { message }), Some(told)) => assert!(message.contains(told), "{message}"),
+                (Err(_), None) => {}
+                (other, _) => panic!("{folder}: {other:?}"),
+            }
+        });
+    }
+    // A member that says more than a member can is sent away; the others go on.
+    let credentials = Credentials::load(&TlsFiles::in_dir(&estate.path("tls-m0")), Role::Agent).unwrap();
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(credentials.client(ALPN_CONSISTENCY).unwrap()));
+    runtime.block_on(async {
+        let tcp = tokio::net::TcpStream::connect(("127.0.0.1", estate.consistency_port())).await.unwrap();
+        let mut link = connector.connect(tidegate::crypto::tls::server_name(Role::Coordinator), tcp).await.unwrap();
+        messages::write(&mut link, &hello("m0", protocol)).await.unwrap();
+        for round in 0..5000 {
+            if messages::write(&mut link, &MemberMessage::Held { round, frozen: true, positions: vec![] }).await.is_err() {
+                break;
+            }
+        }
+        let last = loop {
+            match messages::read(&mut link).await {
+                Ok(CoordinatorMessage::Goodbye { message }) => break message,
+                Ok(_) => {}
+                Err(error) => break error.to_string(),
+            }
+        };
+        assert!(last.contains("messages in a second") || last.contains("connection lost"), "{last}");
+    });
+    wait_ready(&estate);
+    assert_eq!(mark(&estate, false).unwrap().members, 2);
 }

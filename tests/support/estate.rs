@@ -33,6 +33,8 @@ pub struct EstateOptions {
     pub apart: Vec<&'static str>,
     /// The coordinator runs in the process server.
     pub beside: bool,
+    /// The test itself is the coordinator.
+    pub test_coordinates: bool,
 }
 
 impl Default for EstateOptions {
@@ -46,6 +48,7 @@ impl Default for EstateOptions {
             interval: "1h",
             apart: vec![],
             beside: false,
+            test_coordinates: false,
         }
     }
 }
@@ -99,7 +102,7 @@ impl Estate {
         estate.write_configs();
         estate.start_role("master-target");
         estate.start_role("process-server");
-        if !estate.options.beside {
+        if !estate.options.beside && !estate.options.test_coordinates {
             estate.start_role("coordinator");
         }
         for machine in estate.machines() {
@@ -184,6 +187,11 @@ impl Estate {
     /// Configuration of a role, or of the agent of a machine.
     pub fn config(&self, name: &str) -> PathBuf {
         self.path(&format!("{name}.toml"))
+    }
+
+    /// Where members look for the coordinator.
+    pub fn consistency_port(&self) -> u16 {
+        self.ports[2]
     }
 
     fn disk(&self, machine: &str, disk: usize) -> PathBuf {
