@@ -16,6 +16,11 @@ impl Mono {
         Duration::from_micros(self.0.saturating_sub(earlier.0))
     }
 
+    /// The moment `time` after `self`.
+    pub fn plus(self, time: Duration) -> Mono {
+        Mono(self.0.saturating_add(micros(time)))
+    }
+
     /// The moment `age` before `self`, stopping at the start of the process.
     pub fn minus(self, age: Duration) -> Mono {
         Mono(self.0.saturating_sub(micros(age)))

@@ -265,9 +265,8 @@ impl Hub {
         let now = clock::now();
         let new = Schedule { due: now, app_due: None, not_before: now, asks: VecDeque::new(), history: History::default() };
         let schedule = self.schedules.entry(group.name.clone()).or_insert(new);
-        let after = |time: Duration| Mono(now.0 + micros(time));
-        schedule.due = after(group.policy.interval);
-        schedule.app_due = group.policy.app_interval.map(after);
+        schedule.due = now.plus(group.policy.interval);
+        schedule.app_due = group.policy.app_interval.map(|time| now.plus(time));
     }
 
     fn next_deadline(&self) -> Mono {
@@ -302,7 +301,6 @@ impl Hub {
     fn begin_if_due(&mut self, name: &Name, now: Mono) {
         let Ok(group) = self.groups.get(name.as_str()).cloned() else { return };
         let Some(schedule) = self.schedules.get_mut(name).filter(|s| s.not_before <= now) else { return };
-        let after = |time: Duration| Mono(now.0 + micros(time));
         let (app, label, replies) = if let Some((app, label, reply)) = schedule.asks.pop_front() {
             (app, label, vec![reply])
         } else if schedule.app_due.is_some_and(|due| due <= now) {
@@ -312,9 +310,9 @@ impl Hub {
         } else {
             return;
         };
-        schedule.due = if schedule.due <= now { after(group.policy.interval) } else { schedule.due };
+        schedule.due = if schedule.due <= now { now.plus(group.policy.interval) } else { schedule.due };
         if app {
-            schedule.app_due = group.policy.app_interval.map(after);
+            schedule.app_due = group.policy.app_interval.map(|time| now.plus(time));
         }
         self.begin(group, app, label, replies);
     }
@@ -387,7 +385,7 @@ impl Hub {
                         Phase::Preparing => limits.hold_max * 3 / 4,
                         Phase::Committing | Phase::Over => CONFIRM_MAX,
                     };
-                    running.timer = Some((phase, Mono(clock::now().0 + micros(time))));
+                    running.timer = Some((phase, clock::now().plus(time)));
                 }
                 Order::Over(outcome) => self.finish(group, outcome),
             }
@@ -406,7 +404,7 @@ impl Hub {
         let missing: Vec<(Name, Cause)> = running.round.missing().map(|(i, cause)| (running.roster[i].clone(), cause.clone())).collect();
         metrics::observe(metrics::GROUP_ROUND, clock::now().since(running.began));
         if let Some(schedule) = self.schedules.get_mut(name) {
-            schedule.not_before = Mono(clock::now().0 + micros(self.limits.rest_min));
+            schedule.not_before = clock::now().plus(self.limits.rest_min);
             let point = running.committed.as_ref().filter(|_| matches!(outcome, Outcome::Made(_))).map(|common| Point {
                 id: running.point,
                 wall_ms: clock::wall_ms(),
