@@ -423,6 +423,7 @@ fn a_coordinator_that_is_broken_or_evil_holds_a_member_no_longer_and_no_more_oft
         kind: PointKind::Crash,
         label: None,
         remark: None,
+        proof: vec![],
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {

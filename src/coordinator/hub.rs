@@ -15,6 +15,9 @@ use super::rounds::{Cause, Event as RoundEvent, Order, Outcome, Part, Phase, Rou
 use crate::clock::{self, Mono, micros};
 use crate::config::coordinator::{Consistency, CoordinatorSettings};
 use crate::control::api::{GroupMarked, GroupMissing, GroupValues, Request, RoleStatus};
+use crate::crypto::statement::Signer;
+use crate::crypto::tls::Credentials;
+use crate::model::change::{GROUP_SUBJECT, group_statement};
 use crate::model::{GroupPart, MachineId, Name, PointId, PointKind};
 use crate::observe::metrics;
 use crate::storage::catalogue::{Catalogue, CatalogueError, Table};
@@ -98,12 +101,17 @@ pub(super) struct Hub {
     pub(super) schedules: BTreeMap<Name, Schedule>,
     next_round: u64,
     pub(super) name: Name,
+    signer: Signer,
     view: Arc<Mutex<RoleStatus>>,
 }
 
 impl Hub {
     /// Reads the groups.
-    pub(super) fn open(settings: &CoordinatorSettings, name: &Name, view: Arc<Mutex<RoleStatus>>) -> Result<Self, CoordinatorError> {
+    pub(super) fn open(
+        settings: &CoordinatorSettings,
+        credentials: &Credentials,
+        view: Arc<Mutex<RoleStatus>>,
+    ) -> Result<Self, CoordinatorError> {
         let catalogue = Catalogue::open(&settings.state.join("catalogue.redb"), &[SERVER, GROUPS])?;
         catalogue.identity(SERVER, b"coordinator-id", FORMAT)?;
         let groups: Vec<(Vec<u8>, Group)> = catalogue.all(GROUPS)?;
@@ -116,7 +124,8 @@ impl Hub {
             running: BTreeMap::new(),
             schedules: BTreeMap::new(),
             next_round: 1,
-            name: name.clone(),
+            name: credentials.identity.name.clone(),
+            signer: credentials.signer()?,
             view,
         };
         let all: Vec<Group> = hub.groups.all().cloned().collect();
@@ -371,7 +380,7 @@ impl Hub {
                     self.send(&to, CoordinatorMessage::Release { round });
                 }
                 Order::Commit(to, app) => {
-                    let common = running.common(&to, app);
+                    let common = running.common(&to, app, &self.signer);
                     running.committed = Some(common.clone());
                     let names: Vec<Name> = to.iter().map(|&i| running.roster[i].clone()).collect();
                     for name in names {
@@ -510,7 +519,7 @@ impl Hub {
 
 impl Running {
     /// What every marker says.
-    fn common(&self, to: &[usize], app: bool) -> Common {
+    fn common(&self, to: &[usize], app: bool, signer: &Signer) -> Common {
         let mut members: Vec<MachineId> = to.iter().map(|&i| MachineId::from_name(&self.roster[i])).collect();
         members.sort_unstable();
         let missing = self.round.missing().map(|(i, _)| self.roster[i].clone()).collect();
@@ -519,12 +528,14 @@ impl Running {
             let why = if why.is_empty() { "hooks were late".to_owned() } else { why.join("; ") };
             bounded(&format!("asked for app-consistent; {why}"))
         });
-        Common {
-            part: GroupPart { point: self.point, group: self.group.name.clone(), epoch: self.group.epoch, members, missing },
-            kind: if app { PointKind::App } else { PointKind::Crash },
-            label: self.label.clone(),
-            remark,
-        }
+        let part = GroupPart { point: self.point, group: self.group.name.clone(), epoch: self.group.epoch, members, missing };
+        let kind = if app { PointKind::App } else { PointKind::Crash };
+        let statement = group_statement(&part, kind, self.label.as_deref(), remark.as_deref());
+        let proof = statement.map(|s| signer.sign(GROUP_SUBJECT, &s)).transpose().unwrap_or_else(|error| {
+            tracing::error!(%error, "a group's point cannot be signed; master targets will take its parts as points of single machines");
+            None
+        });
+        Common { part, kind, label: self.label.clone(), remark, proof: proof.unwrap_or_default() }
     }
 
     fn answer(&self, outcome: Outcome, missing: &[(Name, Cause)]) -> Result<Value, String> {

@@ -67,7 +67,7 @@ async fn open(settings: &CoordinatorSettings, parts: &Parts) -> Result<Open, Coo
     let credentials = Credentials::load(&settings.tls, Role::Coordinator)?;
     metrics::disk_part(metrics::CERTIFICATE_EXPIRY, "", "role", Role::Coordinator.as_str(), credentials.expires_in_seconds as f64);
     let acceptor = TlsAcceptor::from(Arc::new(credentials.server(ALPN_CONSISTENCY)?));
-    let hub = Hub::open(settings, &credentials.identity.name, parts.view.clone())?;
+    let hub = Hub::open(settings, &credentials, parts.view.clone())?;
     let at = settings.consistency.listen;
     let listener = TcpListener::bind(at).await.map_err(|e| {
         let hint = "stop the program that uses the port or change [consistency] listen";

@@ -5,4 +5,5 @@ pub mod messages;
 pub mod pki;
 pub mod quic;
 pub mod seal;
+pub mod statement;
 pub mod tls;

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::pki::{self, Identity, PkiError, Role};
+use super::statement::{Signer, Verifier};
 
 /// Protocol name of the change streams on 9443; a certificate session for one port cannot be used on another.
 pub const ALPN_INGEST: &[u8] = b"tidegate-ingest/1";
@@ -132,6 +133,19 @@ impl Credentials {
         // No tickets: a resumed session would keep an identity after its certificate is gone.
         config.send_tls13_tickets = 0;
         Ok(config)
+    }
+
+    /// Signs statements as this process.
+    ///
+    /// # Errors
+    /// [`TlsError::Rustls`] for a key of a kind that cannot sign.
+    pub fn signer(&self) -> Result<Signer, TlsError> {
+        Signer::new(&self.chain, &self.key)
+    }
+
+    /// Believes statements that others have signed.
+    pub fn verifier(&self) -> Verifier {
+        Verifier::new(self.roots.clone())
     }
 
     /// A client that shows its certificate.

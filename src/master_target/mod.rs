@@ -135,6 +135,7 @@ impl MasterTarget {
             records: records.clone(),
             policy: policy.clone(),
             kek: kek.clone(),
+            verifier: credentials.verifier(),
             journal: journal.clone(),
             found,
         };

@@ -77,6 +77,8 @@ pub struct Marker {
     pub hold_us: u64,
     /// The group's point that it is a part of.
     pub group: Option<GroupPart>,
+    /// The coordinator's signature under what all parts have in common, see [`Marker::group_statement`]; empty without a group.
+    pub proof: Vec<u8>,
     /// Why it is not what was asked for, for example crash- instead of application-consistent; bounded like the label.
     pub remark: Option<String>,
 }
@@ -85,6 +87,16 @@ pub struct Marker {
 pub const LABEL_BYTES_MAX: usize = 256;
 /// Most disks of one machine.
 pub const DISKS_PER_MACHINE_MAX: usize = 64;
+
+/// What signed statements about points of groups are about.
+pub const GROUP_SUBJECT: &str = "group point";
+/// Longest proof of a group's point, in bytes: a few certificates and a signature.
+pub const PROOF_BYTES_MAX: usize = 8192;
+
+/// The bytes under a group's point that are signed, see [`Marker::group_statement`].
+pub fn group_statement(part: &GroupPart, kind: PointKind, label: Option<&str>, remark: Option<&str>) -> Option<Vec<u8>> {
+    postcard::to_stdvec(&(part, kind, label, remark)).ok()
+}
 
 /// Whether a text may be a label of a point.
 pub fn is_label(text: &str) -> bool {
@@ -99,6 +111,13 @@ impl Marker {
             && self.sizes.iter().all(|&size| size > 0 && size.is_multiple_of(super::SECTOR) && size <= i64::MAX as u64)
             && [&self.label, &self.remark].into_iter().flatten().all(|text| is_label(text))
             && self.group.as_ref().is_none_or(GroupPart::is_sane)
+            && self.proof.len() <= PROOF_BYTES_MAX
+    }
+
+    /// What a coordinator signs: the agents that carry it cannot make points of their own in the name of a group. `None` without
+    /// a group.
+    pub fn group_statement(&self) -> Option<Vec<u8>> {
+        group_statement(self.group.as_ref()?, self.kind, self.label.as_deref(), self.remark.as_deref())
     }
 
     /// A marker for tests.
@@ -115,6 +134,7 @@ impl Marker {
             wall_ms: 0,
             hold_us: 0,
             group: None,
+            proof: vec![],
             remark: None,
         }
     }

@@ -120,6 +120,8 @@ pub struct Common {
     pub label: Option<String>,
     /// Why it is not what was asked for.
     pub remark: Option<String>,
+    /// The coordinator's signature under all of that, see [`crate::model::Marker::group_statement`].
+    pub proof: Vec<u8>,
 }
 
 /// A text of a peer, as long as is kept of it, without what would break a line.

@@ -226,6 +226,7 @@ impl Part {
             kind: common.kind,
             label: common.label,
             group: Some(common.part),
+            proof: common.proof,
             remark: common.remark,
         };
         match self.capture.insert(mark, since) {

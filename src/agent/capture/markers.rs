@@ -58,13 +58,14 @@ pub(super) struct Mark {
     pub(super) kind: PointKind,
     pub(super) label: Option<String>,
     pub(super) group: Option<GroupPart>,
+    pub(super) proof: Vec<u8>,
     pub(super) remark: Option<String>,
 }
 
 impl Mark {
     /// A new point of this machine alone.
     pub(super) fn plain(label: Option<String>, kind: PointKind) -> Self {
-        Self { point: PointId(Uuid::new_v4()), kind, label, group: None, remark: None }
+        Self { point: PointId(Uuid::new_v4()), kind, label, group: None, proof: vec![], remark: None }
     }
 }
 
@@ -155,6 +156,7 @@ impl Capture {
             wall_ms: clock::wall_ms(),
             hold_us: clock::micros(clock::now().since(started)),
             group: mark.group,
+            proof: mark.proof,
             remark: mark.remark,
         };
         if !marker.is_sane() {

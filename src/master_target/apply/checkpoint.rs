@@ -13,12 +13,14 @@ use super::plan::{Content, Cut, plan, writes};
 use super::replica::Replica;
 use crate::clock;
 use crate::config::limits::APPLY_DEPTH;
+use crate::crypto::pki::Role;
 use crate::crypto::seal::OpenError;
 use crate::disk::{Disk, DiskError};
 use crate::master_target::points::Changes;
 use crate::master_target::retain::RetainError;
 use crate::master_target::shared::{Item, Newest};
-use crate::model::{Extent, Hold, Rung, Trailer, position::assert_ladder};
+use crate::model::change::GROUP_SUBJECT;
+use crate::model::{Extent, Hold, Marker, PointId, Rung, Trailer, position::assert_ladder};
 use crate::observe::metrics;
 use crate::storage::catalogue::CatalogueError;
 use crate::storage::log::LogError;
@@ -75,7 +77,9 @@ pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Resu
         if let Some((position, Trailer::Mark(marker), index)) = &cut.end {
             patiently(replica, async || Ok(replica.retention.begin(*position).await?)).await?;
             replica.last_marker.set(Some(*position));
-            arrivals.push((*position, marker.clone(), items[*index].travel));
+            let mut marker = marker.clone();
+            apply.judge_group(&mut marker, &replica.shared.label);
+            arrivals.push((*position, marker, items[*index].travel));
         }
     }
     let Some(end) = items.last().map(|item| item.end) else { return Ok(()) };
@@ -137,7 +141,25 @@ async fn patiently(replica: &Replica, mut operation: impl AsyncFnMut() -> Result
     }
 }
 
-type Arrival = (crate::model::Position, Box<crate::model::Marker>, Option<crate::master_target::shared::Travel>);
+impl Apply {
+    /// A marker is a part of a group's point only if a coordinator has signed that: else it is a point of its machine alone.
+    fn judge_group(&self, marker: &mut Marker, disk: &str) {
+        let proof = std::mem::take(&mut marker.proof);
+        let Some(group) = marker.group.clone() else { return };
+        let refused = match marker.group_statement().map(|s| self.verifier.verify(Role::Coordinator, GROUP_SUBJECT, &s, &proof)) {
+            Some(Ok(())) if marker.point != PointId::part(group.point, marker.machine) => "it is another point of the machine".to_owned(),
+            Some(Ok(())) if !group.members.contains(&marker.machine) => "the machine is not in it".to_owned(),
+            Some(Ok(())) => return,
+            Some(Err(error)) => error.to_string(),
+            None => "it cannot be read".to_owned(),
+        };
+        metrics::count_reason(metrics::REFUSED, "group-point");
+        tracing::warn!(disk, group = %group.group, point = %group.point, reason = refused, "a part of a group's point is not accepted as such; the machine's own point is");
+        marker.group = None;
+    }
+}
+
+type Arrival = (crate::model::Position, Box<Marker>, Option<crate::master_target::shared::Travel>);
 
 /// Makes the checkpoint durable in the catalogue, with what it did to the points.
 async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arrivals: Vec<Arrival>) -> Result<(), ApplyError> {

@@ -38,6 +38,7 @@ use super::shared::{DiskShared, TargetShared};
 use crate::clock;
 use crate::config::master_target::MasterTargetSettings;
 use crate::crypto::keyring::KeyEncryptionKey;
+use crate::crypto::statement::Verifier;
 use crate::disk::Disk;
 use crate::model::{Compare, DiskId, Extent, Hold, PointId, Position};
 use crate::storage::uring::Uring;
@@ -150,6 +151,8 @@ pub struct Apply {
     pub policy: Arc<LivePolicy>,
     /// Wraps data keys.
     pub kek: Arc<KeyEncryptionKey>,
+    /// Knows what coordinators have signed.
+    pub verifier: Verifier,
     /// To the journal.
     pub journal: JournalHandle,
     /// Files.
@@ -184,6 +187,8 @@ pub struct Setup {
     pub policy: Arc<LivePolicy>,
     /// Wraps data keys.
     pub kek: Arc<KeyEncryptionKey>,
+    /// Knows what coordinators have signed.
+    pub verifier: Verifier,
     /// To the journal.
     pub journal: JournalHandle,
     /// What the journal held at start.
@@ -203,6 +208,7 @@ pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: st
         records: setup.records,
         policy: setup.policy,
         kek: setup.kek,
+        verifier: setup.verifier,
         journal: setup.journal,
         storage: Uring::direct(),
         replicas: RefCell::default(),
