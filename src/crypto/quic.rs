@@ -13,10 +13,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::crypto::{CryptoError, HmacKey};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{
-    AsyncUdpSocket, ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, ServerConfig, TokioRuntime,
-    TransportConfig, UdpPoller, VarInt,
+    AsyncUdpSocket, ClientConfig, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime,
+    ServerConfig, TokioRuntime, TransportConfig, UdpPoller, VarInt,
 };
 
 use super::tls::{ALPN_FORWARD, Credentials, TlsError};
@@ -45,7 +46,7 @@ pub fn server(credentials: &Credentials, address: SocketAddr, mtu: u16, window: 
             format!("cannot listen on udp {address}: {e}; stop the program that uses the port or change [receive] listen"),
         )
     };
-    endpoint(address, mtu, Some(config)).map_err(hint)
+    endpoint(address, mtu, Some((config, credentials.derived(RESET_PURPOSE)))).map_err(hint)
 }
 
 /// An endpoint that connects to master targets.
@@ -85,7 +86,7 @@ fn transport(mtu: u16, window: u64) -> TransportConfig {
     transport
 }
 
-fn endpoint(address: SocketAddr, mtu: u16, server: Option<ServerConfig>) -> io::Result<Endpoint> {
+fn endpoint(address: SocketAddr, mtu: u16, server: Option<(ServerConfig, [u8; 32])>) -> io::Result<Endpoint> {
     let socket = std::net::UdpSocket::bind(address)?;
     // Smaller buffers work too, only slower; the kernel may cap them (net.core.rmem_max).
     let _ = rustix::net::sockopt::set_socket_recv_buffer_size(&socket, SOCKET_BUFFER);
@@ -93,10 +94,57 @@ fn endpoint(address: SocketAddr, mtu: u16, server: Option<ServerConfig>) -> io::
     socket.set_nonblocking(true)?;
     let mut config = EndpointConfig::default();
     config.max_udp_payload_size(mtu.max(1200)).map_err(io::Error::other)?;
+    let server = server.map(|(server, secret)| {
+        config.reset_key(Arc::new(ResetKey(secret))).cid_generator(|| Box::new(RandomIds));
+        server
+    });
     let runtime = Arc::new(TokioRuntime);
     let inner = runtime.wrap_udp_socket(socket)?;
     let capped = Arc::new(CappedSocket { inner, mtu: usize::from(mtu) });
     Endpoint::new_with_abstract_socket(config, server, capped, runtime)
+}
+
+/// What a derived secret is for.
+const RESET_PURPOSE: &str = "tidegate 2026-11 QUIC stateless reset";
+
+/// Proves to a client that this server is the one that it speaks with and has forgotten it, because it was restarted: the client
+/// connects again at once instead of after the time that silence is allowed to last (RFC 9000, 10.3). So it must be the same
+/// after a restart.
+struct ResetKey([u8; 32]);
+
+impl HmacKey for ResetKey {
+    fn sign(&self, data: &[u8], signature_out: &mut [u8]) {
+        blake3::Hasher::new_keyed(&self.0).update(data).finalize_xof().fill(signature_out);
+    }
+
+    fn signature_len(&self) -> usize {
+        32
+    }
+
+    fn verify(&self, data: &[u8], signature: &[u8]) -> Result<(), CryptoError> {
+        let mut expected = vec![0; signature.len()];
+        self.sign(data, &mut expected);
+        let differs = expected.iter().zip(signature).fold(0, |sum, (a, b)| sum | (a ^ b));
+        if differs == 0 && signature.len() == self.signature_len() { Ok(()) } else { Err(CryptoError) }
+    }
+}
+
+/// Any id may be one that was given before a restart, and is answered with a reset; quinn's own generator knows only those that
+/// this process gave.
+struct RandomIds;
+
+impl ConnectionIdGenerator for RandomIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        ConnectionId::new(&crate::storage::log::random_u64().to_le_bytes())
+    }
+
+    fn cid_len(&self) -> usize {
+        8
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
 }
 
 /// A socket that never sends or receives more segments at once than fit 64 KiB.

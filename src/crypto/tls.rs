@@ -135,6 +135,11 @@ impl Credentials {
         Ok(config)
     }
 
+    /// A secret that stays the same over restarts, of one purpose; nothing of the private key can be learnt from it.
+    pub(super) fn derived(&self, purpose: &'static str) -> [u8; 32] {
+        blake3::derive_key(purpose, self.key.secret_der())
+    }
+
     /// Signs statements as this process.
     ///
     /// # Errors
