@@ -99,6 +99,8 @@ fn pure_files_do_no_io() {
         "process_server/optimize/batcher.rs",
         "process_server/optimize/fold.rs",
         "master_target/points.rs",
+        "master_target/groups.rs",
+        "master_target/lookup.rs",
         "master_target/apply/plan.rs",
         "master_target/receive/order.rs",
         "master_target/retain/atlas.rs",

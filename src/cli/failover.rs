@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 
+use super::group_failover::{self, Which};
 use super::{Ask, Usage, ask, output};
 use crate::config::units::show_size;
 use crate::control::api::{Decision, JobView, PlanView, Request};
@@ -16,74 +17,73 @@ use crate::model::{Choice, JobKind};
 pub(super) struct Wait {
     /// Return at once; `failover show` tells how it goes.
     #[arg(long)]
-    detach: bool,
+    pub(super) detach: bool,
     #[command(flatten)]
-    ask: Ask,
+    pub(super) ask: Ask,
 }
 
-/// Fail machines over. Ask the master target. JOB is a number from `failover list`, or the name of a machine.
+/// What fails over, and to what.
+#[derive(clap::Args)]
+pub(super) struct What {
+    /// Which machine, or which group.
+    #[arg(value_name = "MACHINE|GROUP")]
+    name: String,
+    #[command(flatten)]
+    which: Which,
+    /// latest (after all that arrived was applied), latest-processed, latest-app, latest-multi-vm, an id, or a label. A group takes
+    /// its own points.
+    #[arg(long, default_value = "latest")]
+    point: Choice,
+    /// A hook of the master target's configuration that starts and checks each machine.
+    #[arg(long)]
+    hook: Option<String>,
+}
+
+/// `failover planned` and `failover unplanned`.
+#[derive(clap::Args)]
+pub(super) struct Start {
+    #[command(flatten)]
+    what: What,
+    /// Do not ask.
+    #[arg(long)]
+    yes: bool,
+    #[command(flatten)]
+    wait: Wait,
+}
+
+/// Fail machines and groups over. Ask the master target. JOB is a number from `failover list`, the name of a machine, or the name
+/// of a group, which stands for all its machines.
 #[derive(clap::Subcommand)]
 pub(super) enum FailoverCommand {
-    /// Try it: all disks of a machine at one point, as writable block devices that nobody else sees. Replication goes on.
+    /// Try it: all disks of a machine or group at one point, as writable block devices that nobody else sees. Replication goes on.
     #[command(
-        after_help = "Examples:\n  tidegate failover test web01                        the newest point\n  tidegate failover test web01 --hook kvm             and start and check the machine\n  tidegate failover test web01 --hook kvm --cleanup   and take everything away again"
+        after_help = "Examples:\n  tidegate failover test web01                        the newest point\n  tidegate failover test shop                         the newest point of a group, on every machine of it\n  tidegate failover test web01 --hook kvm             and start and check the machine\n  tidegate failover test web01 --hook kvm --cleanup   and take everything away again"
     )]
     Test {
-        /// Which machine.
-        machine: String,
-        /// latest, latest-processed, latest-app, latest-multi-vm, or an id.
-        #[arg(long, default_value = "latest")]
-        point: Choice,
-        /// A hook of the master target's configuration that starts and checks the machine.
-        #[arg(long)]
-        hook: Option<String>,
+        #[command(flatten)]
+        what: What,
         /// Clean up as soon as the result is known.
         #[arg(long)]
         cleanup: bool,
         #[command(flatten)]
         wait: Wait,
     },
-    /// Move a machine here without losing anything: its agent stops taking writes, the last change is waited for.
-    #[command(after_help = "Example:\n  tidegate failover planned web01 --hook kvm")]
-    Planned {
-        /// Which machine.
-        machine: String,
-        /// Always the newest: a final point is made.
-        #[arg(long, default_value = "latest")]
-        point: Choice,
-        /// A hook of the master target's configuration that starts and checks the machine.
-        #[arg(long)]
-        hook: Option<String>,
-        /// Do not ask.
-        #[arg(long)]
-        yes: bool,
-        #[command(flatten)]
-        wait: Wait,
-    },
-    /// Bring a machine back here although its source is gone. Says first what will be lost.
+    /// Move a machine or group here without losing anything: its agents stop taking writes, the last change is waited for. A final
+    /// point is made of each machine, so there is none to choose.
+    #[command(after_help = "Examples:\n  tidegate failover planned web01 --hook kvm\n  tidegate failover planned shop")]
+    Planned(Start),
+    /// Bring a machine or group back here although its source is gone. Says first what will be lost.
     #[command(
-        after_help = "Examples:\n  tidegate failover unplanned web01\n  tidegate failover unplanned web01 --point latest-app --hook kvm --yes"
+        after_help = "Examples:\n  tidegate failover unplanned web01\n  tidegate failover unplanned shop --point latest-app\n  tidegate failover unplanned web01 --point latest-app --hook kvm --yes"
     )]
-    Unplanned {
-        /// Which machine.
-        machine: String,
-        /// latest (after all that arrived was applied), latest-processed, latest-app, latest-multi-vm, or an id.
-        #[arg(long, default_value = "latest")]
-        point: Choice,
-        /// A hook of the master target's configuration that starts and checks the machine.
-        #[arg(long)]
-        hook: Option<String>,
-        /// Do not ask.
-        #[arg(long)]
-        yes: bool,
-        #[command(flatten)]
-        wait: Wait,
-    },
+    Unplanned(Start),
     /// Take another point, as long as the failover is not committed. What was written since the failover is dropped.
     ChangePoint {
         /// Which failover.
         job: String,
-        /// latest, latest-app, latest-multi-vm, or an id.
+        #[command(flatten)]
+        which: Which,
+        /// latest, latest-app, latest-multi-vm, an id, or a label.
         #[arg(long)]
         point: Choice,
         #[command(flatten)]
@@ -93,6 +93,8 @@ pub(super) enum FailoverCommand {
     Commit {
         /// Which failover.
         job: String,
+        #[command(flatten)]
+        which: Which,
         /// Pinned points go too.
         #[arg(long)]
         drop_pinned: bool,
@@ -107,12 +109,16 @@ pub(super) enum FailoverCommand {
         /// Which failover.
         job: String,
         #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
         wait: Wait,
     },
     /// End a test and remove every trace of it; or, of a committed failover, stop serving the disks and leave the image files to you.
     Cleanup {
         /// Which failover.
         job: String,
+        #[command(flatten)]
+        which: Which,
         #[command(flatten)]
         wait: Wait,
     },
@@ -136,60 +142,87 @@ pub(super) enum FailoverCommand {
         /// Which.
         job: String,
         #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
         ask: Ask,
     },
 }
 
 /// Runs the command.
 pub(super) fn run(command: FailoverCommand) -> anyhow::Result<()> {
-    let decide = |job: String, decision, wait: &Wait| request(Request::FailoverDecide { job, decision }, wait).map(drop);
     match command {
-        FailoverCommand::Test { machine, point, hook, cleanup, wait } => {
-            let start = Request::FailoverStart { kind: JobKind::Test, machine, point, hook, overwrite: Vec::new() };
-            if !cleanup || wait.detach {
-                return request(start, &wait).and_then(|job| verdict(&job));
-            }
-            let mut job = watch(&start, &wait)?;
-            if job.state == "running" {
-                job = watch(&Request::FailoverDecide { job: job.id.to_string(), decision: Decision::Cleanup }, &wait)?;
-            }
-            if wait.ask.json {
-                output::json(&job)?;
-            }
-            verdict(&job)
-        }
-        FailoverCommand::Planned { machine, point, hook, yes, wait } => {
-            let question =
-                format!("The agent of {machine} stops taking writes now: shut the machine down first if it can be. Nothing is lost.");
-            confirm(&question, yes, wait.ask.json)?;
-            request(Request::FailoverStart { kind: JobKind::Planned, machine, point, hook, overwrite: Vec::new() }, &wait).map(drop)
-        }
-        FailoverCommand::Unplanned { machine, point, hook, yes, wait } => {
-            let plan: PlanView = ask(&wait.ask.control, &Request::FailoverPlan { machine: machine.clone(), point: point.clone() })?;
-            confirm(&lost(&plan, &point), yes, wait.ask.json)?;
-            request(Request::FailoverStart { kind: JobKind::Unplanned, machine, point, hook, overwrite: Vec::new() }, &wait).map(drop)
-        }
-        FailoverCommand::ChangePoint { job, point, wait } => decide(job, Decision::ChangePoint(point), &wait),
-        FailoverCommand::Commit { job, drop_pinned, yes, wait } => {
-            let question = "All recovery points of the machine are dropped, and there is no way back to before the failover.";
+        FailoverCommand::Test { what, cleanup, wait } => test(what, cleanup, &wait),
+        FailoverCommand::Planned(args) => start(args, JobKind::Planned),
+        FailoverCommand::Unplanned(args) => start(args, JobKind::Unplanned),
+        FailoverCommand::ChangePoint { job, which, point, wait } => decide(job, which, Decision::ChangePoint(point), &wait),
+        FailoverCommand::Commit { job, which, drop_pinned, yes, wait } => {
+            let question = "All recovery points of what failed over are dropped, and there is no way back to before the failover.";
             confirm(question, yes, wait.ask.json)?;
-            decide(job, Decision::Commit { drop_pinned }, &wait)
+            decide(job, which, Decision::Commit { drop_pinned }, &wait)
         }
-        FailoverCommand::Cancel { job, wait } => decide(job, Decision::Cancel, &wait),
-        FailoverCommand::Cleanup { job, wait } => decide(job, Decision::Cleanup, &wait),
+        FailoverCommand::Cancel { job, which, wait } => decide(job, which, Decision::Cancel, &wait),
+        FailoverCommand::Cleanup { job, which, wait } => decide(job, which, Decision::Cleanup, &wait),
         FailoverCommand::Reprotect { machine, overwrite, wait } => {
             let start = Request::FailoverStart { kind: JobKind::Reprotect, machine, point: Choice::Latest, hook: None, overwrite };
             request(start, &wait).map(drop)
         }
         FailoverCommand::List(args) => list(&args),
-        FailoverCommand::Show { job, ask: args } => show(&job, &args),
+        FailoverCommand::Show { job, which, ask: args } if which.is_group(&job, &args)? => group_failover::show(&job, &args),
+        FailoverCommand::Show { job, ask: args, .. } => show(&job, &args),
     }
 }
 
+fn test(what: What, cleanup: bool, wait: &Wait) -> anyhow::Result<()> {
+    let What { name, which, point, hook } = what;
+    let cleanup = cleanup && !wait.detach;
+    match (which.is_group(&name, &wait.ask)?, cleanup) {
+        (true, true) => return group_failover::test_and_clean_up(name, point, hook, wait),
+        (true, false) => return group_failover::start(name, JobKind::Test, point, hook, true, wait),
+        _ => {}
+    }
+    let start = Request::FailoverStart { kind: JobKind::Test, machine: name, point, hook, overwrite: Vec::new() };
+    if !cleanup {
+        return request(start, wait).and_then(|job| verdict(&job));
+    }
+    let mut job = watch(&start, wait)?;
+    if job.state == "running" {
+        job = watch(&Request::FailoverDecide { job: job.id.to_string(), decision: Decision::Cleanup }, wait)?;
+    }
+    if wait.ask.json {
+        output::json(&job)?;
+    }
+    verdict(&job)
+}
+
+fn start(args: Start, kind: JobKind) -> anyhow::Result<()> {
+    let Start { what: What { name, which, point, hook }, yes, wait } = args;
+    if which.is_group(&name, &wait.ask)? {
+        return group_failover::start(name, kind, point, hook, yes, &wait);
+    }
+    let question = if kind == JobKind::Planned {
+        format!("The agent of {name} stops taking writes now: shut the machine down first if it can be. Nothing is lost.")
+    } else {
+        let plan: PlanView = ask(&wait.ask.control, &Request::FailoverPlan { machine: name.clone(), point: point.clone() })?;
+        lost(&plan, &point)
+    };
+    confirm(&question, yes, wait.ask.json)?;
+    request(Request::FailoverStart { kind, machine: name, point, hook, overwrite: Vec::new() }, &wait).map(drop)
+}
+
+fn decide(job: String, which: Which, decision: Decision, wait: &Wait) -> anyhow::Result<()> {
+    if which.is_group(&job, &wait.ask)? {
+        return group_failover::decide(job, decision, wait);
+    }
+    request(Request::FailoverDecide { job, decision }, wait).map(drop)
+}
+
 /// What an unplanned failover takes and loses.
-fn lost(plan: &PlanView, choice: &Choice) -> String {
+pub(super) fn lost(plan: &PlanView, choice: &Choice) -> String {
     let mut text =
         format!("point    {} of {}{}\n", plan.point, plan.point_time, plan.label.as_ref().map_or_else(String::new, |l| format!(" {l:?}")));
+    if let Some(note) = &plan.note {
+        text += &format!("         {note}\n");
+    }
     if *choice == Choice::Latest {
         text += "         or a newer one, if one is complete once everything that arrived is applied\n";
     }
@@ -221,7 +254,7 @@ fn lost(plan: &PlanView, choice: &Choice) -> String {
 }
 
 /// Asks a person.
-fn confirm(question: &str, yes: bool, json: bool) -> anyhow::Result<()> {
+pub(super) fn confirm(question: &str, yes: bool, json: bool) -> anyhow::Result<()> {
     if yes && json {
         return Ok(());
     }
@@ -265,7 +298,7 @@ fn watch(request: &Request, wait: &Wait) -> anyhow::Result<JobView> {
     let id = job.id;
     // What was done before was told before.
     let before = if matches!(request, Request::FailoverDecide { .. }) || job.kind == "reprotect" { usize::MAX } else { 0 };
-    let mut told = Told { steps: before.min(job.steps.iter().filter(|s| s.seconds.is_some()).count()), open: false };
+    let mut told = Told::new(before.min(job.steps.iter().filter(|s| s.seconds.is_some()).count()), String::new());
     let mut job = job;
     let bar =
         if wait.ask.json || !std::io::stderr().is_terminal() { indicatif::ProgressBar::hidden() } else { indicatif::ProgressBar::new(0) };
@@ -303,17 +336,25 @@ fn watch(request: &Request, wait: &Wait) -> anyhow::Result<JobView> {
 }
 
 /// Which steps were printed.
-struct Told {
+#[derive(Default)]
+pub(super) struct Told {
     steps: usize,
     open: bool,
+    prefix: String,
 }
 
 impl Told {
-    fn print(&mut self, job: &JobView) {
+    /// The first `steps` were printed; `prefix` says whose they are.
+    pub(super) fn new(steps: usize, prefix: String) -> Self {
+        Self { steps, open: false, prefix }
+    }
+
+    /// Prints what is new.
+    pub(super) fn print(&mut self, job: &JobView) {
         for step in job.steps.iter().skip(self.steps) {
             let Some(seconds) = step.seconds else {
                 if !self.open && std::io::stderr().is_terminal() {
-                    eprintln!("  {} ...", step.name);
+                    eprintln!("  {}{} ...", self.prefix, step.name);
                 }
                 self.open = true;
                 return;
@@ -323,7 +364,7 @@ impl Told {
                 (None, Some(detail)) => format!(": {detail}"),
                 (None, None) => String::new(),
             };
-            println!("  {} ({seconds:.1} s){what}", step.name);
+            println!("  {}{} ({seconds:.1} s){what}", self.prefix, step.name);
             self.steps += 1;
             self.open = false;
         }
@@ -374,6 +415,7 @@ fn list(args: &Ask) -> anyhow::Result<()> {
         vec![
             j.id.to_string(),
             j.machine.clone(),
+            j.group_job.clone().unwrap_or_default(),
             j.kind.clone(),
             j.state.clone(),
             j.point_time.clone().unwrap_or_else(|| "-".to_owned()),
@@ -382,7 +424,10 @@ fn list(args: &Ask) -> anyhow::Result<()> {
             result,
         ]
     };
-    output::table(&["JOB", "MACHINE", "KIND", "STATE", "POINT", "STARTED", "BY", "RESULT"], &jobs.iter().map(row).collect::<Vec<_>>());
+    output::table(
+        &["JOB", "MACHINE", "GROUP", "KIND", "STATE", "POINT", "STARTED", "BY", "RESULT"],
+        &jobs.iter().map(row).collect::<Vec<_>>(),
+    );
     Ok(())
 }
 
@@ -396,6 +441,9 @@ fn show(which: &str, args: &Ask) -> anyhow::Result<()> {
     }
     println!("failover {}  {} of {}, {}{}", job.id, job.kind, job.machine, job.state, if job.busy { ", working" } else { "" });
     println!("point      {} {}", job.point.as_deref().unwrap_or("-"), job.point_time.as_deref().unwrap_or_default());
+    if let (Some(group), Some(run)) = (&job.group, &job.group_job) {
+        println!("group      {group}: with the others of {run}");
+    }
     println!("asked for  {} by {} at {}", job.choice, job.by, job.started);
     if let Some(ended) = &job.ended {
         println!("ended      {ended}");
@@ -403,7 +451,7 @@ fn show(which: &str, args: &Ask) -> anyhow::Result<()> {
     for disk in &job.disks {
         println!("  disk {}  {}  {}", disk.name, show_size(disk.size_bytes), disk.nbd.as_deref().unwrap_or("not served"));
     }
-    Told { steps: 0, open: true }.print(job);
+    Told { open: true, ..Told::default() }.print(job);
     if let Some((done, total)) = job.progress {
         println!("  now: {} of {}", show_size(done), show_size(total));
     }

@@ -3,6 +3,8 @@
 mod check;
 mod failover;
 mod group;
+mod group_failover;
+mod group_point;
 mod machine;
 mod output;
 mod pki;

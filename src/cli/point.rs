@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::bail;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{Ask, Usage, ask, output};
+use super::{Ask, Usage, ask, group_point, output};
 use crate::config::units::show_size;
 use crate::control::api::{BadPointView, GroupMarked, Marked, PointView, Request, VerifyView};
 use crate::control::client;
@@ -19,6 +19,9 @@ pub(super) enum PointCommand {
         /// Of one machine only.
         #[arg(long)]
         machine: Option<String>,
+        /// Points of this group instead: each is a moment of all its machines.
+        #[arg(long, conflicts_with_all = ["machine", "bad"])]
+        group: Option<String>,
         /// Points that became unusable instead, with the cause.
         #[arg(long)]
         bad: bool,
@@ -93,6 +96,9 @@ pub(super) enum PointCommand {
 }
 
 fn pin(point: String, pinned: bool, args: &Ask) -> anyhow::Result<()> {
+    if let Some(group_point) = group_point::resolve(&point, None, args)?.group_point {
+        return group_point::pin(&group_point, pinned, args);
+    }
     let view: PointView = ask(&args.control, &Request::Pin { point, pinned })?;
     if args.json {
         return output::json(&view);
@@ -151,7 +157,33 @@ fn list_bad(machine: Option<String>, args: &Ask) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The parts of a group's point one after another; one that is bad does not keep the others from being verified.
 fn verify(point: String, args: &Ask) -> anyhow::Result<()> {
+    let Some(group_point) = group_point::resolve(&point, None, args)?.group_point else {
+        let view = verify_one(point, args)?;
+        if args.json {
+            output::json(&view)?;
+        }
+        return verdict(&view);
+    };
+    let (mut views, mut faults) = (Vec::new(), Vec::new());
+    for part in &group_point.parts {
+        if !args.json {
+            println!("machine {}", part.machine);
+        }
+        let view = verify_one(part.point.clone(), args)?;
+        if let Err(fault) = verdict(&view) {
+            faults.push(format!("{}: {fault}", part.machine));
+        }
+        views.push(view);
+    }
+    if args.json {
+        output::json(&views)?;
+    }
+    if faults.is_empty() { Ok(()) } else { bail!("{}", faults.join("; ")) }
+}
+
+fn verify_one(point: String, args: &Ask) -> anyhow::Result<VerifyView> {
     let mut view: VerifyView = ask(&args.control, &Request::Verify { point })?;
     let bar = if args.json || !std::io::stderr().is_terminal() { ProgressBar::hidden() } else { ProgressBar::new(view.total_bytes) };
     bar.set_style(ProgressStyle::with_template("{bar:40} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left")?);
@@ -167,21 +199,22 @@ fn verify(point: String, args: &Ask) -> anyhow::Result<()> {
         Ok(())
     })?;
     bar.finish_and_clear();
-    if args.json {
-        output::json(&view)?;
-    } else {
+    if !args.json {
         println!("point   {}", view.point);
         for disk in &view.disks {
             println!("disk    {}: blake3 {}", disk.name, disk.digest);
         }
         println!("read    {} of {} in {:.1} s", show_size(view.read_bytes), show_size(view.total_bytes), view.seconds);
     }
+    if !args.json && view.state == "good" {
+        println!("result  good, {}", if view.first { "verified for the first time" } else { "the same as before" });
+    }
+    Ok(view)
+}
+
+fn verdict(view: &VerifyView) -> anyhow::Result<()> {
     match (view.state.as_str(), &view.error) {
-        ("good", _) if args.json => Ok(()),
-        ("good", _) => {
-            println!("result  good, {}", if view.first { "verified for the first time" } else { "the same as before" });
-            Ok(())
-        }
+        ("good", _) => Ok(()),
         ("bad", cause) => bail!(
             "point {} is not usable and not listed any more: {}; see `tidegate point list --bad`",
             view.point,
@@ -194,7 +227,8 @@ fn verify(point: String, args: &Ask) -> anyhow::Result<()> {
 /// Runs the command.
 pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
     match command {
-        PointCommand::List { machine, bad: true, ask: args } => list_bad(machine, &args),
+        PointCommand::List { machine, bad: true, ask: args, .. } => list_bad(machine, &args),
+        PointCommand::List { group: Some(group), ask: args, .. } => group_point::list(group, &args),
         PointCommand::Verify { point, ask: args } => verify(point, &args),
         PointCommand::Forget { point: None, all: false, .. } => {
             Err(Usage("which one? Give the id of an unusable point, or --all".to_owned()).into())
@@ -207,7 +241,7 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
             println!("{count} unusable {} cleared", if count == 1 { "point" } else { "points" });
             Ok(())
         }
-        PointCommand::List { machine, bad: false, ask: args } => {
+        PointCommand::List { machine, ask: args, .. } => {
             let points: Vec<PointView> = ask(&args.control, &Request::Points { machine })?;
             if args.json {
                 return output::json(&points);
@@ -223,27 +257,24 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
                     format!("{:.1} ms", p.hold_seconds * 1e3),
                     if p.pinned { "pinned".to_owned() } else { String::new() },
                     output::ago(p.verified_age_seconds),
+                    group_point::column(p),
                     p.label.clone().unwrap_or_default(),
                 ]
             };
             output::table(
-                &["POINT", "MACHINE", "TIME", "KIND", "DISKS", "HELD", "PINNED", "VERIFIED", "LABEL"],
+                &["POINT", "MACHINE", "TIME", "KIND", "DISKS", "HELD", "PINNED", "VERIFIED", "GROUP", "LABEL"],
                 &points.iter().map(row).collect::<Vec<_>>(),
             );
             Ok(())
         }
         PointCommand::Show { point, ask: args } => {
+            let named = group_point::resolve(&point, None, &args)?;
+            if let Some(group_point) = &named.group_point {
+                return group_point::show(group_point, &args);
+            }
             let points: Vec<PointView> = ask(&args.control, &Request::Points { machine: None })?;
-            let newest = points.last().filter(|_| point == "latest");
-            let found: Vec<_> = newest.map_or_else(
-                || points.iter().filter(|p| p.id.starts_with(&point) || p.label.as_ref() == Some(&point)).collect(),
-                |p| vec![p],
-            );
-            let [found] = found[..] else {
-                match found.len() {
-                    0 => bail!("no point has this id or label, {point:?}: see `tidegate point list`"),
-                    n => bail!("{n} points begin with {point:?}: give more of the id"),
-                }
+            let Some(found) = points.iter().find(|p| named.point.as_ref() == Some(&p.id)) else {
+                bail!("point {point} is not listed any more: see `tidegate point list`");
             };
             if args.json {
                 return output::json(found);
@@ -253,6 +284,9 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
             println!("time     {} (clock of the source)", found.time);
             println!("kind     {}", found.kind);
             println!("held     {:.1} ms", found.hold_seconds * 1e3);
+            if let (Some(group), Some(point)) = (&found.group, &found.group_point) {
+                println!("group    {group}: a part of its point {point}");
+            }
             println!("label    {}", found.label.as_deref().unwrap_or("-"));
             println!("pinned   {}", if found.pinned { "yes" } else { "no" });
             let ago = output::ago(found.verified_age_seconds);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::bail;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{Ask, absolute, ask, output};
+use super::{Ask, absolute, ask, group_point, output};
 use crate::config::units::show_size;
 use crate::control::api::{RecoveryView, Request};
 use crate::control::client;
@@ -23,8 +23,11 @@ pub(super) enum RecoverCommand {
         after_help = "Example:\n  tidegate recover mount latest --disk sda --nbd unix:/tmp/point.sock\n  nbdinfo 'nbd+unix:///?socket=/tmp/point.sock'"
     )]
     Mount {
-        /// Id of the point, the beginning of it, or `latest`.
+        /// Id of the point, the beginning of it, a label, or `latest`.
         point: String,
+        /// Of which machine; needed for the point of a group.
+        #[arg(long)]
+        machine: Option<String>,
         /// Where: unix:PATH or tcp:ADDRESS:PORT.
         #[arg(long)]
         nbd: Address,
@@ -48,6 +51,9 @@ pub(super) enum RecoverCommand {
     Export {
         /// As in `mount`.
         point: String,
+        /// As in `mount`.
+        #[arg(long)]
+        machine: Option<String>,
         /// As in `mount`.
         #[arg(long)]
         disk: Option<String>,
@@ -75,8 +81,12 @@ pub(super) enum RecoverCommand {
 /// Runs the command.
 pub(super) fn run(command: RecoverCommand) -> anyhow::Result<()> {
     match command {
-        RecoverCommand::Mount { point, nbd, disk, read_only, detach, ask: args } => mount(point, nbd, disk, read_only, detach, &args),
-        RecoverCommand::Export { point, disk, format, output, ask: args } => {
+        RecoverCommand::Mount { point, machine, nbd, disk, read_only, detach, ask: args } => {
+            let point = group_point::of_machine(point, machine.as_deref(), &args)?;
+            mount(point, nbd, disk, read_only, detach, &args)
+        }
+        RecoverCommand::Export { point, machine, disk, format, output, ask: args } => {
+            let point = group_point::of_machine(point, machine.as_deref(), &args)?;
             export(point, disk, format.map_or_else(|| by_ending(&output), Ok)?, output, &args)
         }
         RecoverCommand::List(args) => {

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use super::{Ask, ask, output};
 use crate::config::units::show_size;
 use crate::control::api::{Request, RoleStatus};
+use crate::control::groups::{GroupMoment, GroupStatus};
 use crate::model::Health;
 
 /// Prints one screen and answers by exit code.
@@ -74,10 +75,44 @@ fn print(role: &RoleStatus) {
             &rows,
         );
     }
+    print_groups(role);
     for machine in &role.machines {
         if let Some(test) = &machine.last_test {
             println!("  {}: failover last tested at {test}", machine.name);
         }
     }
     println!();
+}
+
+fn print_groups(role: &RoleStatus) {
+    if role.groups.is_empty() {
+        return;
+    }
+    let moment = |moment: &Option<GroupMoment>| {
+        moment.as_ref().map_or_else(
+            || "-".to_owned(),
+            |m| format!("{} ({}, {} of {})", m.time, output::ago(Some(m.age_seconds)), m.members, m.machines),
+        )
+    };
+    let waiting = |g: &GroupStatus| match g.waiting {
+        0 => "-".to_owned(),
+        n => format!("{n} for {}, the oldest {}", g.waiting_for.join(", "), output::seconds(g.waiting_seconds)),
+    };
+    let row = |g: &GroupStatus| {
+        vec![g.name.clone(), g.points.to_string(), moment(&g.newest), moment(&g.newest_full), waiting(g), g.conflicting.to_string()]
+    };
+    let rows: Vec<Vec<String>> = role.groups.iter().map(row).collect();
+    output::table(&["GROUP", "POINTS", "NEWEST", "NEWEST OF ALL", "WAITING", "CONFLICTING"], &rows);
+    for group in &role.groups {
+        if !group.not_here.is_empty() {
+            println!(
+                "  {}: not configured here: {}; its points wait in vain, because a group lives on one master target",
+                group.name,
+                group.not_here.join(", ")
+            );
+        }
+        if let Some(failover) = &group.failover {
+            println!("  {}: {failover}", group.name);
+        }
+    }
 }

@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+pub use super::coordinator::{GroupLast, GroupMarked, GroupMemberView, GroupMissing, GroupValues, GroupView};
+pub use super::failovers::{Decision, JobDiskView, JobView, PlanView, StepView};
+use super::groups::{GroupAsk, GroupStatus};
 use crate::model::{Address, Choice, Health, JobKind};
 
 /// A request.
@@ -14,6 +17,37 @@ pub enum Request {
     Points {
         /// Of one machine only.
         machine: Option<String>,
+    },
+    /// Points of groups: [`super::groups::GroupPointView`], the oldest first.
+    GroupPoints {
+        /// Of one group only.
+        group: Option<String>,
+    },
+    /// What a text names as a point: [`super::groups::ResolvedPoint`].
+    ResolvePoint {
+        /// Id, the beginning of one, label, or `latest`.
+        point: String,
+        /// Of one machine only; then a group's point stands for its part.
+        machine: Option<String>,
+    },
+    /// Pin or unpin every part of a group's point: [`super::groups::GroupPointView`].
+    PinGroupPoint {
+        /// As in `ResolvePoint`.
+        point: String,
+        /// Keep it.
+        pinned: bool,
+    },
+    /// What a name names: [`super::groups::Named`].
+    Named {
+        /// The name.
+        name: String,
+    },
+    /// Failover of a whole group, see [`GroupAsk`].
+    GroupFailover {
+        /// Its name.
+        group: String,
+        /// What.
+        ask: GroupAsk,
     },
     /// Make a point now: [`Marked`].
     Mark {
@@ -174,121 +208,6 @@ pub enum Request {
     },
 }
 
-/// What a person decides about a job.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Decision {
-    /// Another point.
-    ChangePoint(Choice),
-    /// No way back from here.
-    Commit {
-        /// Pinned points go too.
-        drop_pinned: bool,
-    },
-    /// Back to replication.
-    Cancel,
-    /// Nothing of it is left.
-    Cleanup,
-}
-
-/// What a failover would take and lose.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct PlanView {
-    /// Name of the machine.
-    pub machine: String,
-    /// The point; a planned failover makes its own.
-    pub point: String,
-    /// RFC 3339, the source's clock.
-    pub point_time: String,
-    /// Its consistency.
-    pub kind: String,
-    /// What a person called it.
-    pub label: Option<String>,
-    /// Seconds of work at the source that the point does not have, as far as is known.
-    pub lost_seconds: f64,
-    /// By the time since the newest point's capture (true), or by the source's wall clock (false).
-    pub lost_seconds_monotonic: bool,
-    /// Bytes overwritten here since the point, about: they are rolled back.
-    pub newer_bytes: u64,
-    /// Bytes that arrived and are not applied.
-    pub waiting_bytes: u64,
-    /// Bytes that the agent had and not sent when it was heard last.
-    pub unsent_bytes: u64,
-    /// Seconds since the agent was heard; absent if it never was.
-    pub heard_seconds: Option<f64>,
-}
-
-/// A job.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct JobView {
-    /// Its number.
-    pub id: u64,
-    /// `test`, `planned`, `unplanned` or `reprotect`.
-    pub kind: String,
-    /// Name of the machine.
-    pub machine: String,
-    /// Where it stands.
-    pub state: String,
-    /// Something is being done now.
-    pub busy: bool,
-    /// Nothing is left to do or decide.
-    pub over: bool,
-    /// What was asked for.
-    pub choice: String,
-    /// The point.
-    pub point: Option<String>,
-    /// RFC 3339, the source's clock.
-    pub point_time: Option<String>,
-    /// What a person called it.
-    pub label: Option<String>,
-    /// Name of its hook.
-    pub hook: Option<String>,
-    /// Test: whether start and check succeeded; absent without a hook.
-    pub passed: Option<bool>,
-    /// Its disks.
-    pub disks: Vec<JobDiskView>,
-    /// What was done.
-    pub steps: Vec<StepView>,
-    /// Bytes done and in all of the step that runs.
-    pub progress: Option<(u64, u64)>,
-    /// Who asked.
-    pub by: String,
-    /// RFC 3339.
-    pub started: String,
-    /// RFC 3339.
-    pub ended: Option<String>,
-    /// Why it does not go on.
-    pub error: Option<String>,
-    /// What to do.
-    pub remedy: Option<String>,
-}
-
-/// A disk of a job.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct JobDiskView {
-    /// Its name.
-    pub name: String,
-    /// URI of the NBD export, while it is served.
-    pub nbd: Option<String>,
-    /// Bytes of the disk.
-    pub size_bytes: u64,
-}
-
-/// A step of a job.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct StepView {
-    /// What.
-    pub name: String,
-    /// RFC 3339.
-    pub started: String,
-    /// Absent while it runs.
-    pub seconds: Option<f64>,
-    /// What came of it.
-    pub detail: Option<String>,
-    /// Why it failed.
-    pub error: Option<String>,
-}
-
 /// Why a request was not done.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ApiError {
@@ -318,121 +237,9 @@ pub struct RoleStatus {
     /// Groups of a coordinator.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub coordinated: Vec<GroupView>,
-}
-
-/// How a group's points are made; what is absent stays as it is, or has its default.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct GroupValues {
-    /// Time between crash-consistent points.
-    pub interval_seconds: Option<f64>,
-    /// Time between application-consistent points; 0: none by the clock.
-    pub app_interval_seconds: Option<f64>,
-    /// Points without some members are made, and say so.
-    pub partial: Option<bool>,
-    /// Rather no application-consistent point than a crash-consistent one instead.
-    pub app_or_nothing: Option<bool>,
-}
-
-/// A group as its coordinator sees it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct GroupView {
-    /// Its name.
-    pub name: String,
-    /// Grows with every change of its members.
-    pub epoch: u64,
-    /// Its health.
-    pub health: Health,
-    /// Why it is not healthy.
-    pub reason: Option<String>,
-    /// What to do.
-    pub remedy: Option<String>,
-    /// Its machines.
-    pub members: Vec<GroupMemberView>,
-    /// The master target it lives on, once that is known.
-    pub master_target: Option<String>,
-    /// Time between crash-consistent points.
-    pub interval_seconds: f64,
-    /// Time between application-consistent points.
-    pub app_interval_seconds: Option<f64>,
-    /// Points without some members are made.
-    pub partial: bool,
-    /// Rather no application-consistent point than a crash-consistent one instead.
-    pub app_or_nothing: bool,
-    /// Points of all members since the coordinator started.
-    pub full: u64,
-    /// Points without some.
-    pub partial_points: u64,
-    /// Rounds without a point.
-    pub skipped: u64,
-    /// Rounds after which not every member confirmed its marker.
-    pub unconfirmed: u64,
-    /// How often a member was missing, by cause.
-    pub causes: std::collections::BTreeMap<String, u64>,
-    /// The newest point.
-    pub last: Option<GroupLast>,
-}
-
-/// A member of a group.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct GroupMemberView {
-    /// Which machine.
-    pub machine: String,
-    /// Connected to the coordinator.
-    pub connected: bool,
-    /// Where it replicates to, as far as it is known.
-    pub master_target: Option<String>,
-    /// Why it could take no part in a round now.
-    pub trouble: Option<String>,
-}
-
-/// The newest point of a group.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct GroupLast {
-    /// Its id.
-    pub point: String,
-    /// RFC 3339, the coordinator's clock.
-    pub time: String,
-    /// Since then.
-    pub age_seconds: f64,
-    /// Its consistency.
-    pub kind: String,
-    /// Machines in it.
-    pub members: usize,
-    /// Machines that are missing.
-    pub missing: Vec<String>,
-    /// The longest that a member's writes were held.
-    pub hold_seconds: f64,
-    /// Why it is not what was asked for.
-    pub remark: Option<String>,
-}
-
-/// Answer to `GroupMark`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct GroupMarked {
-    /// Id the group's point will have once it is listed.
-    pub point: String,
-    /// The group.
-    pub group: String,
-    /// Its consistency.
-    pub kind: String,
-    /// Machines in it.
-    pub members: usize,
-    /// Machines that are missing.
-    pub missing: Vec<GroupMissing>,
-    /// The longest that a member's writes were held.
-    pub hold_seconds: f64,
-    /// Why it is not what was asked for.
-    pub remark: Option<String>,
-}
-
-/// A machine that is missing in a point.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct GroupMissing {
-    /// Which.
-    pub machine: String,
-    /// Why.
-    pub why: String,
+    /// How groups do; master target only.
+    #[serde(default)]
+    pub groups: Vec<GroupStatus>,
 }
 
 /// A machine.
@@ -514,6 +321,15 @@ pub struct PointView {
     pub hold_seconds: f64,
     /// Somebody wants it kept.
     pub pinned: bool,
+    /// Group of the whole group point that it is a part of.
+    #[serde(default)]
+    pub group: Option<String>,
+    /// That group point.
+    #[serde(default)]
+    pub group_point: Option<String>,
+    /// Machines that have a part of it, and machines of the group.
+    #[serde(default)]
+    pub group_members: Option<(usize, usize)>,
     /// When its last verification ended, RFC 3339.
     pub verified: Option<String>,
     /// How long ago that was, seconds.

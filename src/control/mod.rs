@@ -2,4 +2,7 @@
 
 pub mod api;
 pub mod client;
+pub mod coordinator;
+pub mod failovers;
+pub mod groups;
 pub mod server;

@@ -31,7 +31,7 @@ const INTERVALS: Table = Table::new("intervals");
 const SCRUBS: Table = Table::new("scrubs");
 
 /// Changes with the types stored here.
-const FORMAT: u32 = 5;
+const FORMAT: u32 = 6;
 
 /// A replica's record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -320,6 +320,14 @@ impl Records {
         Ok(self.catalogue.all::<Job>(JOBS)?.into_iter().map(|(_, job)| job).collect())
     }
 
+    /// Notes new jobs, durably: all of them or none.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn put_new_jobs(&self, jobs: &[Job]) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| jobs.iter().try_for_each(|job| batch.put(JOBS, &job_key(job.id), job)))
+    }
+
     /// Sets a job, durably, with what becomes true in the same moment: where replicas stand from then on (`stand`), points
     /// that are dropped, replicas that begin a new history.
     ///
@@ -380,14 +388,16 @@ impl Records {
         })
     }
 
-    /// Changes a listed point, durably.
+    /// Changes listed points, durably: all of them or none.
     ///
     /// # Errors
     /// Those of the catalogue.
-    pub fn put_point(&self, point: &RecoveryPoint) -> Result<(), CatalogueError> {
-        self.catalogue.write(|batch| match batch.get::<RecoveryPoint>(POINTS, point.id.0.as_bytes())? {
-            Some(_) => batch.put(POINTS, point.id.0.as_bytes(), point),
-            None => Err(self.catalogue.failed("the point is not listed any more")),
+    pub fn put_points(&self, points: &[RecoveryPoint]) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            points.iter().try_for_each(|point| match batch.get::<RecoveryPoint>(POINTS, point.id.0.as_bytes())? {
+                Some(_) => batch.put(POINTS, point.id.0.as_bytes(), point),
+                None => Err(self.catalogue.failed("the point is not listed any more")),
+            })
         })
     }
 

@@ -1,6 +1,6 @@
 //! What the master target tells the command line and Prometheus.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,7 +13,9 @@ use super::MasterTarget;
 use super::bad::BadPoint;
 use super::catalogue::Records;
 use super::failover::Desk;
+use super::group_views::{self, age_seconds};
 use super::journal::JournalHandle;
+use super::lookup::{self, Found};
 use super::policy::{self, LivePolicy, SetValues};
 use super::recover::{self, Recoveries, Target};
 use super::shared::{Condition, DiskShared, TargetShared};
@@ -23,9 +25,10 @@ use crate::control::api::{
     ApiError, BadPointView, DiskView, MachineView, PointDisk, PointView, PolicyGone, PolicyMachine, PolicySet, PolicyValues, PolicyView,
     RecoveryView, Request, RoleStatus,
 };
+use crate::control::groups::{GroupPointView, ResolvedPoint};
 use crate::control::server::{Answer, Role};
 use crate::disk::Format;
-use crate::model::{Choice, DiskId, Health, Hold, Ladder, MachineId, PointId, Policy, Position, RecoveryPoint, ReplicationState, Rung};
+use crate::model::{DiskId, Health, Hold, Ladder, MachineId, PointId, Policy, Position, RecoveryPoint, ReplicationState, Rung};
 use crate::observe::metrics;
 
 const FIGURES_EVERY: Duration = Duration::from_secs(1);
@@ -68,6 +71,8 @@ impl Role for Control {
         {
             (view.failover, view.last_test) = self.failovers.of_machine(disk.machine);
         }
+        let mut groups = group_views::status(&self.shared);
+        groups.iter_mut().for_each(|group| group.failover = self.failovers.of_group(&group.name));
         let health = machines.iter().map(|m| m.health).max().unwrap_or_default();
         let worst = machines.iter().flat_map(|m| &m.disks).find(|d| d.health == health && d.reason.is_some());
         let (reason, remedy) = worst.map_or((None, None), |d| (d.reason.clone(), d.remedy.clone()));
@@ -80,6 +85,7 @@ impl Role for Control {
             machines,
             cache_bytes: None,
             connected: None,
+            groups,
             ..RoleStatus::default()
         }
     }
@@ -88,6 +94,9 @@ impl Role for Control {
         Box::pin(async move {
             let result = match request {
                 Request::Points { machine } => self.points(machine.as_deref()).and_then(|points| to_value(&points)),
+                Request::GroupPoints { group } => group_views::points(&self.shared, group.as_deref()).and_then(|points| to_value(&points)),
+                Request::ResolvePoint { point, machine } => self.resolve(point, machine.as_deref()).and_then(|found| to_value(&found)),
+                Request::PinGroupPoint { point, pinned } => self.pin_group_point(point, *pinned).await.and_then(|point| to_value(&point)),
                 Request::Mount { point, disk, nbd, read_only } => {
                     let target = Target::Nbd { address: nbd.clone(), writable: !read_only };
                     self.start(point, disk.as_deref(), target).await.and_then(|v| to_value(&v))
@@ -112,6 +121,8 @@ impl Role for Control {
                     started.await.and_then(|job| to_value(&job))
                 }
                 Request::FailoverDecide { job, decision } => self.failovers.decide(job, decision, by).await.and_then(|job| to_value(&job)),
+                Request::GroupFailover { group, ask } => self.failovers.group(group, ask, by).await,
+                Request::Named { name } => to_value(&self.failovers.named(name)),
                 Request::Failovers => to_value(&self.failovers.list()),
                 Request::Recoveries => to_value(&self.recoveries.list()),
                 Request::BadPoints { machine } => self.bad_points(machine.as_deref()).and_then(|points| to_value(&points)),
@@ -145,7 +156,7 @@ fn to_value<T: serde::Serialize>(value: &T) -> Result<Value, String> {
 
 impl Control {
     fn machine_names(&self) -> HashMap<MachineId, String> {
-        self.shared.disks.iter().map(|d| (d.machine, d.machine_name.to_string())).collect()
+        group_views::machine_names(&self.shared)
     }
 
     fn points(&self, machine: Option<&str>) -> Result<Vec<PointView>, String> {
@@ -199,7 +210,10 @@ impl Control {
     }
 
     fn view(&self, point: &RecoveryPoint, names: &HashMap<MachineId, String>) -> PointView {
-        let verification = self.shared.book().verification(point.id).cloned();
+        let (verification, group) = {
+            let book = self.shared.book();
+            (book.verification(point.id).cloned(), book.groups().whole_of(point).map(|e| e.statement.clone()))
+        };
         let disk_name = |id: DiskId| self.shared.disk(id).map_or_else(|| "(removed)".to_owned(), |d| d.name.to_string());
         let disk = |(id, at): (&DiskId, &Position)| PointDisk {
             name: disk_name(*id),
@@ -214,6 +228,9 @@ impl Control {
             kind: point.kind.as_str().to_owned(),
             label: point.label.clone(),
             pinned: point.pinned,
+            group: group.as_ref().map(|g| g.group.to_string()),
+            group_point: group.as_ref().map(|g| g.point.to_string()),
+            group_members: group.as_ref().map(|g| (g.members.len(), g.members.len() + g.missing.len())),
             time: clock::rfc3339(point.wall_ms),
             hold_seconds: Duration::from_micros(point.hold_us).as_secs_f64(),
             verified: verification.as_ref().map(|v| clock::rfc3339(v.wall_ms)),
@@ -222,31 +239,20 @@ impl Control {
         }
     }
 
-    /// A point by id, by the beginning of its id, or `latest` when there is one machine.
+    /// A machine's point by id, by the beginning of its id, by its label, or `latest` when there is one machine.
     fn find_point(&self, text: &str) -> Result<RecoveryPoint, String> {
-        let all = self.shared.book().all();
-        if text == "latest" {
-            let machines: std::collections::HashSet<_> = all.iter().map(|p| p.machine).collect();
-            return match machines.len() {
-                0 => Err("there is no recovery point yet".to_owned()),
-                1 => all.into_iter().next_back().ok_or_else(|| "there is no recovery point yet".to_owned()),
-                _ => Err("several machines have points: give the id of one, see `tidegate point list --machine M`".to_owned()),
-            };
-        }
-        let found: Vec<_> = all.into_iter().filter(|p| Choice::names(text, p.id, p.label.as_deref())).collect();
-        match <[_; 1]>::try_from(found) {
-            Ok([point]) => Ok(point),
-            Err(found) if found.is_empty() => {
-                let book = self.shared.book();
-                Err(match book.bad().iter().find(|b| text.len() >= 4 && b.point.id.to_string().starts_with(text)) {
-                    Some(bad) => format!("recovery point {} became unusable: {}; choose another one", bad.point.id, bad.cause),
-                    None => format!(
-                        "there is no recovery point {text}: give `latest`, a label, or at least four characters of an id from `tidegate point list`"
-                    ),
-                })
-            }
-            Err(found) => Err(format!("{text} names {} points: give more of the id", found.len())),
-        }
+        lookup::find_machine_point(&self.shared.book(), text, &self.machine_names()).cloned()
+    }
+
+    fn resolve(&self, text: &str, machine: Option<&str>) -> Result<ResolvedPoint, String> {
+        let names = self.machine_names();
+        check_machine(&names, machine)?;
+        let machine = machine.and_then(|wanted| names.iter().find(|(_, name)| *name == wanted)).map(|(id, _)| *id);
+        let book = self.shared.book();
+        Ok(match lookup::find(&book, text, machine)? {
+            Found::Machine(point) => ResolvedPoint { point: Some(point.id.to_string()), group_point: None },
+            Found::Group(entry) => ResolvedPoint { point: None, group_point: Some(group_views::view(&book, entry, &names)) },
+        })
     }
 
     fn find_disk(&self, point: &RecoveryPoint, name: Option<&str>) -> Result<(DiskId, String), String> {
@@ -262,18 +268,38 @@ impl Control {
         found.map(|d| (d.id, d.label.clone())).ok_or_else(|| format!("the point has no disk {}", name.unwrap_or_default()))
     }
 
-    /// Durable when it returns.
     async fn pin(&self, point: &str, pinned: bool) -> Result<PointView, String> {
         // Nothing expires meanwhile.
         let _alone = self.shared.noting.lock().await;
-        let point = RecoveryPoint { pinned, ..self.find_point(point)? };
-        let (records, changed) = (self.records.clone(), point.clone());
-        let noted = tokio::task::spawn_blocking(move || records.put_point(&changed)).await;
-        noted.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
-        tracing::info!(point = %point.id, pinned, "a point was pinned or unpinned");
-        let view = self.view(&point, &self.machine_names());
-        self.shared.book().replace(point);
-        Ok(view)
+        let point = self.find_point(point)?;
+        self.pin_all(vec![point.clone()], pinned).await?;
+        Ok(self.view(&RecoveryPoint { pinned, ..point }, &self.machine_names()))
+    }
+
+    async fn pin_group_point(&self, text: &str, pinned: bool) -> Result<GroupPointView, String> {
+        let _alone = self.shared.noting.lock().await;
+        let (id, parts) = {
+            let book = self.shared.book();
+            let Found::Group(entry) = lookup::find(&book, text, None)? else { return Err(format!("{text} is no point of a group")) };
+            (entry.statement.point, group_views::parts(&book, entry).into_iter().cloned().collect())
+        };
+        self.pin_all(parts, pinned).await?;
+        let book = self.shared.book();
+        let entry = book.groups().entry(id).ok_or("the point is not listed any more")?;
+        Ok(group_views::view(&book, entry, &self.machine_names()))
+    }
+
+    /// All of them or none, durably when it returns. Nothing expires meanwhile, the caller sees to it.
+    async fn pin_all(&self, points: Vec<RecoveryPoint>, pinned: bool) -> Result<(), String> {
+        let changed: Vec<RecoveryPoint> = points.into_iter().map(|p| RecoveryPoint { pinned, ..p }).collect();
+        let (records, noted) = (self.records.clone(), changed.clone());
+        let done = tokio::task::spawn_blocking(move || records.put_points(&noted)).await;
+        done.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+        for point in changed {
+            tracing::info!(point = %point.id, pinned, "a point was pinned or unpinned");
+            self.shared.book().replace(point);
+        }
+        Ok(())
     }
 
     /// Durable and in use when it returns, unless points would go and nobody agreed.
@@ -373,11 +399,6 @@ fn check_machine(names: &HashMap<MachineId, String>, wanted: Option<&str>) -> Re
         }
         _ => Ok(()),
     }
-}
-
-/// Age of something that is labelled by the wall clock.
-fn age_seconds(wall_ms: i64) -> f64 {
-    Duration::from_millis(u64::try_from(clock::wall_ms().saturating_sub(wall_ms)).unwrap_or(0)).as_secs_f64()
 }
 
 /// A disk that goes on well, whose history was damaged, says so until somebody has seen it.
@@ -518,6 +539,7 @@ fn judge(condition: &Condition, size: u64, state: Option<ReplicationState>) -> (
 
 /// Publishes figures once a second.
 pub async fn publish(shared: &TargetShared, journal: &JournalHandle) {
+    let mut groups = BTreeSet::new();
     loop {
         metrics::disk_gauge(metrics::JOURNAL_BYTES, "", metrics::number(journal.figures.live_bytes.load(Ordering::Relaxed)));
         let now = clock::now();
@@ -542,6 +564,7 @@ pub async fn publish(shared: &TargetShared, journal: &JournalHandle) {
             metrics::machine_points(&machine.name, machine.points.unwrap_or_default());
         }
         publish_trust(shared);
+        group_views::publish(shared, &mut groups);
         tokio::time::sleep(FIGURES_EVERY).await;
     }
 }

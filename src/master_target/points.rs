@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::bad::BadPoint;
+use super::groups::Groups;
 use super::verify::Verification;
 use crate::model::policy::{self, Candidate, Policy, Reason};
 use crate::model::{DiskId, MachineId, Marker, PointId, Position, RecoveryPoint};
@@ -42,6 +43,7 @@ pub struct Book {
     in_use: HashMap<PointId, u32>,
     bad: BTreeMap<PointId, BadPoint>,
     verified: HashMap<PointId, Verification>,
+    groups: Groups,
     next_order: u64,
     incomplete: u64,
 }
@@ -54,6 +56,8 @@ impl Book {
         bad: Vec<BadPoint>,
         verified: Vec<(PointId, Verification)>,
     ) -> Self {
+        let mut groups = Groups::default();
+        listed.iter().for_each(|point| groups.add(point));
         let next_order = listed.iter().chain(bad.iter().map(|b| &b.point)).map(|p| p.order + 1).max().unwrap_or(1);
         Self {
             in_order: listed.iter().map(|p| ((p.machine, p.order), p.id)).collect(),
@@ -61,9 +65,20 @@ impl Book {
             pending: pending.into_iter().collect(),
             bad: bad.into_iter().map(|b| (b.point.id, b)).collect(),
             verified: verified.into_iter().collect(),
+            groups,
             next_order,
             ..Self::default()
         }
+    }
+
+    /// Points of groups.
+    pub fn groups(&self) -> &Groups {
+        &self.groups
+    }
+
+    /// What is to be logged about points of groups, once.
+    pub fn take_group_news(&mut self) -> Vec<String> {
+        self.groups.take_news()
     }
 
     /// As much of the book as the arrivals of some points look at and change: what waits, and those points.
@@ -133,20 +148,25 @@ impl Book {
         if let Some(point) = changes.listed {
             self.next_order = self.next_order.max(point.order + 1);
             self.in_order.insert((point.machine, point.order), point.id);
+            self.groups.add(&point);
             self.listed.insert(point.id, point);
         }
     }
 
     /// What the policy drops of a machine's points, with the reason. `used` are the bytes of its old content.
     pub fn expired(&self, machine: MachineId, policy: &Policy, clock: u64, used: u64) -> Vec<(PointId, Reason)> {
-        let candidate = |p: &&RecoveryPoint| Candidate {
-            id: p.id,
-            kind: p.kind,
-            listed: p.listed_clock,
-            held: p.pinned || self.in_use.contains_key(&p.id),
+        let points = self.of(machine);
+        let newest = self.groups.newest_of(&points);
+        // Not beyond an age that was asked for: a group that is no more must not keep old content without end.
+        let age_max = policy.span.unwrap_or(Duration::MAX).min(policy.ladder.span()).as_secs();
+        let candidate = |p: &&RecoveryPoint| {
+            let listed = self.groups.listed_clock(p);
+            let group_point = self.groups.whole_of(p).map(|e| e.statement.point);
+            let needed = group_point.is_some_and(|id| newest.contains(&id)) && clock.saturating_sub(listed) < age_max;
+            Candidate { id: p.id, kind: p.kind, listed, held: p.pinned || needed || self.in_use.contains_key(&p.id), group_point }
         };
-        let points: Vec<Candidate> = self.of(machine).iter().map(candidate).collect();
-        policy::judge(&points, policy, clock, used)
+        let candidates: Vec<Candidate> = points.iter().map(candidate).collect();
+        policy::judge(&candidates, &self.groups.candidates(&points), policy, clock, used)
     }
 
     /// Points of a machine that wait for a disk beyond the policy, the oldest first: a disk that never sends its markers
@@ -164,6 +184,7 @@ impl Book {
         for id in points {
             if let Some(point) = self.listed.remove(id) {
                 self.in_order.remove(&(point.machine, point.order));
+                self.groups.remove(&point);
             }
             self.verified.remove(id);
         }
@@ -226,6 +247,11 @@ impl Book {
     /// Listed points of a machine, the oldest first.
     pub fn of(&self, machine: MachineId) -> Vec<&RecoveryPoint> {
         self.in_order.range((machine, 0)..=(machine, u64::MAX)).filter_map(|(_, id)| self.listed.get(id)).collect()
+    }
+
+    /// Listed points in no order.
+    pub fn listed(&self) -> impl Iterator<Item = &RecoveryPoint> {
+        self.listed.values()
     }
 
     /// All listed points, the oldest first.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Address, DiskId, MachineId, PointId, PointKind, Position};
+use super::{Address, DiskId, MachineId, Name, PointId, PointKind, Position, RecoveryPoint};
 
 /// What a job is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -232,6 +232,26 @@ pub struct Step {
     pub error: Option<String>,
 }
 
+/// What a job has in common with those of the other machines of a group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobGroup {
+    /// The group.
+    pub name: Name,
+    /// The first of the jobs that were started together.
+    pub run: u64,
+    /// The group's point; none before it is chosen, and of a planned failover.
+    pub point: Option<PointId>,
+    /// Machines of the group that did not come along.
+    pub missing: Vec<Name>,
+}
+
+impl JobGroup {
+    /// What names all its jobs, as people read it.
+    pub fn label(&self) -> String {
+        format!("{}/{}", self.name, self.run)
+    }
+}
+
 /// A job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Job {
@@ -269,6 +289,8 @@ pub struct Job {
     pub remedy: Option<String>,
     /// Test: whether start and check succeeded.
     pub passed: Option<bool>,
+    /// The machine fails over together with others.
+    pub group: Option<JobGroup>,
 }
 
 /// Most steps that are remembered of one job; changing points again and again adds some each time.
@@ -278,6 +300,14 @@ impl Job {
     /// A disk of it.
     pub fn disk(&self, id: DiskId) -> Option<&JobDisk> {
         self.disks.iter().find(|d| d.id == id)
+    }
+
+    /// A point was chosen.
+    pub fn take(&mut self, point: &RecoveryPoint) {
+        self.point = Some(ChosenPoint { id: point.id, kind: point.kind, label: point.label.clone(), wall_ms: point.wall_ms });
+        if let Some(group) = &mut self.group {
+            group.point = point.group.as_ref().map(|g| g.point);
+        }
     }
 
     /// Begins a step.
@@ -345,6 +375,7 @@ mod tests {
             error: None,
             remedy: None,
             passed: None,
+            group: None,
         };
         let of = |jobs: &[Job]| hold(jobs.iter(), MachineId(uuid::Uuid::nil())).map(|(j, h)| (j.id, h));
         let released = job(1, JobKind::Planned, JobState::Released);

@@ -2,15 +2,22 @@
 //!
 //! Ages are counted in time that the master target ran, so a jump of the wall clock drops nothing. Never dropped: the newest
 //! point, the newest `points_min`, pinned points, points in use.
+//!
+//! What a stretch of the ladder keeps of a machine, in this order, and of equals the oldest: an application-consistent point of
+//! its whole group (full before partial), an application-consistent point, a point of its whole group (full before partial),
+//! any other. And, beside that one, the best point of each of its groups, in this order: full, application-consistent, the
+//! oldest. A group's best is found among all points of the group, by a time that its parts have in common, so machines with
+//! the same ladder keep the same ones although each is looked at by itself.
 
-use std::collections::{BTreeMap, HashSet};
+use std::cmp::Reverse;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::{PointId, PointKind};
+use super::{Name, PointId, PointKind};
 
 /// A ladder: `all for 2h, 1/h for 1d, 1/2h to 7d, 1/4h to 15d`. `N/T` keeps N points in each stretch of length T; `for` is how
 /// long the step lasts, `to` the age at which it ends.
@@ -136,10 +143,29 @@ pub struct Candidate {
     pub id: PointId,
     /// Its consistency: application-consistent points are preferred.
     pub kind: PointKind,
-    /// When it was listed, seconds the master target ran.
+    /// When it was listed, seconds the master target ran; the last of its group's parts, if it is one of a group.
     pub listed: u64,
-    /// Pinned or in use.
+    /// Pinned or in use, or the group's newest.
     pub held: bool,
+    /// The whole group point that it is a part of.
+    pub group_point: Option<PointId>,
+}
+
+/// What a policy has to know of a whole group point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupCandidate<'a> {
+    /// Its id.
+    pub id: PointId,
+    /// The group.
+    pub group: &'a Name,
+    /// Every machine of the group has a part.
+    pub full: bool,
+    /// Application-consistent if every part is.
+    pub kind: PointKind,
+    /// When its last part was listed.
+    pub listed: u64,
+    /// Its order among the group's points.
+    pub order: u64,
 }
 
 /// Why a point goes.
@@ -168,32 +194,75 @@ impl Reason {
     }
 }
 
-/// What goes of the points of one machine, given the oldest first. `used` are the bytes of its old content.
-pub fn judge(points: &[Candidate], policy: &Policy, now: u64, used: u64) -> Vec<(PointId, Reason)> {
-    let free = points.len().saturating_sub(policy.points_min.max(1));
-    // Of each stretch the best: application-consistent before crash-consistent, then the oldest, which is also the oldest of
-    // the longer stretch it will be in later.
-    let mut best: BTreeMap<(usize, u64), &Candidate> = BTreeMap::new();
-    let place = |point: &Candidate| {
-        let age = now.saturating_sub(point.listed);
-        let index = policy.ladder.0.iter().position(|step| age < step.until)?;
-        Some((index, policy.ladder.0[index].every.map(|every| point.listed / every)))
-    };
-    for point in points {
-        if let Some((index, Some(stretch))) = place(point) {
-            let held = best.entry((index, stretch)).or_insert(point);
-            if point.kind == PointKind::App && held.kind != PointKind::App {
+/// A place on a ladder: the step, and the stretch if the step keeps one point of each.
+type Place = (usize, Option<u64>);
+
+impl Ladder {
+    fn place(&self, listed: u64, now: u64) -> Option<Place> {
+        let age = now.saturating_sub(listed);
+        let index = self.0.iter().position(|step| age < step.until)?;
+        Some((index, self.0[index].every.map(|every| listed / every)))
+    }
+}
+
+/// The best point of each group in each stretch.
+fn best_of_groups(groups: &[GroupCandidate<'_>], ladder: &Ladder, now: u64) -> HashSet<PointId> {
+    let rank = |p: &GroupCandidate<'_>| (p.full, p.kind == PointKind::App, Reverse((p.order, p.id)));
+    let mut best: HashMap<(&Name, Place), &GroupCandidate<'_>> = HashMap::new();
+    for point in groups {
+        if let Some(place @ (_, Some(_))) = ladder.place(point.listed, now) {
+            let held = best.entry((point.group, place)).or_insert(point);
+            if rank(point) > rank(held) {
                 *held = point;
             }
         }
     }
+    best.into_values().map(|p| p.id).collect()
+}
+
+/// The best point of the machine in each stretch.
+fn best_of_machine(points: &[Candidate], groups: &[GroupCandidate<'_>], ladder: &Ladder, now: u64) -> HashSet<PointId> {
+    let of_group: HashMap<PointId, &GroupCandidate<'_>> = groups.iter().map(|g| (g.id, g)).collect();
+    let rank = |index: usize, point: &Candidate| {
+        let group = point.group_point.and_then(|id| of_group.get(&id));
+        let class = match group {
+            Some(g) if g.kind == PointKind::App => 4 + u8::from(g.full),
+            _ if point.kind == PointKind::App => 3,
+            Some(g) => 1 + u8::from(g.full),
+            None => 0,
+        };
+        // The oldest is also the oldest of the longer stretch it will be in later. Of a group's points the order of the group
+        // decides, which is the same for every member.
+        let age = group.filter(|_| class != 3).map_or(index as u64, |g| g.order);
+        (class, Reverse(age))
+    };
+    let mut best: HashMap<Place, ((u8, Reverse<u64>), PointId)> = HashMap::new();
+    for (index, point) in points.iter().enumerate() {
+        if let Some(place @ (_, Some(_))) = ladder.place(point.listed, now) {
+            let candidate = (rank(index, point), point.id);
+            let held = best.entry(place).or_insert(candidate);
+            if candidate.0 > held.0 {
+                *held = candidate;
+            }
+        }
+    }
+    best.into_values().map(|(_, id)| id).collect()
+}
+
+/// What goes of the points of one machine, given the oldest first. `groups` are all whole points of its groups, `used` the
+/// bytes of its old content.
+pub fn judge(points: &[Candidate], groups: &[GroupCandidate<'_>], policy: &Policy, now: u64, used: u64) -> Vec<(PointId, Reason)> {
+    let free = points.len().saturating_sub(policy.points_min.max(1));
+    let of_groups = best_of_groups(groups, &policy.ladder, now);
+    let of_machine = best_of_machine(points, groups, &policy.ladder, now);
+    let is_best = |p: &Candidate| of_machine.contains(&p.id) || p.group_point.is_some_and(|id| of_groups.contains(&id));
     let mut gone = Vec::new();
     for point in points[..free].iter().filter(|p| !p.held) {
         let old = policy.span.is_some_and(|span| now.saturating_sub(point.listed) > span.as_secs());
-        match place(point) {
+        match policy.ladder.place(point.listed, now) {
             _ if old => gone.push((point.id, Reason::Age)),
             None => gone.push((point.id, Reason::Age)),
-            Some((index, Some(stretch))) if best[&(index, stretch)].id != point.id => gone.push((point.id, Reason::Thinned)),
+            Some((_, Some(_))) if !is_best(point) => gone.push((point.id, Reason::Thinned)),
             Some(_) => {}
         }
     }
@@ -223,7 +292,7 @@ mod tests {
     use super::*;
 
     fn point(n: u64, listed: u64) -> Candidate {
-        Candidate { id: PointId(Uuid::from_u128(n.into())), kind: PointKind::Crash, listed, held: false }
+        Candidate { id: PointId(Uuid::from_u128(n.into())), kind: PointKind::Crash, listed, held: false, group_point: None }
     }
 
     fn policy() -> Policy {
@@ -262,10 +331,10 @@ mod tests {
     fn older_points_are_thinned_and_then_go() {
         let points: Vec<_> = (1..=15).map(|n| point(n, n * 50)).collect();
         // At 800 the newest (750, 700+) are within 100 s; of 100..700 one of each hundred is left, the oldest.
-        let gone = judge(&points, &policy(), 800, 0);
+        let gone = judge(&points, &[], &policy(), 800, 0);
         assert_eq!(numbers(&gone), [3, 5, 7, 9, 11, 13]);
         assert!(gone.iter().all(|(_, reason)| *reason == Reason::Thinned));
-        let gone = judge(&points, &policy(), 1500, 0);
+        let gone = judge(&points, &[], &policy(), 1500, 0);
         assert_eq!(gone.iter().filter(|(_, r)| *r == Reason::Age).count(), 10, "of 50..500");
     }
 
@@ -274,10 +343,10 @@ mod tests {
         let mut points: Vec<_> = (1..=10).map(|n| point(n, n)).collect();
         points[3].held = true;
         let minimum = Policy { points_min: 3, ..policy() };
-        assert_eq!(numbers(&judge(&points, &minimum, 1_000_000, 0)), [1, 2, 3, 5, 6, 7]);
-        assert_eq!(numbers(&judge(&points, &policy(), 1_000_000, 0)), [1, 2, 3, 5, 6, 7, 8, 9]);
-        assert!(judge(&points[..1], &policy(), 1_000_000, 0).is_empty());
-        assert!(judge(&[], &policy(), 5, 0).is_empty());
+        assert_eq!(numbers(&judge(&points, &[], &minimum, 1_000_000, 0)), [1, 2, 3, 5, 6, 7]);
+        assert_eq!(numbers(&judge(&points, &[], &policy(), 1_000_000, 0)), [1, 2, 3, 5, 6, 7, 8, 9]);
+        assert!(judge(&points[..1], &[], &policy(), 1_000_000, 0).is_empty());
+        assert!(judge(&[], &[], &policy(), 5, 0).is_empty());
     }
 
     #[test]
@@ -285,21 +354,21 @@ mod tests {
         let mut points: Vec<_> = (0..4).map(|n| point(n, 100 + n)).collect();
         points[2].kind = PointKind::App;
         points.push(point(9, 900));
-        assert_eq!(numbers(&judge(&points, &policy(), 900, 0)), [0, 1, 3]);
+        assert_eq!(numbers(&judge(&points, &[], &policy(), 900, 0)), [0, 1, 3]);
     }
 
     #[test]
     fn bounds_of_number_and_space_take_the_oldest_first() {
         let points: Vec<_> = (1..=5).map(|n| point(n, n)).collect();
         let few = Policy { points_max: 3, ..policy() };
-        assert_eq!(numbers(&judge(&points, &few, 5, 0)), [1, 2]);
+        assert_eq!(numbers(&judge(&points, &[], &few, 5, 0)), [1, 2]);
         let small = Policy { space_max: Some(10), ..policy() };
-        assert_eq!(judge(&points, &small, 5, 11), [(points[0].id, Reason::Space)], "one, then look again");
-        assert!(judge(&points, &small, 5, 10).is_empty());
-        assert!(judge(&points[4..], &small, 5, 11).is_empty(), "never the newest");
+        assert_eq!(judge(&points, &[], &small, 5, 11), [(points[0].id, Reason::Space)], "one, then look again");
+        assert!(judge(&points, &[], &small, 5, 10).is_empty());
+        assert!(judge(&points[4..], &[], &small, 5, 11).is_empty(), "never the newest");
         let mut held = points.clone();
         held[0].held = true;
-        assert!(judge(&held, &small, 5, 11).is_empty(), "nothing behind a held point");
+        assert!(judge(&held, &[], &small, 5, 11).is_empty(), "nothing behind a held point");
     }
 
     proptest! {
@@ -307,7 +376,7 @@ mod tests {
         fn what_was_kept_stays_kept_while_time_passes_within_a_step(times in proptest::collection::btree_set(0u64..900, 2..60)) {
             let points: Vec<_> = times.iter().enumerate().map(|(n, &t)| point(n as u64, t)).collect();
             let kept = |points: &[Candidate], now| -> Vec<Candidate> {
-                let gone = judge(points, &policy(), now, 0);
+                let gone = judge(points, &[], &policy(), now, 0);
                 points.iter().filter(|p| gone.iter().all(|(id, _)| *id != p.id)).copied().collect()
             };
             // Dropping step by step and dropping at once leave the same: thinning never takes what a later look would keep.

@@ -74,6 +74,10 @@ declare! {
     POINTS = "tidegate_points", Gauge, "machine, kind", "Listed recovery points";
     POINTS_BAD = "tidegate_points_bad", Gauge, "machine", "Recovery points that became unusable and were not cleared with `point forget`";
     POINT_VERIFIED_AGE = "tidegate_point_verified_age_seconds", Gauge, "machine", "Time since the newest of the listed points that were ever verified was verified last, seconds; NaN without one";
+    GROUP_POINTS = "tidegate_group_points", Gauge, "group", "Listed points of a replication group";
+    GROUP_WAITING = "tidegate_group_points_waiting", Gauge, "group", "Points of a group that wait for the part of a machine";
+    GROUP_POINT_AGE = "tidegate_group_point_age_seconds", Gauge, "group", "Age of the newest listed point of a group by the sources' clocks, seconds; NaN without one";
+    GROUP_CONFLICTS = "tidegate_group_conflicts_total", Counter, "", "Group points that were not listed because their machines contradict each other, and parts that do not fit what they say";
     FAILED_OVER = "tidegate_failed_over", Gauge, "machine", "1 while a failover keeps the machine from being replicated here";
     DIFFERING_BYTES = "tidegate_differing_bytes", Gauge, "disk", "Bytes found to differ when source and replica were compared last, in blocks of 64 KiB";
     CERTIFICATE_EXPIRY = "tidegate_certificate_expiry_seconds", Gauge, "role", "Time until the certificate of this process expires, seconds";
@@ -131,6 +135,16 @@ pub fn machine_points(machine: &str, points: usize) {
 /// Sets a gauge of a machine.
 pub fn machine_gauge(name: &'static str, machine: &str, value: f64) {
     gauge!(name, "machine" => machine.to_owned()).set(value);
+}
+
+/// Sets a gauge of a group.
+pub fn group_gauge(name: &'static str, group: &str, value: f64) {
+    gauge!(name, "group" => group.to_owned()).set(value);
+}
+
+/// Sets how many contradictions about group points were found.
+pub fn group_conflicts(total: u64) {
+    counter!(GROUP_CONFLICTS).absolute(total);
 }
 
 /// Sets how many points were given up because a disk's marker never came.

@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::steps::describe_group;
 use super::{Ask, Entry, Jobs, Request, choose};
 use crate::clock;
 use crate::control::api::{Decision, JobDiskView, JobView, PlanView, StepView};
 use crate::master_target::apply;
 use crate::master_target::apply::failover::Order;
 use crate::master_target::shared::TargetShared;
-use crate::model::{Choice, JobKind, MachineId};
+use crate::model::job::JobGroup;
+use crate::model::{Choice, Job, JobKind, MachineId};
 
 /// The way to failovers.
 #[derive(Clone)]
@@ -60,12 +62,17 @@ impl Desk {
     ///
     /// # Errors
     /// A sentence.
-    pub async fn ask(&self, ask: Ask, by: &str) -> Result<JobView, String> {
+    pub async fn ask(&self, ask: Ask, by: &str) -> Result<Vec<JobView>, String> {
         let (done, answer) = oneshot::channel();
         let gone = || "the master target is stopping".to_owned();
         self.requests.send(Request { ask, by: by.to_owned(), done }).await.map_err(|_| gone())?;
-        let job = answer.await.map_err(|_| gone())??;
-        Ok(self.jobs.get(job.id).map_or_else(|| view(&Entry { job, busy: false, progress: None }), |entry| view(&entry)))
+        let jobs = answer.await.map_err(|_| gone())??;
+        let view = |job: Job| self.jobs.get(job.id).map_or_else(|| view(&Entry { job, busy: false, progress: None }), |entry| view(&entry));
+        Ok(jobs.into_iter().map(view).collect())
+    }
+
+    async fn ask_one(&self, ask: Ask, by: &str) -> Result<JobView, String> {
+        self.ask(ask, by).await?.pop().ok_or_else(|| "there is no such failover: see `tidegate failover list`".to_owned())
     }
 
     /// A new job.
@@ -82,7 +89,7 @@ impl Desk {
         by: &str,
     ) -> Result<JobView, String> {
         let machine = self.machine(machine)?;
-        self.ask(Ask::Start { kind, machine, choice, hook, overwrite }, by).await
+        self.ask_one(Ask::Start { kind, machine, choice, hook, overwrite }, by).await
     }
 
     /// A decision about a job.
@@ -97,7 +104,7 @@ impl Desk {
             Decision::Cancel => Ask::Cancel { job },
             Decision::Cleanup => Ask::Cleanup { job },
         };
-        self.ask(ask, by).await
+        self.ask_one(ask, by).await
     }
 
     fn find(&self, text: &str) -> Result<u64, String> {
@@ -122,9 +129,7 @@ impl Desk {
     /// A machine by name.
     fn machine(&self, name: &str) -> Result<MachineId, String> {
         let found = self.shared.disks.iter().find(|d| d.machine_name.as_str() == name);
-        found.map(|d| d.machine).ok_or_else(|| {
-            format!("machine {name} is not known here: see `tidegate machine list`. Replication groups are not available in this version")
-        })
+        found.map(|d| d.machine).ok_or_else(|| format!("machine {name} is not known here: see `tidegate machine list`"))
     }
 
     /// What an unplanned failover would take and lose.
@@ -145,9 +150,8 @@ impl Desk {
         }
         let (point, newest) = {
             let book = self.shared.book();
-            let points = book.of(id);
-            let point = choose(&points, choice)?.clone();
-            let newest = points.last().is_some_and(|p| p.id == point.id);
+            let point = choose(&book, id, choice)?.clone();
+            let newest = book.of(id).last().is_some_and(|p| p.id == point.id);
             (point, newest)
         };
         let now = clock::now();
@@ -157,6 +161,7 @@ impl Desk {
             point_time: clock::rfc3339(point.wall_ms),
             kind: point.kind.as_str().to_owned(),
             label: point.label.clone(),
+            note: point.group.as_ref().map(describe_group),
             lost_seconds: ((clock::wall_ms() - point.wall_ms).max(0) as f64) / 1e3,
             lost_seconds_monotonic: false,
             newer_bytes: 0,
@@ -196,6 +201,10 @@ fn view(entry: &Entry) -> JobView {
         id: job.id,
         kind: job.kind.as_str().to_owned(),
         machine: job.machine_name.clone(),
+        group: job.group.as_ref().map(|g| g.name.to_string()),
+        group_job: job.group.as_ref().map(JobGroup::label),
+        group_point: job.group.as_ref().and_then(|g| g.point).map(|id| id.to_string()),
+        group_missing: job.group.iter().flat_map(|g| &g.missing).map(ToString::to_string).collect(),
         state: job.state.as_str().to_owned(),
         busy: entry.busy,
         over: job.state.is_over(),

@@ -8,7 +8,7 @@ use super::engine::Engine;
 use super::steps::aim;
 use crate::clock;
 use crate::master_target::catalogue::Effects;
-use crate::model::{Choice, JobKind, JobState, MachineId, PointId, Wanted};
+use crate::model::{Choice, Job, JobKind, JobState, MachineId, PointId, Wanted};
 
 /// How often what is waited for is looked at.
 const LOOK: Duration = Duration::from_millis(50);
@@ -42,18 +42,9 @@ impl Engine {
         let mut job = self.at_rest(id, &[JobState::FailedOver, JobState::Committing], "only a failover that stands can be committed")?;
         self.wait_for_scrub(job.machine).await;
         let _alone = self.setup.shared.noting.lock().await;
+        self.may_commit(&job, drop_pinned)?;
         let dropped = {
             let book = self.setup.shared.book();
-            let pinned = book.of(job.machine).iter().filter(|p| p.pinned).count();
-            if pinned > 0 && !drop_pinned {
-                return Err(format!(
-                    "{pinned} points of {} are pinned, and committing drops every point: export what you need, then add --drop-pinned",
-                    job.machine_name
-                ));
-            }
-            if let Some(used) = book.of(job.machine).iter().find(|p| book.is_in_use(p.id)) {
-                return Err(format!("point {} is mounted or being exported: end that first, see `tidegate recover list`", used.id));
-            }
             job.disks.iter().flat_map(|d| book.needing(d.id)).collect::<std::collections::BTreeSet<_>>()
         };
         let dropped: Vec<PointId> = dropped.into_iter().collect();
@@ -74,8 +65,24 @@ impl Engine {
         Ok(id)
     }
 
+    /// Nobody wants or uses the points that a commit drops.
+    pub(super) fn may_commit(&self, job: &Job, drop_pinned: bool) -> Result<(), String> {
+        let book = self.setup.shared.book();
+        let pinned = book.of(job.machine).iter().filter(|p| p.pinned).count();
+        if pinned > 0 && !drop_pinned {
+            return Err(format!(
+                "{pinned} points of {} are pinned, and committing drops every point: export what you need, then add --drop-pinned",
+                job.machine_name
+            ));
+        }
+        if let Some(used) = book.of(job.machine).iter().find(|p| book.is_in_use(p.id)) {
+            return Err(format!("point {} is mounted or being exported: end that first, see `tidegate recover list`", used.id));
+        }
+        Ok(())
+    }
+
     /// A scrub lets go of its point when it sees that the machine fails over.
-    async fn wait_for_scrub(&self, machine: MachineId) {
+    pub(super) async fn wait_for_scrub(&self, machine: MachineId) {
         let started = clock::now();
         while clock::now().since(started) < SCRUB_LIMIT {
             {

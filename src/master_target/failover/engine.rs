@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
+use super::group::Stage;
 use super::log::Log;
 use super::{Ask, Entry, Jobs, Request};
 use crate::clock;
@@ -18,7 +19,7 @@ use crate::master_target::catalogue::{Effects, Records};
 use crate::master_target::recover;
 use crate::master_target::shared::{DiskShared, TargetShared};
 use crate::model::job::JobDisk;
-use crate::model::{Choice, Hold, Job, JobKind, JobState, MachineId};
+use crate::model::{Choice, Hold, Job, JobKind, JobState, MachineId, PointId};
 
 /// An agent that was not heard for longer cannot be asked for anything.
 const HEARD: std::time::Duration = std::time::Duration::from_secs(15);
@@ -51,6 +52,10 @@ pub(super) struct Engine {
     pub(super) given_up: RefCell<HashSet<u64>>,
     /// Mounts of tests.
     pub(super) mounts: RefCell<HashMap<u64, Vec<String>>>,
+    /// How far the jobs of a group have come that wait for each other.
+    pub(super) reached: RefCell<HashMap<u64, Stage>>,
+    /// Points that do not expire until the job's task ends.
+    pub(super) kept: RefCell<HashMap<u64, PointId>>,
     next_id: std::cell::Cell<u64>,
     taking: tokio::sync::Mutex<()>,
     keeping: tokio::sync::Mutex<()>,
@@ -72,6 +77,8 @@ pub async fn run(setup: Setup, found: Vec<Job>, mut requests: mpsc::Receiver<Req
         setup,
         given_up: RefCell::default(),
         mounts: RefCell::default(),
+        reached: RefCell::default(),
+        kept: RefCell::default(),
         next_id: std::cell::Cell::new(next_id),
         taking: tokio::sync::Mutex::new(()),
         keeping: tokio::sync::Mutex::new(()),
@@ -104,24 +111,34 @@ impl Engine {
                 (entry.busy, entry.progress) = (false, None);
             }
             engine.given_up.borrow_mut().remove(&id);
+            engine.reached.borrow_mut().remove(&id);
+            if let Some(point) = engine.kept.borrow_mut().remove(&id) {
+                engine.setup.shared.book().unpin(point);
+            }
         });
     }
 
-    async fn take(self: &Rc<Self>, ask: Ask, by: &str) -> Result<Job, String> {
+    async fn take(self: &Rc<Self>, ask: Ask, by: &str) -> Result<Vec<Job>, String> {
         // Two requests must not both find that nothing is under way.
         let _alone = self.taking.lock().await;
-        let (id, action) = match ask {
-            Ask::Start { kind: JobKind::Reprotect, machine, overwrite, .. } => (self.reprotect(machine, overwrite, by).await?, "reprotect"),
-            Ask::Start { kind, machine, choice, hook, .. } => (self.start(kind, machine, choice, hook, by).await?, "start"),
-            Ask::ChangePoint { job, choice } => (self.change_point(job, choice).await?, "change-point"),
-            Ask::Commit { job, drop_pinned } => (self.commit(job, drop_pinned).await?, "commit"),
-            Ask::Cancel { job } => (self.cancel(job).await?, "cancel"),
-            Ask::Cleanup { job } => (self.cleanup(job).await?, "cleanup"),
+        let (ids, action) = match ask {
+            Ask::Start { kind: JobKind::Reprotect, machine, overwrite, .. } => {
+                (vec![self.reprotect(machine, overwrite, by).await?], "reprotect")
+            }
+            Ask::Start { kind, machine, choice, hook, .. } => (vec![self.start(kind, machine, choice, hook, by).await?], "start"),
+            Ask::StartGroup { kind, group, choice, hook } => (self.start_group(kind, &group, &choice, hook, by).await?, "start"),
+            Ask::DecideGroup { group, decision } => (self.decide_group(&group, &decision).await?, "decide"),
+            Ask::ChangePoint { job, choice } => (vec![self.change_point(job, choice).await?], "change-point"),
+            Ask::Commit { job, drop_pinned } => (vec![self.commit(job, drop_pinned).await?], "commit"),
+            Ask::Cancel { job } => (vec![self.cancel(job).await?], "cancel"),
+            Ask::Cleanup { job } => (vec![self.cleanup(job).await?], "cleanup"),
         };
-        let job = self.job(id)?;
-        tracing::info!(job = id, machine = job.machine_name, action, by, "failover request");
-        self.log.borrow_mut().note(&job, by, action);
-        Ok(job)
+        let jobs: Vec<Job> = ids.into_iter().map(|id| self.job(id)).collect::<Result<_, _>>()?;
+        for job in &jobs {
+            tracing::info!(job = job.id, machine = job.machine_name, action, by, "failover request");
+            self.log.borrow_mut().note(job, by, action);
+        }
+        Ok(jobs)
     }
 
     async fn start(
@@ -135,59 +152,56 @@ impl Engine {
         if let Some(name) = &hook {
             self.hook(name)?;
         }
-        let disks = self.disks(machine);
-        let Some(first) = disks.first() else { return Err("the machine has no disks here".to_owned()) };
-        let name = first.machine_name.to_string();
-        self.may_start(machine, kind, &name)?;
-        if kind == JobKind::Planned && choice != Choice::Latest {
-            return Err(
-                "a planned failover makes a final point of its own: leave --point out, or use `failover unplanned` for an older one"
-                    .to_owned(),
-            );
-        }
-        {
-            let book = self.setup.shared.book();
-            let points = book.of(machine);
-            match kind {
-                // The final point needs no older one; but a machine that never had one is still being copied.
-                JobKind::Planned if points.is_empty() => {
-                    return Err(format!("{name} has no recovery point yet: wait until initial replication is complete"));
-                }
-                JobKind::Planned => {
-                    let now = clock::now();
-                    let silent = disks.iter().find(|d| d.condition().report.as_ref().is_none_or(|(_, at)| now.since(*at) >= HEARD));
-                    if let Some(silent) = silent {
-                        return Err(format!(
-                            "the agent of {} is not heard, so nobody can stop the machine there: start it, or use `failover unplanned`",
-                            silent.label
-                        ));
-                    }
-                }
-                _ => drop(super::choose(&points, &choice)?),
-            }
-        }
-        let state = match kind {
-            JobKind::Test => JobState::Preparing,
-            JobKind::Planned => JobState::Quiescing,
-            _ => JobState::Draining,
-        };
-        let job = self.new_job(kind, state, choice, hook, &disks, by);
+        let disks = self.startable(kind, machine, &choice)?;
+        let job = self.new_job(kind, choice, hook, &disks, by);
         let id = job.id;
         self.keep(job, &Effects::default()).await?;
         self.go_on(id, false);
         Ok(id)
     }
 
+    /// The disks of a machine that may begin a failover.
+    pub(super) fn startable(&self, kind: JobKind, machine: MachineId, choice: &Choice) -> Result<Vec<Arc<DiskShared>>, String> {
+        let disks = self.disks(machine);
+        let Some(first) = disks.first() else { return Err("the machine has no disks here".to_owned()) };
+        let name = first.machine_name.to_string();
+        self.may_start(machine, kind, &name)?;
+        if kind == JobKind::Planned && *choice != Choice::Latest {
+            return Err(
+                "a planned failover makes a final point of its own: leave --point out, or use `failover unplanned` for an older one"
+                    .to_owned(),
+            );
+        }
+        let book = self.setup.shared.book();
+        match kind {
+            // The final point needs no older one; but a machine that never had one is still being copied.
+            JobKind::Planned if book.of(machine).is_empty() => {
+                return Err(format!("{name} has no recovery point yet: wait until initial replication is complete"));
+            }
+            JobKind::Planned => {
+                let now = clock::now();
+                let silent = disks.iter().find(|d| d.condition().report.as_ref().is_none_or(|(_, at)| now.since(*at) >= HEARD));
+                if let Some(silent) = silent {
+                    return Err(format!(
+                        "the agent of {} is not heard, so nobody can stop the machine there: start it, or use `failover unplanned`",
+                        silent.label
+                    ));
+                }
+            }
+            _ => drop(super::choose(&book, machine, choice)?),
+        }
+        drop(book);
+        Ok(disks)
+    }
+
     /// A job that is not durable yet.
-    pub(super) fn new_job(
-        &self,
-        kind: JobKind,
-        state: JobState,
-        choice: Choice,
-        hook: Option<String>,
-        disks: &[Arc<DiskShared>],
-        by: &str,
-    ) -> Job {
+    pub(super) fn new_job(&self, kind: JobKind, choice: Choice, hook: Option<String>, disks: &[Arc<DiskShared>], by: &str) -> Job {
+        let state = match kind {
+            JobKind::Test => JobState::Preparing,
+            JobKind::Planned => JobState::Quiescing,
+            JobKind::Unplanned => JobState::Draining,
+            JobKind::Reprotect => JobState::Comparing,
+        };
         let id = self.next_id.get();
         self.next_id.set(id + 1);
         let disk = |d: &Arc<DiskShared>| JobDisk {
@@ -217,6 +231,7 @@ impl Engine {
             error: None,
             remedy: None,
             passed: None,
+            group: None,
         }
     }
 

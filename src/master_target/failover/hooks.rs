@@ -109,6 +109,9 @@ fn variables(job: &Job) -> Vec<(String, String)> {
         ("TIDEGATE_MACHINE".to_owned(), job.machine_name.clone()),
         ("TIDEGATE_DISKS".to_owned(), job.disks.iter().map(|d| d.name.as_str()).collect::<Vec<_>>().join(" ")),
     ];
+    if let Some(group) = &job.group {
+        variables.push(("TIDEGATE_GROUP".to_owned(), group.name.to_string()));
+    }
     if let Some(point) = &job.point {
         variables.push(("TIDEGATE_POINT".to_owned(), point.id.to_string()));
         variables.push(("TIDEGATE_POINT_TIME".to_owned(), crate::clock::rfc3339(point.wall_ms)));

@@ -20,6 +20,8 @@ struct Line<'a> {
     job: u64,
     kind: &'a str,
     machine: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<String>,
     by: &'a str,
     action: &'a str,
     state: &'a str,
@@ -46,6 +48,7 @@ impl Log {
             job: job.id,
             kind: job.kind.as_str(),
             machine: &job.machine_name,
+            group: job.group.as_ref().map(crate::model::job::JobGroup::label),
             by,
             action,
             state: job.state.as_str(),

@@ -12,6 +12,8 @@ mod answers;
 mod choice;
 mod decisions;
 mod engine;
+mod group;
+mod group_answers;
 mod hooks;
 mod log;
 mod reprotect;
@@ -24,11 +26,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
 pub use self::answers::Desk;
-pub use self::choice::choose;
+pub use self::choice::{choose, choose_group};
 pub use self::engine::{Setup, run};
+use self::group_answers::group_target;
 pub use self::steps::{progress, reason};
 use super::apply::roll::Progress;
-use crate::model::{Choice, Job, JobKind, MachineId};
+use crate::control::api::Decision;
+use crate::model::{Choice, Job, JobKind, MachineId, Name};
 
 /// What a person asks for.
 pub enum Ask {
@@ -44,6 +48,24 @@ pub enum Ask {
         hook: Option<String>,
         /// Reprotect: disks that may be overwritten.
         overwrite: Vec<String>,
+    },
+    /// A new job for each machine of a group.
+    StartGroup {
+        /// What for.
+        kind: JobKind,
+        /// Which group.
+        group: Name,
+        /// Which point.
+        choice: Choice,
+        /// Name of a hook.
+        hook: Option<String>,
+    },
+    /// About the jobs of a group.
+    DecideGroup {
+        /// Its name, or what names the jobs.
+        group: String,
+        /// What.
+        decision: Decision,
     },
     /// Another point.
     ChangePoint {
@@ -77,8 +99,8 @@ pub struct Request {
     pub ask: Ask,
     /// Who.
     pub by: String,
-    /// The job as it is after the request was taken, or why it was not.
-    pub done: oneshot::Sender<Result<Job, String>>,
+    /// The jobs as they are after the request was taken, or why it was not.
+    pub done: oneshot::Sender<Result<Vec<Job>, String>>,
 }
 
 /// All jobs, for whoever looks.

@@ -69,7 +69,7 @@ impl Engine {
                 }
             }
         }
-        let mut job = self.new_job(JobKind::Reprotect, JobState::Comparing, Choice::Latest, None, &taken, by);
+        let mut job = self.new_job(JobKind::Reprotect, Choice::Latest, None, &taken, by);
         mark(&mut job, &overwrite);
         let id = job.id;
         self.keep(job, &effects).await?;

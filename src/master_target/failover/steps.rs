@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::engine::Engine;
+use super::group::Stage;
 use super::hooks::{self, Phase};
 use crate::clock;
 use crate::config::units::show_size;
@@ -20,7 +21,7 @@ use crate::master_target::recover::{Command as RecoverCommand, Serve};
 use crate::master_target::shared::DiskShared;
 use crate::model::job::{ChosenPoint, JobDisk};
 use crate::model::{
-    Address, Choice, DiskId, Hold, Job, JobKind, JobState, PointId, PointKind, Position, RecoveryPoint, ReplicationState, Wanted,
+    Address, Choice, DiskId, GroupPart, Hold, Job, JobKind, JobState, PointId, PointKind, Position, RecoveryPoint, ReplicationState, Wanted,
 };
 
 /// How often what is waited for is looked at.
@@ -110,6 +111,7 @@ impl Engine {
         let disks = self.disks(job.machine);
         if job.state == JobState::Quiescing {
             self.quiesce(job, &disks).await?;
+            self.meet(job, Stage::Stopped).await?;
             job.enter(JobState::Draining, clock::wall_ms());
             self.keep(job.clone(), &Effects::default()).await?;
         }
@@ -145,6 +147,7 @@ impl Engine {
             }
         }
         self.done(job, None).await?;
+        self.meet(job, Stage::Halted).await?;
         self.step(job, "choose the point").await?;
         self.go_on_waiting(job.id)?;
         // Nothing expires meanwhile; from here on the hold keeps every point.
@@ -169,10 +172,11 @@ impl Engine {
         if !has_points {
             return Ok(());
         }
+        let to_the_end = job.choice == Choice::Latest || job.group.is_some() && job.choice == Choice::LatestMultiVm;
         loop {
             let condition = disk.condition().clone();
             let all = disk.waiting() == 0 && condition.checkpointed == condition.journaled;
-            if all || job.choice != Choice::Latest && self.order(disk.id, |done| Order::IsSettled { done }).await? {
+            if all || !to_the_end && self.order(disk.id, |done| Order::IsSettled { done }).await? {
                 return Ok(());
             }
             if let Some(error) = condition.error {
@@ -411,7 +415,16 @@ impl Engine {
 
     pub(super) fn choose(&self, job: &Job) -> Result<RecoveryPoint, String> {
         let book = self.setup.shared.book();
-        super::choose(&book.of(job.machine), &job.choice).cloned()
+        let together = matches!(job.choice, Choice::Latest | Choice::LatestMultiVm) && job.state == JobState::Draining;
+        match job.group.as_ref().filter(|_| together) {
+            // All of them are halted, so each finds the same.
+            Some(group) => {
+                let entry = super::choose_group(&book, &group.name, &job.choice, Some(&self.machines_of(group.run)))?;
+                let part = entry.part_of(job.machine).and_then(|id| book.get(id));
+                part.cloned().ok_or_else(|| "the group's point is not listed any more".to_owned())
+            }
+            None => super::choose(&book, job.machine, &job.choice).cloned(),
+        }
     }
 
     pub(super) fn set_hold(&self, job: &Job, hold: Hold) {
@@ -473,7 +486,7 @@ pub(super) fn aim(job: &mut Job, point: &RecoveryPoint) -> String {
             disk.size = size;
         }
     }
-    job.point = Some(chosen(point));
+    job.take(point);
     let left_out: Vec<String> = left_out.into_iter().map(|d| d.name).collect();
     if left_out.is_empty() {
         return describe(point);
@@ -481,13 +494,17 @@ pub(super) fn aim(job: &mut Job, point: &RecoveryPoint) -> String {
     format!("{}; it does not have {}, which joined later", describe(point), left_out.join(", "))
 }
 
-pub(super) fn chosen(point: &RecoveryPoint) -> ChosenPoint {
-    ChosenPoint { id: point.id, kind: point.kind, label: point.label.clone(), wall_ms: point.wall_ms }
-}
-
 pub(super) fn describe(point: &RecoveryPoint) -> String {
     let label = point.label.as_ref().map_or_else(String::new, |l| format!(" {l:?}"));
-    format!("{}{label} of {} ({})", point.id, clock::rfc3339(point.wall_ms), point.kind.as_str())
+    let group = point.group.as_ref().map_or_else(String::new, |group| format!("; {}", describe_group(group)));
+    format!("{}{label} of {} ({}){group}", point.id, clock::rfc3339(point.wall_ms), point.kind.as_str())
+}
+
+/// What a machine's part of a group point is part of.
+pub(super) fn describe_group(part: &GroupPart) -> String {
+    let missing: Vec<&str> = part.missing.iter().map(crate::model::Name::as_str).collect();
+    let without = if missing.is_empty() { String::new() } else { format!(", which is without {}", missing.join(", ")) };
+    format!("its part of point {} of group {}{without}", part.point, part.group)
 }
 
 /// Progress of the step that runs, bytes.

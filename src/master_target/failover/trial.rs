@@ -5,7 +5,7 @@ use std::rc::Rc;
 use tokio::sync::oneshot;
 
 use super::engine::Engine;
-use super::steps::{chosen, describe, gone, set_disk};
+use super::steps::{describe, gone, set_disk};
 use crate::clock;
 use crate::master_target::catalogue::Effects;
 use crate::master_target::recover::{Command as RecoverCommand, Target};
@@ -16,7 +16,7 @@ impl Engine {
         self.step(job, "choose the point").await?;
         let point = self.choose(job)?;
         let told = describe(&point);
-        job.point = Some(chosen(&point));
+        job.take(&point);
         self.done(job, Some(told)).await?;
         let dir = self.dir(job.id);
         crate::storage::uring::create_dir_durable(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
