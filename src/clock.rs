@@ -40,6 +40,12 @@ pub fn now() -> Mono {
     Mono(micros(START.get_or_init(Instant::now).elapsed()) + 1_000_000)
 }
 
+/// Now, on the monotonic clock that all processes of this host share, in milliseconds since it was started.
+pub fn host_ms() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec.cast_unsigned() * 1000 + now.tv_nsec.cast_unsigned() / 1_000_000
+}
+
 /// Now, on the wall clock, in milliseconds since 1970. For labels only.
 #[allow(clippy::disallowed_methods, reason = "this is the one place that may read the clock")]
 pub fn wall_ms() -> i64 {

@@ -30,6 +30,7 @@ pub mod wire;
 
 pub mod clock;
 pub mod config;
+pub mod hook;
 pub mod model;
 
 pub mod cli;

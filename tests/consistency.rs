@@ -542,3 +542,91 @@ fn strangers_and_impostors_are_not_members() {
     wait_ready(&estate);
     assert_eq!(mark(&estate, false).unwrap().members, 2);
 }
+
+#[test]
+fn a_group_is_at_rest_everywhere_or_its_point_says_why_it_is_not() {
+    let options = EstateOptions {
+        machines: 3,
+        agent: "[app]\nfreeze_max = \"5s\"\n[[app.hook]]\nname = \"database\"\nscript = \"@-hook\"\ntimeout = \"3s\"\n".to_owned(),
+        consistency: "freeze_max = \"8s\"".to_owned(),
+        ..EstateOptions::default()
+    };
+    // The script is there before the agent starts, which looks at it: written once the folder is known.
+    let estate = Estate::start_with(options, |estate| {
+        for machine in estate.machines() {
+            let script = format!(
+                "#!/bin/sh\necho \"$1\" >> {0}.calls\n[ \"$1\" = --post ] || [ ! -e {0}.broken ] || {{ echo \"the database is $(cat {0}.broken)\" >&2; exit 1; }}\n[ \"$1\" = --post ] || [ ! -e {0}.hangs ] || sleep 60\n",
+                estate.path(&machine).display()
+            );
+            let path = estate.path(&format!("{machine}-hook"));
+            std::fs::write(&path, script).unwrap();
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        }
+    });
+    create(&estate, &["--interval", "1h"]);
+    wait_ready(&estate);
+    let calls = |machine: &str| std::fs::read_to_string(estate.path(&format!("{machine}.calls"))).unwrap_or_default();
+    let undone = || {
+        estate.wait("every --pre has its --post", Duration::from_secs(30), || {
+            estate.machines().iter().all(|m| calls(m).matches("--pre").count() == calls(m).matches("--post").count())
+        });
+    };
+    let point = mark(&estate, true).unwrap();
+    assert_eq!((point.kind.as_str(), point.members, &point.remark), ("app-consistent", 3, &None));
+    undone();
+    assert!(estate.machines().iter().all(|m| calls(m) == "--pre\n--post\n"));
+    let show = |point: &str| {
+        estate.json("master-target", &["point", "list", "--group", "g"]).as_array().unwrap().iter().find(|p| p["id"] == point).cloned()
+    };
+    estate.wait("it is listed", Duration::from_secs(30), || show(&point.point).is_some());
+    assert_eq!(show(&point.point).unwrap()["kind"], "app-consistent");
+
+    // One that fails, one that hangs: the point is made, and says which machine and why.
+    std::fs::write(estate.path("m1.broken"), "on fire").unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    let point = mark(&estate, true).unwrap();
+    assert_eq!((point.kind.as_str(), point.members), ("crash-consistent", 3));
+    assert!(point.remark.as_ref().unwrap().contains("m1: ") && point.remark.unwrap().contains("on fire"));
+    undone();
+    std::fs::remove_file(estate.path("m1.broken")).unwrap();
+    std::fs::write(estate.path("m2.hangs"), "").unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    let point = mark(&estate, true).unwrap();
+    assert_eq!((point.kind.as_str(), point.members), ("crash-consistent", 3));
+    undone();
+
+    // By policy no point then; nobody is left at rest.
+    estate.json("coordinator", &["group", "set", "g", "--app-failure", "skip"]);
+    std::thread::sleep(Duration::from_millis(700));
+    let refused = mark(&estate, true).unwrap_err();
+    assert!(refused.contains("m2"), "{refused}");
+    undone();
+    std::fs::remove_file(estate.path("m2.hangs")).unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    assert_eq!(mark(&estate, true).unwrap().kind, "app-consistent");
+
+    // The coordinator dies while everybody is at rest: everybody is woken.
+    let mut estate = estate;
+    std::fs::write(estate.path("m0.hangs"), "").unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    let control = estate.control("coordinator").to_string();
+    let mut asking = std::process::Command::new(env!("CARGO_BIN_EXE_tidegate"))
+        .args(["point", "mark", "--group", "g", "--app", "--control", &control])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let before = calls_of(&estate, "m1");
+    estate.wait("the others are at rest", Duration::from_secs(10), || calls_of(&estate, "m1") > before);
+    estate.kill("coordinator");
+    let _ = asking.wait();
+    estate.wait("everybody is woken", Duration::from_secs(30), || {
+        estate.machines().iter().all(|m| {
+            let text = std::fs::read_to_string(estate.path(&format!("{m}.calls"))).unwrap();
+            text.matches("--pre").count() == text.matches("--post").count()
+        })
+    });
+}
+
+fn calls_of(estate: &Estate, machine: &str) -> usize {
+    std::fs::read_to_string(estate.path(&format!("{machine}.calls"))).unwrap().matches("--pre").count()
+}

@@ -11,14 +11,13 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
+use support::guest::Console;
 use support::mounted::check_file_system;
 use support::{Cluster, Options, guest, s, tool, try_tool};
 
 const SIZE: u64 = 96 << 20;
 /// How long the guest writes before everything around it is killed.
 const WRITES: Duration = Duration::from_secs(12);
-/// Guests are emulated in software, and whatever else runs here takes its share.
-const BOOT: Duration = Duration::from_secs(120);
 
 /// What the initial RAM disk does: replays the journal, looks at the file system, hands over. The same for every start.
 const HAND_OVER: &str = "while [ ! -b /dev/vda ]; do busybox sleep 0.1; done
@@ -51,32 +50,6 @@ fn content(n: u32) -> Vec<u8> {
 
 fn sum(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// What a guest said on its serial console so far, whole lines.
-struct Console(PathBuf);
-
-impl Console {
-    /// What follows a word at the beginning of lines.
-    fn said(&self, word: &str) -> Vec<String> {
-        let text = String::from_utf8_lossy(&fs::read(&self.0).unwrap_or_default()).into_owned();
-        let whole = &text[..text.rfind('\n').unwrap_or(0)];
-        whole.lines().filter_map(|l| l.trim_end().strip_prefix(word)?.strip_prefix(' ').map(str::to_owned)).collect()
-    }
-
-    /// The last file that was synced.
-    fn synced(&self) -> u32 {
-        self.said("SYNCED").last().map_or(0, |n| n.parse().unwrap())
-    }
-
-    fn wait(&self, what: &str, mut done: impl FnMut() -> bool) {
-        let started = Instant::now();
-        while !done() {
-            let said = || String::from_utf8_lossy(&fs::read(&self.0).unwrap_or_default()).into_owned();
-            assert!(started.elapsed() < BOOT, "waited {BOOT:?} for {what}; the guest said: {}", said());
-            std::thread::sleep(Duration::from_millis(100));
-        }
-    }
 }
 
 /// The arguments of a guest that starts from the disk behind a URI.

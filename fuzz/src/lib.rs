@@ -36,6 +36,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("wire_ingest", wire_ingest),
     ("wire_forward", wire_forward),
     ("batch", batch),
+    ("guest_agent", guest_agent),
     ("log_segment", log_segment),
     ("vhdx_header", vhdx_header),
     ("vhdx_regions", vhdx_regions),
@@ -83,6 +84,23 @@ pub fn batch(data: &[u8]) {
             }
         }
         let _ = parse_trailer(&header, body);
+    }
+}
+
+/// Replies of a guest's agent, whole and in pieces, while what is old is skipped and after.
+pub fn guest_agent(data: &[u8]) {
+    use tidegate::agent::rest::guest_agent::Decoder;
+    for (skipping, piece) in [(true, 1), (true, 5000), (false, 7)] {
+        let mut decoder = Decoder::default();
+        if skipping {
+            decoder.expect(7);
+        }
+        for bytes in data.chunks(piece) {
+            if decoder.handle_bytes(bytes).is_err() {
+                break;
+            }
+            while !matches!(decoder.poll_reply(), Ok(None)) {}
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError};
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::rest::Trouble;
 use super::{Agent, AgentShared, Command};
 use crate::control::api::{ApiError, DiskView, MachineView, Marked, Request, RoleStatus};
 use crate::control::server::{Answer, Role};
@@ -27,6 +28,11 @@ impl Role for Control {
         let connected = self.shared.connected.load(Ordering::Relaxed);
         let error = self.shared.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let disks: Vec<DiskView> = self.shared.volumes.iter().map(|v| disk(v)).collect();
+        let Trouble { stuck, failed } = self.shared.rest.trouble();
+        let failed = failed.map(|reason| format!("the last application-consistent point could not be made: {reason}"));
+        let at_rest = stuck.map(|reason| format!("something may still be frozen: {reason}")).or(failed);
+        let group = self.shared.group.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let group_name = group.group.as_ref().map(|(name, _)| name.to_string());
         let worst = disks.iter().map(|d| d.health).max().unwrap_or_default();
         let (health, reason, remedy) = match (connected, error) {
             (false, error) => (
@@ -39,6 +45,18 @@ impl Role for Control {
                 Some(error),
                 Some("correct what the reason names; it is tried again every few seconds".to_owned()),
             ),
+            (true, None) if worst < Health::Critical && at_rest.is_some() => {
+                let remedy = "correct what the reason names; `tidegate point mark --app` tries it again";
+                (Health::Warning.max(worst), at_rest, Some(remedy.to_owned()))
+            }
+            (true, None) if worst == Health::Healthy && group.configured && !group.connected => {
+                let remedy = "check the coordinator and the network; points of this machine alone go on, those of its group do without it";
+                (
+                    Health::Warning,
+                    Some(group.error.unwrap_or_else(|| "not connected to the coordinator".to_owned())),
+                    Some(remedy.to_owned()),
+                )
+            }
             (true, None) => {
                 let of = disks.iter().find(|d| d.reason.is_some());
                 (worst, of.and_then(|d| d.reason.clone()), of.and_then(|d| d.remedy.clone()))
@@ -52,6 +70,7 @@ impl Role for Control {
             points: None,
             oldest_point: None,
             newest_point: None,
+            group: group_name,
             failover: None,
             last_test: None,
             disks,
@@ -92,7 +111,7 @@ impl Role for Control {
                 Ok(()) => answer.await.unwrap_or_else(|_| Err("the agent is stopping".to_owned())),
                 Err(_) => Err("the agent is stopping".to_owned()),
             };
-            let marked = made.map(|point| Marked { point: point.to_string() });
+            let marked = made.map(|made| Marked { point: made.point.to_string(), remark: made.remark });
             Some(
                 marked
                     .map_err(|message| ApiError { message })

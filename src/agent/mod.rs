@@ -20,6 +20,7 @@ pub mod control;
 pub mod dirty_map;
 pub mod locks;
 pub mod regions;
+pub mod rest;
 pub mod session;
 pub mod shared;
 
@@ -34,7 +35,7 @@ use crate::config::agent::AgentSettings;
 use crate::crypto::pki::Role;
 use crate::crypto::tls::{ALPN_CONSISTENCY, Credentials, TlsError};
 
-pub use shared::{AgentShared, Command};
+pub use shared::{AgentShared, Command, Made};
 
 /// Why an agent does not start.
 #[derive(Debug, Error)]

@@ -7,6 +7,7 @@ use tokio::sync::{Notify, oneshot};
 
 use super::backlog::Backlog;
 use super::consistency::GroupStatus;
+use super::rest::Freezer;
 use crate::model::{Compare, DiskId, DiskReport, MachineId, Name, PointId, PointKind, Verdict, Wanted};
 
 /// Everything another thread may see of the agent.
@@ -25,6 +26,8 @@ pub struct AgentShared {
     pub connected: AtomicBool,
     /// What the last failed attempt said.
     pub last_error: Mutex<Option<String>>,
+    /// Brings the machine to rest for application-consistent points.
+    pub rest: Freezer,
     /// Points made, and points that were due and not made.
     pub points: [AtomicU64; 2],
     /// The master target it replicates to, as the process server says.
@@ -126,6 +129,15 @@ impl Doorbell {
     }
 }
 
+/// A point whose markers are in the streams.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Made {
+    /// Its id.
+    pub point: PointId,
+    /// Why it is not what was asked for.
+    pub remark: Option<String>,
+}
+
 /// A request to the capture thread, which alone changes epochs, maps and streams.
 pub enum Command {
     /// The stream cannot go on: start an epoch above both the current one and `above`. Answers the new epoch.
@@ -190,8 +202,8 @@ pub enum Command {
         label: Option<String>,
         /// Its kind.
         kind: PointKind,
-        /// Its id, or why it was not made.
-        done: oneshot::Sender<Result<PointId, String>>,
+        /// What was made, or why nothing was.
+        done: oneshot::Sender<Result<Made, String>>,
     },
     /// Stop serving the disks, leaving everything durable.
     Stop(oneshot::Sender<()>),

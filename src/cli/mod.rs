@@ -108,6 +108,9 @@ enum Command {
     /// Check files without changing them.
     #[command(subcommand, after_help = "Example:\n  tidegate check config --role agent /etc/tidegate/agent.toml")]
     Check(check::CheckCommand),
+    /// Brings things to rest for an agent, and undoes it whatever becomes of the agent. Started by the agent only.
+    #[command(hide = true)]
+    AgentGuard,
     /// Print a completion script for a shell.
     #[command(after_help = "Example:\n  tidegate completions bash > /etc/bash_completion.d/tidegate")]
     Completions {
@@ -141,6 +144,7 @@ pub fn main() -> ExitCode {
         Command::Policy(command) => policy::run(command),
         Command::Pki(command) => pki::run(command),
         Command::Check(command) => check::run(&command),
+        Command::AgentGuard => crate::agent::rest::run_guard().map_err(Into::into),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "tidegate", &mut std::io::stdout());
             Ok(())

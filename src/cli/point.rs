@@ -87,7 +87,7 @@ pub(super) enum PointCommand {
         /// What to call it.
         #[arg(long)]
         label: Option<String>,
-        /// Application-consistent.
+        /// Application-consistent: with the machine at rest, by the [[app.hook]] tables of the agent's configuration.
         #[arg(long)]
         app: bool,
         #[command(flatten)]
@@ -288,6 +288,9 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
                 println!("group    {group}: a part of its point {point}");
             }
             println!("label    {}", found.label.as_deref().unwrap_or("-"));
+            if let Some(remark) = &found.remark {
+                println!("remark   {remark}");
+            }
             println!("pinned   {}", if found.pinned { "yes" } else { "no" });
             let ago = output::ago(found.verified_age_seconds);
             println!("verified {}", found.verified.as_ref().map_or("-".to_owned(), |at| format!("{at} ({ago})")));
@@ -308,6 +311,9 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
             let marked: Marked = ask(&args.control, &Request::Mark { machine, label, app })?;
             if args.json {
                 return output::json(&marked);
+            }
+            if let Some(remark) = &marked.remark {
+                eprintln!("tidegate: the point is crash-consistent only: {remark}");
             }
             println!("point {} is on its way; `tidegate point list` at the master target shows it when every disk has it", marked.point);
             Ok(())

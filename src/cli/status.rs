@@ -65,6 +65,9 @@ fn print(role: &RoleStatus) {
         }
     }
     for machine in &role.machines {
+        if let Some(group) = &machine.group {
+            println!("  {} belongs to group {group}", machine.name);
+        }
         if let Some(failover) = &machine.failover {
             println!("  {}: {failover}", machine.name);
         }

@@ -27,6 +27,9 @@ pub struct AgentSettings {
     /// Recovery points.
     #[serde(default)]
     pub points: Points,
+    /// Application-consistent points.
+    #[serde(default)]
+    pub app: App,
     /// The replication group.
     #[serde(default)]
     pub consistency: Consistency,
@@ -61,14 +64,11 @@ pub struct Points {
     /// Time between crash-consistent points.
     #[serde(deserialize_with = "units::duration")]
     pub interval: Duration,
-    /// Longest time new writes are held for a marker; the point is skipped when it is not enough.
-    #[serde(deserialize_with = "units::duration")]
-    pub hold_max: Duration,
 }
 
 impl Default for Points {
     fn default() -> Self {
-        Self { interval: Duration::from_secs(5), hold_max: Duration::from_millis(200) }
+        Self { interval: Duration::from_secs(5) }
     }
 }
 
@@ -89,6 +89,100 @@ pub struct Consistency {
 impl Default for Consistency {
     fn default() -> Self {
         Self { coordinator: None, hold_max: Duration::from_millis(200), rest_min: Duration::from_millis(500) }
+    }
+}
+
+/// `[app]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct App {
+    /// Time between application-consistent points; none on a timer when absent.
+    #[serde(deserialize_with = "units::duration_option")]
+    pub interval: Option<Duration>,
+    /// Longest time that file systems are frozen, or, without any, that scripts hold their applications at rest.
+    #[serde(deserialize_with = "units::duration")]
+    pub freeze_max: Duration,
+    /// What is done when something cannot be brought to rest in time.
+    pub on_failure: OnFailure,
+    /// What is brought to rest.
+    pub hook: Vec<AppHook>,
+}
+
+impl Default for App {
+    fn default() -> Self {
+        Self { interval: None, freeze_max: Duration::from_secs(10), on_failure: OnFailure::Crash, hook: Vec::new() }
+    }
+}
+
+/// What becomes of a point that was to be application-consistent and cannot be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFailure {
+    /// It is made crash-consistent, and says why.
+    #[default]
+    Crash,
+    /// It is not made.
+    Skip,
+}
+
+/// `[[app.hook]]`: one of `mount`, `guest_agent` and `script`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AppHook {
+    /// What it is called in logs and remarks.
+    pub name: Name,
+    /// Where a file system of this host is mounted, that is frozen.
+    #[serde(default)]
+    pub mount: Option<PathBuf>,
+    /// The socket of a guest's agent, that freezes the guest's file systems.
+    #[serde(default)]
+    pub guest_agent: Option<PathBuf>,
+    /// A program that is called with `--pre` before and `--post` after.
+    #[serde(default)]
+    pub script: Option<PathBuf>,
+    /// How long each call of `script` may take.
+    #[serde(default, deserialize_with = "units::duration_option")]
+    pub timeout: Option<Duration>,
+}
+
+impl AppHook {
+    /// How long each call of a script may take.
+    pub fn timeout(&self) -> Duration {
+        self.timeout.unwrap_or(Duration::from_secs(30))
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let ways: Vec<_> = [&self.mount, &self.guest_agent, &self.script].into_iter().flatten().collect();
+        let [path] = ways[..] else {
+            return Err(format!("app.hook {}: give exactly one of mount, guest_agent and script", self.name));
+        };
+        if !path.is_absolute() {
+            return Err(format!("app.hook {}: {} must be an absolute path", self.name, path.display()));
+        }
+        if self.timeout.is_some() && self.script.is_none() {
+            return Err(format!("app.hook {}: timeout is for scripts; app.freeze_max bounds the others", self.name));
+        }
+        in_range("app.hook.timeout in seconds", self.timeout().as_secs_f64(), 0.1, 600.0)
+    }
+}
+
+impl App {
+    fn check(&self) -> Result<(), String> {
+        in_range("app.freeze_max in seconds", self.freeze_max.as_secs_f64(), 0.1, 60.0)?;
+        if self.hook.len() > limits::HOOKS_MAX {
+            return Err(format!("at most {} [[app.hook]] tables, found {}", limits::HOOKS_MAX, self.hook.len()));
+        }
+        for (index, hook) in self.hook.iter().enumerate() {
+            hook.check()?;
+            if self.hook[..index].iter().any(|h| h.name == hook.name) {
+                return Err(format!("app.hook {} is there twice", hook.name));
+            }
+        }
+        match self.interval {
+            Some(_) if self.hook.is_empty() => Err("app.interval needs at least one [[app.hook]]".to_owned()),
+            Some(interval) => in_range("app.interval in seconds", interval.as_secs_f64(), 10.0, 7.0 * 86400.0),
+            None => Ok(()),
+        }
     }
 }
 
@@ -212,12 +306,12 @@ impl Settings for AgentSettings {
             }
         }
         in_range("points.interval in seconds", self.points.interval.as_secs_f64(), 1.0, 86400.0)?;
-        in_range("points.hold_max in seconds", self.points.hold_max.as_secs_f64(), 0.001, 2.0)?;
         in_range("consistency.hold_max in seconds", self.consistency.hold_max.as_secs_f64(), 0.001, 2.0)?;
         in_range("consistency.rest_min in seconds", self.consistency.rest_min.as_secs_f64(), 0.05, 3600.0)?;
         if self.consistency.coordinator.as_ref().is_some_and(|address| !address.contains(':')) {
             return Err("consistency.coordinator needs a port, for example \"gateway.example:20004\"".to_owned());
         }
+        self.app.check()?;
         in_range("backlog.memory_max", self.backlog.memory_max, 2 * limits::RESYNC_WINDOW_BYTES, 1 << 40)?;
         let region = self.dirty_map.region;
         in_range("dirty_map.region", region, CHANGE_BYTES_MAX as u64, 64 << 20)?;
@@ -228,5 +322,37 @@ impl Settings for AgentSettings {
             return Err("process_server.address needs a port, for example \"gateway.example:9443\"".to_owned());
         }
         self.control.check()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn app(text: &str) -> Result<(), String> {
+        toml::from_str::<App>(text).map_err(|e| e.to_string())?.check()
+    }
+
+    #[test]
+    fn a_hook_is_exactly_one_thing() {
+        let hook = |keys: &str| app(&format!("[[hook]]\nname = \"a\"\n{keys}"));
+        for good in ["mount = \"/m\"", "guest_agent = \"/g\"", "script = \"/s\"\ntimeout = \"2m\""] {
+            assert_eq!(hook(good), Ok(()), "{good}");
+        }
+        for bad in [
+            "",
+            "mount = \"/m\"\nscript = \"/s\"",
+            "mount = \"m\"",
+            "mount = \"/m\"\ntimeout = \"1s\"",
+            "script = \"/s\"\ntimeout = \"1h\"",
+        ] {
+            assert!(hook(bad).is_err(), "{bad}");
+        }
+        assert_eq!(app(""), Ok(()));
+        for bad in ["interval = \"1h\"", "freeze_max = \"2m\"", "freeze_max = \"1ms\"", "on_failure = \"ignore\""] {
+            assert!(app(bad).is_err(), "{bad}");
+        }
+        assert!(app("[[hook]]\nname = \"a\"\nmount = \"/a\"\n[[hook]]\nname = \"a\"\nmount = \"/b\"").is_err());
+        assert!(app("interval = \"1s\"\n[[hook]]\nname = \"a\"\nmount = \"/a\"").is_err());
     }
 }

@@ -253,6 +253,9 @@ pub struct MachineView {
     pub health: Health,
     /// Age of its newest point, seconds; absent while unknown.
     pub rpo_seconds: Option<f64>,
+    /// Its replication group; only the agent knows, from its coordinator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// Number of recovery points; only the master target knows.
     pub points: Option<usize>,
     /// RFC 3339.
@@ -319,6 +322,9 @@ pub struct PointView {
     pub time: String,
     /// How long writes were held, seconds.
     pub hold_seconds: f64,
+    /// Why it is not what was asked for.
+    #[serde(default)]
+    pub remark: Option<String>,
     /// Somebody wants it kept.
     pub pinned: bool,
     /// Group of the whole group point that it is a part of.
@@ -482,6 +488,9 @@ pub struct PointDisk {
 pub struct Marked {
     /// Id the point will have once it is listed.
     pub point: String,
+    /// Why it is not what was asked for.
+    #[serde(default)]
+    pub remark: Option<String>,
 }
 
 /// A mount or an export.

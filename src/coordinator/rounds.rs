@@ -1,10 +1,13 @@
 //! One round of a group: freeze, prepare, commit, or release. Pure: takes what members say and what timers say, returns orders.
 //!
-//! Why the point is one moment: a member says *held* when no write of it is under way and new ones wait. The decision to commit
-//! falls when every member of the point has said so, and a member puts its marker in only while it still holds, without having
-//! opened in between. So all of them hold at the moment of the decision: whatever is written because of something that was read
-//! after any marker is written after every marker. A member opens as soon as its marker is in; nothing is gained by waiting for
-//! the others, which hold still or have marked.
+//! Why the point is one moment: a member says *held* when new writes of it wait. The decision to commit falls when every member of
+//! the point has said so, and a member puts its marker in only while it still holds, without having opened in between. So all of
+//! them hold at the moment of the decision. Take a write that is in the point: it was issued before its member held, so before the
+//! decision. What it was issued because of was answered earlier still, so before any marker was put in, and a write has its
+//! place in the stream before it is answered: it is in the point too. Writes that are under way while a member holds need not
+//! be waited for: until they are answered nothing can follow from them.
+//!
+//! A member opens as soon as its marker is in; nothing is gained by waiting for the others, which hold still or have marked.
 //!
 //! Nothing here keeps a member held: it opens by its own clock whatever becomes of the coordinator, and says `Failed`.
 

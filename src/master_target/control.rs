@@ -28,7 +28,7 @@ use crate::control::api::{
 use crate::control::groups::{GroupPointView, ResolvedPoint};
 use crate::control::server::{Answer, Role};
 use crate::disk::Format;
-use crate::model::{DiskId, Health, Hold, Ladder, MachineId, PointId, Policy, Position, RecoveryPoint, ReplicationState, Rung};
+use crate::model::{DiskId, Health, Hold, Ladder, MachineId, PointId, PointKind, Policy, Position, RecoveryPoint, ReplicationState, Rung};
 use crate::observe::metrics;
 
 const FIGURES_EVERY: Duration = Duration::from_secs(1);
@@ -227,6 +227,7 @@ impl Control {
             machine: names.get(&point.machine).cloned().unwrap_or_else(|| point.machine.to_string()),
             kind: point.kind.as_str().to_owned(),
             label: point.label.clone(),
+            remark: point.remark.clone(),
             pinned: point.pinned,
             group: group.as_ref().map(|g| g.group.to_string()),
             group_point: group.as_ref().map(|g| g.point.to_string()),
@@ -439,6 +440,7 @@ fn machines(shared: &TargetShared) -> Vec<MachineView> {
                     points: Some(points.len()),
                     oldest_point: points.first().map(|p| clock::rfc3339(p.wall_ms)),
                     newest_point: points.last().map(|p| clock::rfc3339(p.wall_ms)),
+                    group: None,
                     failover: None,
                     last_test: None,
                     disks: vec![view],
@@ -561,7 +563,9 @@ pub async fn publish(shared: &TargetShared, journal: &JournalHandle) {
         }
         metrics::points_incomplete(shared.book().incomplete());
         for machine in machines(shared) {
-            metrics::machine_points(&machine.name, machine.points.unwrap_or_default());
+            let of = shared.disks.iter().find(|d| d.machine_name.as_str() == machine.name).map(|d| d.machine);
+            let app = of.map_or(0, |of| shared.book().of(of).iter().filter(|p| p.kind == PointKind::App).count());
+            metrics::machine_points(&machine.name, machine.points.unwrap_or_default().saturating_sub(app), app);
         }
         publish_trust(shared);
         group_views::publish(shared, &mut groups);

@@ -54,6 +54,9 @@ declare! {
     GROUP_MISSING = "tidegate_group_missing_total", Counter, "reason", "Members that a round went without: absent, silent, gone, failed";
     GROUP_MEMBERS = "tidegate_group_members", Gauge, "group, state", "Members of a group: all, ready";
     POINTS_SKIPPED = "tidegate_points_skipped_total", Counter, "reason", "Recovery points that were due and not made";
+    FREEZES = "tidegate_freezes_total", Counter, "result", "Times the machine was brought to rest for an application-consistent point, or should have been: ok, late, failed";
+    FREEZE = "tidegate_freeze_seconds", Histogram, "", "How long writers waited on file systems that were frozen for a point, seconds";
+    APP_POINTS_LOST = "tidegate_app_points_lost_total", Counter, "reason", "Points that were to be application-consistent and are crash-consistent";
     RESYNCS = "tidegate_resynchronisations_total", Counter, "disk, reason", "Times a disk left delta replication";
     INGEST_BYTES = "tidegate_ingest_bytes_total", Counter, "disk", "Bytes of changes received by the process server";
     FOLDED_BYTES = "tidegate_folded_bytes_total", Counter, "disk", "Bytes left after folding and zero detection";
@@ -127,9 +130,11 @@ pub fn disk_count(name: &'static str, disk: &str, by: u64) {
     counter!(name, "disk" => disk.to_owned()).increment(by);
 }
 
-/// Sets the number of crash-consistent points of a machine.
-pub fn machine_points(machine: &str, points: usize) {
-    gauge!(POINTS, "machine" => machine.to_owned(), "kind" => "crash").set(number(points as u64));
+/// Sets the number of crash- and of application-consistent points of a machine.
+pub fn machine_points(machine: &str, crash: usize, app: usize) {
+    for (kind, points) in [("crash", crash), ("app", app)] {
+        gauge!(POINTS, "machine" => machine.to_owned(), "kind" => kind).set(number(points as u64));
+    }
 }
 
 /// Sets a gauge of a machine.
@@ -167,6 +172,11 @@ pub fn group_members(group: &str, ready: usize, all: usize) {
 /// Counts something with a reason.
 pub fn count_reason(name: &'static str, reason: &'static str) {
     counter!(name, "reason" => reason).increment(1);
+}
+
+/// Counts something by how it ended.
+pub fn count_result(name: &'static str, result: &'static str) {
+    counter!(name, "result" => result).increment(1);
 }
 
 /// Adds a duration to a histogram.

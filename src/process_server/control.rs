@@ -92,6 +92,7 @@ fn machines(view: &ProcessServerView) -> Vec<MachineView> {
                 points: None,
                 oldest_point: None,
                 newest_point: None,
+                group: None,
                 failover: None,
                 last_test: None,
                 disks: vec![shown],

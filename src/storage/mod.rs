@@ -10,6 +10,7 @@
 pub mod aligned;
 pub mod catalogue;
 pub mod digest;
+pub mod freeze;
 pub mod lock;
 pub mod log;
 pub mod uring;

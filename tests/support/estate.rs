@@ -25,6 +25,8 @@ pub struct EstateOptions {
     pub disk_bytes: u64,
     /// Added to every agent's `[consistency]`.
     pub member: String,
+    /// Added to every agent's configuration; `@` stands for the test's folder and the machine's name.
+    pub agent: String,
     /// Added to the coordinator's `[consistency]`.
     pub consistency: String,
     /// Time between points of a machine alone.
@@ -44,6 +46,7 @@ impl Default for EstateOptions {
             disks: 1,
             disk_bytes: 1 << 20,
             member: String::new(),
+            agent: String::new(),
             consistency: String::new(),
             interval: "1h",
             apart: vec![],
@@ -68,6 +71,11 @@ pub struct Estate {
 impl Estate {
     /// Makes certificates, configuration and disks, and starts everything.
     pub fn start(options: EstateOptions) -> Self {
+        Self::start_with(options, |_| {})
+    }
+
+    /// The same, with something to do before anything starts.
+    pub fn start_with(options: EstateOptions, prepare: impl FnOnce(&Self)) -> Self {
         let held: Vec<_> = (0..3).map(|_| std::net::TcpListener::bind("0.0.0.0:0").expect("a free port")).collect();
         let ports: Vec<u16> = held.iter().map(|l| l.local_addr().expect("bound").port()).collect();
         drop(held);
@@ -100,6 +108,7 @@ impl Estate {
             }
         }
         estate.write_configs();
+        prepare(&estate);
         estate.start_role("master-target");
         estate.start_role("process-server");
         if !estate.options.beside && !estate.options.test_coordinates {
@@ -140,6 +149,7 @@ impl Estate {
                 host(coordinator),
                 self.options.member
             );
+            text += &self.options.agent.replace('@', &self.path(machine).display().to_string());
             for disk in 0..self.options.disks {
                 let (path, nbd) = (self.disk(machine, disk), self.nbd(machine, disk));
                 text += &format!("[[disk]]\nname = \"d{disk}\"\npath = {path:?}\nnbd = \"{nbd}\"\ncache = \"writeback\"\n");

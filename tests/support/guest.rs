@@ -4,13 +4,16 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::{s, tool};
 
 /// Programs and options of every guest; what it starts from and where it talks to come after.
 pub const QEMU: [&str; 7] = ["qemu-system-x86_64", "-accel", "tcg", "-m", "384", "-no-reboot", "-nodefaults"];
+/// Guests are emulated in software, and whatever else runs here takes its share.
+const BOOT: Duration = Duration::from_secs(120);
 /// In the order they are loaded; what the kernel has built in is left out.
-const MODULES: [&str; 13] = [
+const MODULES: [&str; 14] = [
     "crc32c_generic",
     "libcrc32c",
     "crc16",
@@ -24,7 +27,35 @@ const MODULES: [&str; 13] = [
     "virtio_pci_modern_dev",
     "virtio_pci",
     "virtio_blk",
+    "virtio_console",
 ];
+
+/// What a guest said on its serial console so far, whole lines.
+pub struct Console(pub PathBuf);
+
+impl Console {
+    /// What follows a word at the beginning of lines.
+    pub fn said(&self, word: &str) -> Vec<String> {
+        let text = String::from_utf8_lossy(&fs::read(&self.0).unwrap_or_default()).into_owned();
+        let whole = &text[..text.rfind('\n').unwrap_or(0)];
+        whole.lines().filter_map(|l| l.trim_end().strip_prefix(word)?.strip_prefix(' ').map(str::to_owned)).collect()
+    }
+
+    /// The last file that was synced.
+    pub fn synced(&self) -> u32 {
+        self.said("SYNCED").last().map_or(0, |n| n.parse().expect("a number"))
+    }
+
+    /// Waits for something, or fails with what the guest said.
+    pub fn wait(&self, what: &str, mut done: impl FnMut() -> bool) {
+        let started = Instant::now();
+        while !done() {
+            let said = || String::from_utf8_lossy(&fs::read(&self.0).unwrap_or_default()).into_owned();
+            assert!(started.elapsed() < BOOT, "waited {BOOT:?} for {what}; the guest said: {}", said());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
 
 /// Kernel image and folder of its modules, as `tests/run` unpacked them.
 pub fn kernel() -> (PathBuf, PathBuf) {
@@ -75,11 +106,11 @@ pub fn busybox(root: &Path) {
     fs::copy(which("busybox"), root.join("bin/busybox")).expect("a busybox");
 }
 
-/// Copies a program of this host with the libraries that it loads to `/sbin` and their places in a root.
+/// Copies a program of this host, by name or path, with the libraries that it loads to `/sbin` and their places in a root.
 pub fn program(root: &Path, program: &str) {
     let path = which(program);
     fs::create_dir_all(root.join("sbin")).expect("a folder");
-    fs::copy(&path, root.join("sbin").join(program)).expect("a program");
+    fs::copy(&path, root.join("sbin").join(name(Path::new(program)))).expect("a program");
     for library in tool("ldd", &[&path]).split_whitespace().filter(|word| word.starts_with('/')) {
         let to = root.join(&library[1..]);
         fs::create_dir_all(to.parent().expect("a folder")).expect("a folder");

@@ -16,6 +16,7 @@ pub mod estate;
 pub mod faulty_storage;
 pub mod guest;
 pub mod mounted;
+pub mod postgresql;
 mod rng;
 
 /// Roles in the order data flows.
@@ -243,6 +244,11 @@ impl Cluster {
         let mut child = self.children[index_of(role)].take()?;
         Command::new("kill").arg(child.id().to_string()).status().expect("kill");
         child.wait().expect("it ends").code()
+    }
+
+    /// A role's process.
+    pub fn pid(&self, role: &str) -> u32 {
+        self.children[index_of(role)].as_ref().expect("it was started").id()
     }
 
     /// Whether a role's process still runs.

@@ -1,4 +1,4 @@
-//! An NBD export as a mounted ext4, by nbdfuse and a loop device.
+//! An NBD export as a mounted ext4 or XFS, by nbdfuse and a loop device.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -36,18 +36,70 @@ impl Mounted {
         tool("mkfs.ext4", &["-q", "-F", s(&self.file)]);
     }
 
+    /// Makes an XFS.
+    pub fn mkfs_xfs(&self) {
+        tool("mkfs.xfs", &["-q", "-f", s(&self.file)]);
+    }
+
     /// Mounts it.
     pub fn mount(&self) {
-        tool("mount", &["-o", "loop", s(&self.file), s(&self.point)]);
+        self.mount_with("loop");
+    }
+
+    /// Mounts it with other options.
+    pub fn mount_with(&self, options: &str) {
+        tool("mount", &["-o", options, s(&self.file), s(&self.point)]);
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = try_tool("umount", &[s(&self.point)]);
+        let_go(&self.point);
         let _ = try_tool("umount", &[s(&self.file)]);
         let _ = self.fuse.kill();
         let _ = self.fuse.wait();
+    }
+}
+
+/// Unmounts what a test mounted. One that is frozen would stay so for ever.
+fn let_go(point: &Path) {
+    let _ = try_tool("fsfreeze", &["-u", s(point)]);
+    for _ in 0..50 {
+        let unmounted = try_tool("umount", &[s(point)]);
+        if unmounted.status.success() || !String::from_utf8_lossy(&unmounted.stderr).contains("busy") {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // Somebody has it open: it goes with him.
+    let _ = try_tool("umount", &["-l", s(point)]);
+}
+
+/// An image file that is mounted; unmounted with the test.
+pub struct Image(pub PathBuf);
+
+impl Image {
+    /// Mounts `file` below `dir`.
+    pub fn mount(dir: &Path, file: &Path, options: &str) -> Self {
+        let point = dir.join(format!("mnt-{}", file.file_name().and_then(|n| n.to_str()).expect("a name")));
+        fs::create_dir_all(&point).expect("a folder");
+        let mounted = Self(point);
+        tool("mount", &["-o", options, s(file), s(&mounted.0)]);
+        mounted
+    }
+
+    /// Makes a small ext4 in a file of its own, and mounts it.
+    pub fn new_ext4(dir: &Path, name: &str) -> Self {
+        let file = dir.join(name);
+        fs::File::create(&file).and_then(|f| f.set_len(32 << 20)).expect("a file");
+        tool("mkfs.ext4", &["-q", "-F", s(&file)]);
+        Self::mount(dir, &file, "loop")
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        let_go(&self.0);
     }
 }
 

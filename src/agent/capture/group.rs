@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use rustls::ClientConfig;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{OwnedMutexGuard, mpsc};
+use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use super::markers::Mark;
 use super::{Capture, Skip};
 use crate::agent::consistency::GroupStatus;
 use crate::agent::consistency::connection::{ConnectionError, connect};
 use crate::agent::consistency::member::{Input, Member, Output, Say, Why};
+use crate::agent::rest::Frozen;
 use crate::clock::{self, Mono, micros};
 use crate::config::agent::Consistency;
 use crate::crypto::messages;
@@ -80,6 +81,11 @@ struct Part {
     /// Why the last marker could not be put in.
     insert_error: RefCell<String>,
     held_for: Cell<Duration>,
+    /// The applications at rest, and how to stop bringing them there.
+    frozen: RefCell<Option<Frozen>>,
+    cancel_rest: RefCell<Option<oneshot::Sender<()>>>,
+    /// Why they are not.
+    unrest: RefCell<String>,
     outbox: mpsc::Sender<MemberMessage>,
 }
 
@@ -101,6 +107,9 @@ impl Part {
             common: RefCell::default(),
             insert_error: RefCell::default(),
             held_for: Cell::default(),
+            frozen: RefCell::default(),
+            cancel_rest: RefCell::default(),
+            unrest: RefCell::default(),
             outbox,
         });
         let listen = async {
@@ -175,8 +184,8 @@ impl Part {
         let outputs = self.member.borrow_mut().on(input);
         for output in outputs {
             match output {
-                Output::BeginRest(round) => self.feed(Input::Rest(round, false)),
-                Output::EndRest => {}
+                Output::BeginRest(round) => drop(tokio::task::spawn_local(self.clone().rest(round))),
+                Output::EndRest => self.end_rest(),
                 Output::Hold(round) => drop(tokio::task::spawn_local(self.clone().hold(round))),
                 Output::InsertAndOpen(round) => {
                     let inserted = self.insert();
@@ -189,7 +198,46 @@ impl Part {
         }
     }
 
-    /// Holds new writes, for at most as long as both limits allow; a wait for another marker counts.
+    /// Brings the applications to rest, until the round or the time allowed is over. Writes pass meanwhile.
+    async fn rest(self: Rc<Self>, round: u64) {
+        let freezer = self.capture.shared.rest.clone();
+        if !freezer.is_configured() {
+            self.unrest.replace("it has no [[app.hook]]".to_owned());
+            return self.feed(Input::Rest(round, false));
+        }
+        let (cancel, cancelled) = oneshot::channel();
+        self.cancel_rest.replace(Some(cancel));
+        let begun = tokio::select! {
+            begun = freezer.begin() => begun,
+            // What was begun is undone with the future.
+            _ = cancelled => return,
+        };
+        match begun {
+            Ok(frozen) => {
+                self.frozen.replace(Some(frozen));
+                self.feed(Input::Rest(round, true));
+                tokio::time::sleep(self.capture.settings.app.freeze_max).await;
+                if self.member.borrow().is_at_rest(round) {
+                    self.frozen.take();
+                    self.feed(Input::RestOver(round));
+                }
+            }
+            Err(failure) => {
+                self.unrest.replace(failure.reason);
+                self.feed(Input::Rest(round, false));
+            }
+        }
+    }
+
+    fn end_rest(&self) {
+        drop(self.cancel_rest.take());
+        if let Some(frozen) = self.frozen.take() {
+            tokio::task::spawn_local(frozen.undo());
+        }
+    }
+
+    /// Holds new writes, for at most as long as both limits allow; a wait for another marker counts. Writes under way are not
+    /// waited for: see [`super::markers`].
     async fn hold(self: Rc<Self>, round: u64) {
         let limit = self.settings.hold_max.min(self.asked.get());
         let started = clock::now();
@@ -197,13 +245,17 @@ impl Part {
         let alone = tokio::time::timeout(limit, self.capture.marking.clone().lock_owned()).await;
         // The round may have ended while another marker was being made.
         if let Ok(alone) = alone
-            && self.member.borrow().is_draining(round)
+            && self.member.borrow().is_waiting(round)
         {
             self.capture.gate.hold();
             self.hold.replace(Some(Hold { since: clock::now(), _alone: alone }));
-            if tokio::time::timeout(left(), self.capture.gate.drained()).await.is_ok() {
-                self.feed(Input::Drained(round));
+            // Nothing of what is at rest has written since, if it is at rest even now.
+            let woken = self.frozen.borrow().as_ref().and_then(|frozen| frozen.is_still().err());
+            if let Some(failure) = woken {
+                self.unrest.replace(failure.reason);
+                self.feed(Input::RestOver(round));
             }
+            self.feed(Input::Holding(round));
             tokio::time::sleep(left()).await;
         }
         self.feed(Input::Limit(round));
@@ -242,7 +294,7 @@ impl Part {
     fn tell(&self, say: Say) {
         self.say(match say {
             Say::Frozen(round, true) => MemberMessage::Frozen { round, trouble: None },
-            Say::Frozen(round, false) => MemberMessage::Frozen { round, trouble: Some("no hooks are configured".to_owned()) },
+            Say::Frozen(round, false) => MemberMessage::Frozen { round, trouble: Some(self.unrest.take()) },
             Say::Held(round, frozen) => {
                 let positions = self.capture.volumes.iter().map(|v| v.shared.backlog().rungs()[0].1).collect();
                 MemberMessage::Held { round, frozen, positions }

@@ -1,4 +1,9 @@
-//! Makes crash-consistent markers: hold, wait for what is under way, mark every stream in one step, release.
+//! Makes the markers of points of this machine alone.
+//!
+//! No write has to wait for one. A write gets its sequence on this thread, before it is answered, and the marker goes into every
+//! stream in one step on this thread. So what was answered before that step is in the point on every disk, and whatever was
+//! written because of an answer after it is not. A write that is under way at that moment is answered later, and sequenced
+//! later: as after a power cut it may be lost, and nobody has been told otherwise.
 
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -8,22 +13,28 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::Capture;
+use crate::agent::rest::Frozen;
+use crate::agent::rest::plan::Failure;
+use crate::agent::shared::Made;
 use crate::clock;
+use crate::config::agent::OnFailure;
 use crate::model::{ChangeKind, GroupPart, Marker, PointId, PointKind};
 use crate::observe::metrics;
 
 /// Why a point was not made.
-#[derive(Clone, Copy, Debug, Error)]
+#[derive(Clone, Debug, Error)]
 pub enum Skip {
     /// Some regions are not in the stream.
     #[error("a disk of the machine is still being copied; points begin when initial replication or resynchronisation is complete")]
     NotConsistent,
-    /// Writes under way did not finish in the time allowed.
-    #[error("writes under way did not finish within points.hold_max; the application was not held longer")]
-    HoldTooLong,
-    /// Only crash-consistent points are made by this version.
-    #[error("application-consistent points are not available in this version")]
-    NoAppPoints,
+    /// Nothing says how an application-consistent point is made.
+    #[error(
+        "application-consistent points need at least one [[app.hook]] in the agent's configuration: a mount, a guest_agent or a script"
+    )]
+    NoHooks,
+    /// The machine could not be brought to rest, and no other point is wanted then.
+    #[error("no application-consistent point (app.on_failure = \"skip\"): {}", .0.reason)]
+    NotAtRest(Failure),
     /// The agent stops.
     #[error("the agent is stopping")]
     Stopping,
@@ -39,11 +50,11 @@ pub enum Skip {
 }
 
 impl Skip {
-    pub(super) fn reason(self) -> &'static str {
+    pub(super) fn reason(&self) -> &'static str {
         match self {
             Skip::NotConsistent => "not-consistent",
-            Skip::HoldTooLong => "hold-too-long",
-            Skip::NoAppPoints => "app-unavailable",
+            Skip::NoHooks => "no-hooks",
+            Skip::NotAtRest(_) => "not-at-rest",
             Skip::Stopping => "stopping",
             Skip::HandedOver => "handed-over",
             Skip::BacklogFull => "backlog-full",
@@ -66,6 +77,39 @@ impl Mark {
     /// A new point of this machine alone.
     pub(super) fn plain(label: Option<String>, kind: PointKind) -> Self {
         Self { point: PointId(Uuid::new_v4()), kind, label, group: None, proof: vec![], remark: None }
+    }
+}
+
+/// What a point is made of.
+enum Rest<'a> {
+    /// Crash-consistent, perhaps because of a failure.
+    Crash(Option<Failure>),
+    /// Application-consistent, if it still holds when the writes are held.
+    App(&'a Frozen),
+}
+
+impl Rest<'_> {
+    fn decide(self) -> Result<(), Option<Failure>> {
+        match self {
+            Rest::Crash(failure) => Err(failure),
+            Rest::App(frozen) => frozen.is_still().map_err(Some),
+        }
+    }
+}
+
+/// Makes an application-consistent point every interval, if there is one.
+pub(super) async fn app_timer(capture: Rc<Capture>) {
+    let Some(interval) = capture.settings.app.interval else { return };
+    let mut due = clock::now();
+    loop {
+        tokio::time::sleep(interval.saturating_sub(clock::now().since(due)).max(Duration::from_millis(1))).await;
+        if capture.shared.stopping.load(Ordering::Relaxed) {
+            return;
+        }
+        due = clock::now();
+        if let Err(skip) = capture.mark(None, PointKind::App).await {
+            tracing::warn!(machine = %capture.shared.machine, reason = %skip, "an application-consistent point is skipped");
+        }
     }
 }
 
@@ -108,9 +152,12 @@ impl Capture {
     ///
     /// # Errors
     /// [`Skip`], which was counted.
-    pub async fn mark(&self, label: Option<String>, kind: PointKind) -> Result<PointId, Skip> {
-        let made = self.try_mark(label, kind).await;
-        match made {
+    pub async fn mark(&self, label: Option<String>, kind: PointKind) -> Result<Made, Skip> {
+        let made = match kind {
+            PointKind::Crash => self.try_mark(label, Rest::Crash(None)).await,
+            PointKind::App => self.mark_at_rest(label).await,
+        };
+        match &made {
             Ok(_) => self.shared.points[0].fetch_add(1, Ordering::Relaxed),
             Err(skip) => {
                 metrics::count_reason(metrics::POINTS_SKIPPED, skip.reason());
@@ -120,24 +167,47 @@ impl Capture {
         made
     }
 
-    async fn try_mark(&self, label: Option<String>, kind: PointKind) -> Result<PointId, Skip> {
-        let _one_at_a_time = self.marking.lock().await;
-        if kind == PointKind::App {
-            return Err(Skip::NoAppPoints);
+    /// Brings the machine to rest first. Other points may be made meanwhile.
+    async fn mark_at_rest(&self, label: Option<String>) -> Result<Made, Skip> {
+        if !self.shared.rest.is_configured() {
+            return Err(Skip::NoHooks);
         }
         if let Some(skip) = self.cannot_mark() {
             return Err(skip);
         }
-        let started = clock::now();
-        self.gate.hold();
-        let drained = tokio::time::timeout(self.settings.points.hold_max, self.gate.drained()).await.is_ok();
-        let point = if drained { self.insert(Mark::plain(label, kind), started) } else { Err(Skip::HoldTooLong) };
-        self.let_writes_pass();
-        metrics::observe(metrics::HOLD, clock::now().since(started));
-        point
+        match self.shared.rest.begin().await {
+            Ok(frozen) => {
+                let made = self.try_mark(label, Rest::App(&frozen)).await;
+                frozen.undo().await;
+                made
+            }
+            Err(failure) if self.settings.app.on_failure == OnFailure::Skip => Err(Skip::NotAtRest(failure)),
+            Err(failure) => self.try_mark(label, Rest::Crash(Some(failure))).await,
+        }
     }
 
-    /// Puts the marker into every stream. Nothing awaits here: no write can come between two disks.
+    async fn try_mark(&self, label: Option<String>, rest: Rest<'_>) -> Result<Made, Skip> {
+        let _one_at_a_time = self.marking.lock().await;
+        if let Some(skip) = self.cannot_mark() {
+            return Err(skip);
+        }
+        let started = clock::now();
+        let (kind, remark) = match rest.decide() {
+            Ok(()) => (PointKind::App, None),
+            Err(None) => (PointKind::Crash, None),
+            Err(Some(failure)) if self.settings.app.on_failure == OnFailure::Skip => return Err(Skip::NotAtRest(failure)),
+            Err(Some(failure)) => {
+                metrics::count_reason(metrics::APP_POINTS_LOST, failure.cause.as_str());
+                (PointKind::Crash, Some(failure.remark()))
+            }
+        };
+        let point = self.insert(Mark { remark: remark.clone(), ..Mark::plain(label, kind) }, started)?;
+        metrics::observe(metrics::HOLD, clock::now().since(started));
+        Ok(Made { point, remark })
+    }
+
+    /// Puts the marker into every stream. Nothing awaits here: no write can be sequenced or answered between two disks. `started`
+    /// is when writes began to be held for it.
     pub(super) fn insert(&self, mark: Mark, started: clock::Mono) -> Result<PointId, Skip> {
         // A write that was under way may have met a full backlog.
         if !self.is_consistent() {

@@ -22,6 +22,7 @@ use tokio::sync::mpsc;
 use self::gate::Gate;
 use self::markers::Skip;
 use self::volume::Volume;
+use super::rest::{self, Freezer};
 use super::shared::{AgentShared, Command};
 use crate::clock;
 use crate::config::agent::AgentSettings;
@@ -63,6 +64,7 @@ pub async fn run(
         tokio::task::spawn_local(resync::run(volume.clone()));
     }
     tokio::task::spawn_local(markers::timer(capture.clone()));
+    tokio::task::spawn_local(markers::app_timer(capture.clone()));
     tokio::task::spawn_local(housekeeping(capture.clone()));
     tokio::task::spawn_local(group::run(capture.clone(), capture.settings.consistency.clone(), coordinator));
     capture.serve(requests).await;
@@ -70,6 +72,9 @@ pub async fn run(
 
 async fn open(settings: AgentSettings) -> io::Result<(Rc<Capture>, Vec<Listener>)> {
     crate::storage::uring::create_dir_durable(&settings.state)?;
+    let rest = Freezer::new(&settings);
+    rest.undo_left_behind();
+    rest::check_places(&settings).map_err(io::Error::other)?;
     let gate = Rc::new(Gate::default());
     let mut files = Vec::new();
     for disk in &settings.disk {
@@ -83,6 +88,7 @@ async fn open(settings: AgentSettings) -> io::Result<(Rc<Capture>, Vec<Listener>
         stopping: Default::default(),
         connected: Default::default(),
         last_error: Default::default(),
+        rest,
         points: Default::default(),
         target: Default::default(),
         group: Default::default(),
@@ -209,6 +215,8 @@ impl Capture {
                 }
                 Command::Stop(done) => {
                     self.shared.stopping.store(true, Ordering::Relaxed);
+                    // Before the gate is held: thawing a file system writes to its disk.
+                    self.shared.rest.stop().await;
                     // New writes wait for the process to end; what was answered before is made durable.
                     self.gate.hold();
                     let _ = tokio::time::timeout(Duration::from_secs(5), self.gate.drained()).await;

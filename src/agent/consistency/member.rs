@@ -15,8 +15,8 @@ pub enum Input {
     RestOver(u64),
     /// The coordinator wants the writes held.
     Prepare(u64),
-    /// No write is under way any more.
-    Drained(u64),
+    /// No new write passes any more.
+    Holding(u64),
     /// The writes have been held as long as they may.
     Limit(u64),
     /// The coordinator wants the marker put in.
@@ -36,7 +36,7 @@ pub enum Output {
     BeginRest(u64),
     /// Wake them, whether they are at rest already or on the way.
     EndRest,
-    /// Let no new write pass; [`Input::Drained`] follows, and [`Input::Limit`] after the limit.
+    /// Let no new write pass; [`Input::Holding`] follows, and [`Input::Limit`] after the limit.
     Hold(u64),
     /// Put the marker into every stream and let writes pass, in one step; [`Input::Inserted`] follows at once.
     InsertAndOpen(u64),
@@ -74,8 +74,8 @@ pub enum Why {
 enum Gate {
     #[default]
     Open,
-    /// Writes under way are waited for.
-    Draining,
+    /// Another marker is being made.
+    Waiting,
     /// Held; the coordinator knows.
     Held,
 }
@@ -107,9 +107,14 @@ impl Member {
         self.gate != Gate::Open
     }
 
-    /// Whether it holds for `round` and still waits for writes under way.
-    pub fn is_draining(&self, round: u64) -> bool {
-        self.gate == Gate::Draining && self.round == round
+    /// Whether it is to hold for `round` and does not yet.
+    pub fn is_waiting(&self, round: u64) -> bool {
+        self.gate == Gate::Waiting && self.round == round
+    }
+
+    /// Whether applications are at rest for `round`.
+    pub fn is_at_rest(&self, round: u64) -> bool {
+        self.rest == Rest::Good && self.round == round
     }
 
     /// Whether applications are at rest or on the way to it.
@@ -127,7 +132,7 @@ impl Member {
                 vec![]
             }
             Input::Prepare(round) => self.prepare(round),
-            Input::Drained(round) if round == self.round && self.gate == Gate::Draining => {
+            Input::Holding(round) if round == self.round && self.gate == Gate::Waiting => {
                 self.gate = Gate::Held;
                 vec![Output::Say(Say::Held(round, self.rest == Rest::Good))]
             }
@@ -148,7 +153,7 @@ impl Member {
                 *self = Self::default();
                 out
             }
-            Input::RestOver(_) | Input::Drained(_) | Input::Limit(_) | Input::Release(_) => vec![],
+            Input::RestOver(_) | Input::Holding(_) | Input::Limit(_) | Input::Release(_) => vec![],
         }
     }
 
@@ -176,7 +181,7 @@ impl Member {
         }
         // A rest that belongs to an earlier round says nothing about this one.
         let mut out = if round > self.round { self.wake() } else { vec![] };
-        (self.round, self.prepared, self.gate) = (round, round, Gate::Draining);
+        (self.round, self.prepared, self.gate) = (round, round, Gate::Waiting);
         out.push(Output::Hold(round));
         out
     }

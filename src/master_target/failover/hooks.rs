@@ -7,12 +7,13 @@
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use tokio::process::Command;
 
 use crate::config::master_target::Hook;
+use crate::hook;
 use crate::model::{Address, Job};
 
 /// Bytes of output that are shown with a failure.
@@ -45,24 +46,22 @@ impl Phase {
 ///
 /// # Errors
 /// A sentence with the end of the output.
-pub(super) async fn run(hook: &Hook, phase: Phase, job: &Job, dir: &Path) -> Result<Option<String>, String> {
+pub(super) async fn run(of: &Hook, phase: Phase, job: &Job, dir: &Path) -> Result<Option<String>, String> {
     let (command, limit) = match phase {
-        Phase::Start => (&hook.start, hook.start_timeout),
-        Phase::Check => (&hook.check, hook.check_timeout),
-        Phase::Stop => (&hook.stop, hook.stop_timeout),
+        Phase::Start => (&of.start, of.start_timeout),
+        Phase::Check => (&of.check, of.check_timeout),
+        Phase::Stop => (&of.stop, of.stop_timeout),
     };
     let Some((program, args)) = command.split_first() else { return Ok(None) };
     let log = dir.join(format!("{}.log", phase.as_str()));
     let attempt = async {
         loop {
-            let code = once(program, args, job, &log).await?;
-            if code == Some(0) {
+            let status = once(program, args, job, &log).await?;
+            if status.success() {
                 return Ok(());
             }
             if phase != Phase::Check {
-                return Err(
-                    code.map_or_else(|| format!("{program} was ended by a signal"), |code| format!("{program} ended with code {code}"))
-                );
+                return Err(hook::ended(program, status));
             }
             tokio::time::sleep(CHECK_AGAIN).await;
         }
@@ -76,7 +75,7 @@ pub(super) async fn run(hook: &Hook, phase: Phase, job: &Job, dir: &Path) -> Res
     }
 }
 
-async fn once(program: &str, args: &[String], job: &Job, log: &Path) -> Result<Option<i32>, String> {
+async fn once(program: &str, args: &[String], job: &Job, log: &Path) -> Result<ExitStatus, String> {
     let named = |e: std::io::Error| format!("cannot run {program}: {e}");
     let output = std::fs::File::options().create(true).append(true).mode(0o600).open(log).map_err(named)?;
     let mut command = Command::new(program);
@@ -87,7 +86,7 @@ async fn once(program: &str, args: &[String], job: &Job, log: &Path) -> Result<O
     let status = child.wait().await.map_err(named)?;
     // What it started and left running is what it was asked for.
     std::mem::forget(group);
-    Ok(status.code())
+    Ok(status)
 }
 
 /// Ends the process group when the wait for it is given up.
@@ -95,8 +94,8 @@ struct Group(Option<u32>);
 
 impl Drop for Group {
     fn drop(&mut self) {
-        if let Some(pid) = self.0.and_then(|id| rustix::process::Pid::from_raw(id.cast_signed())) {
-            let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
+        if let Some(leader) = self.0 {
+            hook::end_group(leader);
         }
     }
 }
@@ -142,6 +141,5 @@ fn tail(log: &Path) -> String {
         file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    let text = String::from_utf8_lossy(&read().unwrap_or_default()).into_owned();
-    text.trim().chars().map(|c| if c.is_control() && c != '\n' { ' ' } else { c }).collect()
+    hook::shown(&read().unwrap_or_default())
 }
