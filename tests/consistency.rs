@@ -575,8 +575,13 @@ fn a_group_is_at_rest_everywhere_or_its_point_says_why_it_is_not() {
     assert_eq!((point.kind.as_str(), point.members, &point.remark), ("app-consistent", 3, &None));
     undone();
     assert!(estate.machines().iter().all(|m| calls(m) == "--pre\n--post\n"));
+    // Before anything of the group has arrived there is no such group.
     let show = |point: &str| {
-        estate.json("master-target", &["point", "list", "--group", "g"]).as_array().unwrap().iter().find(|p| p["id"] == point).cloned()
+        let control = estate.control("master-target").to_string();
+        let args = ["point", "list", "--group", "g", "--json", "--control", &control];
+        let output = support::try_tool(env!("CARGO_BIN_EXE_tidegate"), &args);
+        let points: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        points.into_iter().find(|p| p["id"] == point)
     };
     estate.wait("it is listed", Duration::from_secs(30), || show(&point.point).is_some());
     assert_eq!(show(&point.point).unwrap()["kind"], "app-consistent");
