@@ -32,5 +32,6 @@ pub mod clock;
 pub mod config;
 pub mod hook;
 pub mod model;
+pub mod priority;
 
 pub mod cli;

@@ -83,7 +83,8 @@ impl Agent {
         let capture_settings = settings.clone();
         let capture = std::thread::Builder::new().name("capture".to_owned()).spawn(move || {
             let report = opened_tx.clone();
-            prefer_this_thread();
+            // The application waits for this thread, nobody waits for the rest of the machine as closely.
+            crate::priority::prefer_this_thread();
             if let Err(e) = crate::storage::uring::run(capture::run(capture_settings, coordinator, requests, opened_tx)) {
                 let _ = report.send(Err(e));
             }
@@ -107,10 +108,4 @@ impl Agent {
         let threads = self.threads;
         let _ = tokio::task::spawn_blocking(move || threads.into_iter().for_each(|t| drop(t.join()))).await;
     }
-}
-
-/// The application waits for this thread, nobody waits for the rest of the machine as closely: when cores are short it
-/// comes first. Needs CAP_SYS_NICE; without it the thread runs like any other.
-fn prefer_this_thread() {
-    let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), -10);
 }

@@ -66,6 +66,8 @@ impl Coordinator {
         let (opened_tx, opened_rx) = std::sync::mpsc::sync_channel(1);
         let parts = server::Parts { view: view.clone(), readiness: readiness.clone(), stop: stop.clone(), asks: asks.clone(), events };
         let thread = std::thread::Builder::new().name("coordinator".to_owned()).spawn(move || {
+            // Members hold writes while they wait for what it decides.
+            crate::priority::prefer_this_thread();
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime on one thread can always be built");
             let local = tokio::task::LocalSet::new();

@@ -243,9 +243,11 @@ impl Part {
         let started = clock::now();
         let left = || limit.saturating_sub(clock::now().since(started));
         let alone = tokio::time::timeout(limit, self.capture.marking.clone().lock_owned()).await;
-        // The round may have ended while another marker was being made.
+        // While another marker was being made the round may have ended, or the machine may have been handed over: nothing may
+        // follow its final point.
         if let Ok(alone) = alone
             && self.member.borrow().is_waiting(round)
+            && self.capture.cannot_mark().is_none()
         {
             self.capture.gate.hold();
             self.hold.replace(Some(Hold { since: clock::now(), _alone: alone }));
