@@ -417,6 +417,7 @@ fn a_coordinator_that_is_broken_or_evil_holds_a_member_no_longer_and_no_more_oft
             point: PointId(uuid::Uuid::from_u128(point)),
             group: group.parse().unwrap(),
             epoch: 3,
+            sequence: 1,
             members: vec![MachineId::from_name(&"m0".parse().unwrap())],
             missing: vec![],
         },
@@ -470,10 +471,27 @@ fn a_coordinator_that_is_broken_or_evil_holds_a_member_no_longer_and_no_more_oft
             say(&mut link, CoordinatorMessage::Commit { round: 4, common: common("g", 4) }).await;
             assert!(matches!(answer(&mut link).await, MemberMessage::Marked { round: 4, .. }));
         }
-        // The connection ends in the middle of a hold.
+        // Somebody says that the machine runs here again, which it always did: the hold stands, and ends by its own limit.
         tokio::time::sleep(Duration::from_millis(500)).await;
         say(&mut link, CoordinatorMessage::Prepare { round: 5, limit_us: 1_000_000 }).await;
         assert!(matches!(answer(&mut link).await, MemberMessage::Held { round: 5, .. }));
+        let began = Instant::now();
+        let resume = Request::Resume { machine: "m0".to_owned() };
+        let () = tidegate::control::client::call(&estate.control("m0"), &resume).await.unwrap();
+        disk.write(0, &block, false).await.unwrap();
+        assert!(began.elapsed() > Duration::from_millis(60), "nothing passes a hold: {:?}", began.elapsed());
+        assert!(matches!(answer(&mut link).await, MemberMessage::Failed { round: 5, .. }));
+        // Applications are brought to rest for the group no more often than the machine allows.
+        for (round, told) in [(6, "[[app.hook]]"), (7, "freeze_rest_min")] {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            say(&mut link, CoordinatorMessage::Freeze { round }).await;
+            let MemberMessage::Frozen { trouble: Some(why), .. } = answer(&mut link).await else { panic!("it is at rest") };
+            assert!(why.contains(told), "{why}");
+        }
+        // The connection ends in the middle of a hold.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        say(&mut link, CoordinatorMessage::Prepare { round: 8, limit_us: 1_000_000 }).await;
+        assert!(matches!(answer(&mut link).await, MemberMessage::Held { round: 8, .. }));
         drop(link);
         let began = Instant::now();
         disk.write(0, &block, false).await.unwrap();
@@ -549,6 +567,7 @@ fn a_group_is_at_rest_everywhere_or_its_point_says_why_it_is_not() {
         machines: 3,
         agent: "[app]\nfreeze_max = \"5s\"\n[[app.hook]]\nname = \"database\"\nscript = \"@-hook\"\ntimeout = \"3s\"\n".to_owned(),
         consistency: "freeze_max = \"8s\"".to_owned(),
+        member: "freeze_rest_min = \"100ms\"".to_owned(),
         ..EstateOptions::default()
     };
     // The script is there before the agent starts, which looks at it: written once the folder is known.

@@ -233,7 +233,7 @@ fn a_group_fails_over_at_one_point_through_kills_and_back_and_is_committed() {
         point: PointId(uuid::Uuid::new_v4()),
         group: None,
         ..web02.part(
-            &GroupPart { point: first, group: "shop".parse().unwrap(), epoch: 1, members: vec![], missing: vec![] },
+            &GroupPart { point: first, group: "shop".parse().unwrap(), epoch: 1, sequence: 1, members: vec![], missing: vec![] },
             PointKind::Crash,
             None,
         )

@@ -182,8 +182,11 @@ fn show(group: &GroupView, args: &Ask) -> anyhow::Result<()> {
         "rounds        {} full, {} partial, {} skipped, {} not confirmed (since the coordinator started)",
         group.full, group.partial_points, group.skipped, group.unconfirmed
     );
+    if group.app_points_lost > 0 {
+        println!("              {} not application-consistent as they were to be", group.app_points_lost);
+    }
     for (cause, count) in &group.causes {
-        println!("  {count} times without {cause}");
+        println!("  {count} {} without {cause}", if *count == 1 { "time" } else { "times" });
     }
     if let Some(last) = &group.last {
         println!("newest        {} at {}, {}, {}", last.point, last.time, last.kind, parts(group));

@@ -84,11 +84,19 @@ pub struct Consistency {
     /// Shortest time between two such holds.
     #[serde(deserialize_with = "units::duration")]
     pub rest_min: Duration,
+    /// Shortest time between two times that applications are at rest for a point of the group.
+    #[serde(deserialize_with = "units::duration")]
+    pub freeze_rest_min: Duration,
 }
 
 impl Default for Consistency {
     fn default() -> Self {
-        Self { coordinator: None, hold_max: Duration::from_millis(200), rest_min: Duration::from_millis(500) }
+        Self {
+            coordinator: None,
+            hold_max: Duration::from_millis(200),
+            rest_min: Duration::from_millis(500),
+            freeze_rest_min: Duration::from_secs(10),
+        }
     }
 }
 
@@ -307,6 +315,7 @@ impl Settings for AgentSettings {
         }
         in_range("points.interval in seconds", self.points.interval.as_secs_f64(), 1.0, 86400.0)?;
         in_range("consistency.hold_max in seconds", self.consistency.hold_max.as_secs_f64(), 0.001, 2.0)?;
+        in_range("consistency.freeze_rest_min in seconds", self.consistency.freeze_rest_min.as_secs_f64(), 0.1, 86400.0)?;
         in_range("consistency.rest_min in seconds", self.consistency.rest_min.as_secs_f64(), 0.05, 3600.0)?;
         if self.consistency.coordinator.as_ref().is_some_and(|address| !address.contains(':')) {
             return Err("consistency.coordinator needs a port, for example \"gateway.example:20004\"".to_owned());

@@ -51,6 +51,8 @@ pub struct GroupView {
     pub skipped: u64,
     /// Rounds after which not every member confirmed its marker.
     pub unconfirmed: u64,
+    /// Rounds that were to be application-consistent and were not.
+    pub app_points_lost: u64,
     /// How often a member was missing, by cause.
     pub causes: std::collections::BTreeMap<String, u64>,
     /// The newest point.

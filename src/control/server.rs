@@ -111,6 +111,12 @@ async fn call(
     let names: Vec<String> = roles.iter().map(|r| r.status().role).collect();
     let who = match request {
         Request::Mark { .. } | Request::Resume { .. } => "the agent of the machine",
+        Request::Groups
+        | Request::GroupCreate { .. }
+        | Request::GroupChange { .. }
+        | Request::GroupSet { .. }
+        | Request::GroupDelete { .. }
+        | Request::GroupMark { .. } => "the coordinator (for example unix:/run/tidegate/coordinator.sock)",
         _ => "the master target",
     };
     let message = format!("this server ({}) does not do that: give --control with the socket of {who}", names.join(", "));

@@ -37,6 +37,9 @@ pub(super) struct History {
     unconfirmed: u64,
     causes: BTreeMap<String, u64>,
     last: Option<Point>,
+    /// Why the last application-consistent point was not one, until there is one.
+    unrest: Option<String>,
+    apps_lost: u64,
     /// What kept the last round from being a full one, and when.
     trouble: Option<(i64, String)>,
     /// The trouble of the last round, which is over when one was full.
@@ -45,7 +48,7 @@ pub(super) struct History {
 
 impl History {
     /// A round has ended.
-    pub(super) fn note(&mut self, group: &Name, outcome: Outcome, point: Option<Point>, missing: &[(Name, Cause)]) {
+    pub(super) fn note(&mut self, group: &Name, outcome: Outcome, point: Option<Point>, missing: &[(Name, Cause)], unrest: &[String]) {
         let partial = point.as_ref().is_some_and(|p| !p.missing.is_empty());
         let (count, word) = match outcome {
             Outcome::Made(_) if partial => (&mut self.partial, "partial"),
@@ -61,15 +64,19 @@ impl History {
             let text = if self.causes.len() < CAUSES_MAX || self.causes.contains_key(&text) { text } else { "others".to_owned() };
             *self.causes.entry(text).or_default() += 1;
         }
-        let told: Vec<_> = missing.iter().map(|(name, cause)| format!("{name}: {cause}")).collect();
+        let told: Vec<_> = missing.iter().map(|(name, cause)| format!("{name}: {cause}")).chain(unrest.iter().cloned()).collect();
+        match &point {
+            Some(p) if p.kind == PointKind::App => self.unrest = None,
+            _ if !unrest.is_empty() => {
+                self.apps_lost += 1;
+                self.unrest = Some(unrest.join("; "));
+            }
+            _ => {}
+        }
         if word == "full" {
             self.is_troubled = false;
         } else {
-            let text = if told.is_empty() {
-                "the group was changed, or its applications did not come to rest".to_owned()
-            } else {
-                told.join("; ")
-            };
+            let text = if told.is_empty() { "the group was changed".to_owned() } else { told.join("; ") };
             let is_new = self.trouble.as_ref().is_none_or(|(_, known)| *known != text);
             // Once for each stretch of the same trouble; every round is counted.
             if !self.is_troubled || is_new {
@@ -142,17 +149,22 @@ impl Hub {
         let missing: Vec<_> = members.iter().filter_map(|m| m.trouble.as_ref().map(|t| format!("{}: {t}", m.machine))).collect();
         let late = last.as_ref().is_none_or(|l| l.age_seconds > (group.policy.interval * LATE_AFTER).as_secs_f64().max(60.0));
         let health = match (missing.is_empty(), late) {
-            (true, _) if !history.is_troubled => Health::Healthy,
+            (true, _) if !history.is_troubled && history.unrest.is_none() => Health::Healthy,
+            (true, _) if !history.is_troubled => Health::Warning,
             (_, true) => Health::Critical,
             _ => Health::Warning,
         };
         let reason = match (&history.trouble, missing.is_empty()) {
             _ if health == Health::Healthy => None,
+            (_, true) if !history.is_troubled => {
+                history.unrest.as_ref().map(|why| format!("the last application-consistent point could not be made: {why}"))
+            }
             (_, false) => Some(missing.join("; ")),
             (Some((at, text)), true) => Some(format!("the last round was not a full one ({}): {text}", clock::rfc3339(*at))),
             (None, true) => None,
         };
-        let remedy = reason.as_ref().map(|_| "bring the machines back that the reason names, or `tidegate group remove` them".to_owned());
+        let remedy =
+            reason.as_ref().map(|_| "correct what the reason names; a machine that is gone for good: `tidegate group remove`".to_owned());
         GroupView {
             name: group.name.to_string(),
             epoch: group.epoch,
@@ -169,6 +181,7 @@ impl Hub {
             partial_points: history.partial,
             skipped: history.skipped,
             unconfirmed: history.unconfirmed,
+            app_points_lost: history.apps_lost,
             causes: history.causes.clone(),
             last,
         }

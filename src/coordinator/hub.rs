@@ -63,6 +63,26 @@ pub(super) struct Connected {
     pub(super) silent: bool,
 }
 
+/// How a machine kept the last rounds, over connections: one that fails again and again must not cost the others a hold, or the
+/// point its worth, each time.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Conduct {
+    /// Rounds in a row that it was told to take part in and did not.
+    misses: u32,
+    /// It is left out until then.
+    out_until: Mono,
+}
+
+/// A machine that fails again is left out for two seconds, then four, and so on up to about a minute.
+const MISSES_MAX: u32 = 6;
+
+impl Conduct {
+    fn missed(&mut self, now: Mono) {
+        let pause = if self.misses == 0 { Duration::ZERO } else { Duration::from_secs(1 << self.misses) };
+        (self.misses, self.out_until) = ((self.misses + 1).min(MISSES_MAX), now.plus(pause));
+    }
+}
+
 /// A round under way.
 struct Running {
     number: u64,
@@ -76,6 +96,8 @@ struct Running {
     not_at_rest: BTreeMap<usize, String>,
     committed: Option<Common>,
     held: Duration,
+    /// Somebody was not at rest in time.
+    late_rest: bool,
     began: Mono,
     timer: Option<(Phase, Mono)>,
     replies: Vec<Reply>,
@@ -85,6 +107,8 @@ struct Running {
 pub(super) struct Schedule {
     due: Mono,
     app_due: Option<Mono>,
+    /// Application-consistent rounds in a row for which somebody was not at rest in time.
+    late_rests: u32,
     /// Members are left alone until then.
     not_before: Mono,
     asks: VecDeque<(bool, Option<String>, Reply)>,
@@ -97,8 +121,10 @@ pub(super) struct Hub {
     pub(super) groups: Groups,
     catalogue: Catalogue,
     pub(super) members: BTreeMap<Name, Connected>,
+    conduct: BTreeMap<Name, Conduct>,
     running: BTreeMap<Name, Running>,
     pub(super) schedules: BTreeMap<Name, Schedule>,
+    /// Rounds have numbers that only grow, also over restarts: by them a group's points are in order.
     next_round: u64,
     pub(super) name: Name,
     signer: Signer,
@@ -115,15 +141,17 @@ impl Hub {
         let catalogue = Catalogue::open(&settings.state.join("catalogue.redb"), &[SERVER, GROUPS])?;
         catalogue.identity(SERVER, b"coordinator-id", FORMAT)?;
         let groups: Vec<(Vec<u8>, Group)> = catalogue.all(GROUPS)?;
+        let next_round = reserve(&catalogue)?;
         let groups = Groups::load(groups.into_iter().map(|(_, group)| group).collect());
         let mut hub = Self {
             limits: settings.consistency.clone(),
             groups,
             catalogue,
             members: BTreeMap::new(),
+            conduct: BTreeMap::new(),
             running: BTreeMap::new(),
             schedules: BTreeMap::new(),
-            next_round: 1,
+            next_round,
             name: credentials.identity.name.clone(),
             signer: credentials.signer()?,
             view,
@@ -192,7 +220,12 @@ impl Hub {
                 }
                 (round, Box::new(move |i| RoundEvent::Frozen(i, trouble.is_none())))
             }
-            MemberMessage::Held { round, frozen, .. } => (round, Box::new(move |i| RoundEvent::Held(i, frozen))),
+            MemberMessage::Held { round, frozen, .. } => {
+                if !frozen {
+                    self.note_unrest(name, round, "was not at rest any more when all were (its app.freeze_max)");
+                }
+                (round, Box::new(move |i| RoundEvent::Held(i, frozen)))
+            }
             MemberMessage::Marked { round, held_us } => {
                 self.note_hold(name, round, Duration::from_micros(held_us));
                 (round, Box::new(RoundEvent::Marked))
@@ -215,7 +248,8 @@ impl Hub {
         if let Some((group, i)) = self.place(member, Some(round))
             && let Some(running) = self.running.get_mut(&group)
         {
-            running.not_at_rest.insert(i, bounded(why));
+            // The first reason is the cause.
+            running.not_at_rest.entry(i).or_insert_with(|| bounded(why));
         }
     }
 
@@ -249,6 +283,9 @@ impl Hub {
     pub(super) fn absence(&self, member: &Name, home: Option<&Name>) -> Option<String> {
         let Some(connected) = self.members.get(member) else { return Some("not connected to the coordinator".to_owned()) };
         match &connected.state {
+            _ if self.conduct.get(member).is_some_and(|c| c.out_until > clock::now()) => {
+                Some("failed several rounds in a row: left out for a while".to_owned())
+            }
             _ if connected.silent => Some("did not answer the last round and was not heard since".to_owned()),
             None => Some("has just connected".to_owned()),
             Some((_, Some(trouble))) => Some(trouble.clone()),
@@ -272,7 +309,7 @@ impl Hub {
 
     fn schedule(&mut self, group: &Group) {
         let now = clock::now();
-        let new = Schedule { due: now, app_due: None, not_before: now, asks: VecDeque::new(), history: History::default() };
+        let new = Schedule { due: now, app_due: None, late_rests: 0, not_before: now, asks: VecDeque::new(), history: History::default() };
         let schedule = self.schedules.entry(group.name.clone()).or_insert(new);
         schedule.due = now.plus(group.policy.interval);
         schedule.app_due = group.policy.app_interval.map(|time| now.plus(time));
@@ -298,6 +335,9 @@ impl Hub {
         for (group, phase) in late {
             if let Some(running) = self.running.get_mut(&group) {
                 running.timer = None;
+                if phase == Phase::Freezing {
+                    running.note_late_rests();
+                }
             }
             self.feed(&group, RoundEvent::Timeout(phase));
         }
@@ -346,6 +386,7 @@ impl Hub {
             not_at_rest: BTreeMap::new(),
             committed: None,
             held: Duration::ZERO,
+            late_rest: false,
             began: clock::now(),
             timer: None,
             replies,
@@ -404,16 +445,32 @@ impl Hub {
     fn finish(&mut self, name: &Name, outcome: Outcome) {
         let Some(running) = self.running.remove(name) else { return };
         for (i, part) in running.round.parts().iter().enumerate() {
-            if *part == Part::Out(Cause::Silent)
-                && let Some(member) = self.members.get_mut(&running.roster[i])
-            {
-                member.silent = true;
+            let name = &running.roster[i];
+            match part {
+                Part::Marked => drop(self.conduct.remove(name)),
+                Part::Out(Cause::Silent) => {
+                    self.conduct.entry(name.clone()).or_default().missed(clock::now());
+                    if let Some(member) = self.members.get_mut(name) {
+                        member.silent = true;
+                    }
+                }
+                // It held and did not mark: the others' markers name it, and their point is worth nothing.
+                Part::Out(Cause::Failed(_) | Cause::Gone) if running.committed.is_some() => {
+                    self.conduct.entry(name.clone()).or_default().missed(clock::now());
+                }
+                _ => {}
             }
         }
         let missing: Vec<(Name, Cause)> = running.round.missing().map(|(i, cause)| (running.roster[i].clone(), cause.clone())).collect();
         metrics::observe(metrics::GROUP_ROUND, clock::now().since(running.began));
         if let Some(schedule) = self.schedules.get_mut(name) {
             schedule.not_before = clock::now().plus(self.limits.rest_min);
+            if running.app {
+                // The others were at rest for nothing all the time: by the clock that is not done again soon.
+                schedule.late_rests = if running.late_rest { (schedule.late_rests + 1).min(MISSES_MAX) } else { 0 };
+                let pause = self.limits.freeze_max * if running.late_rest { 1 << schedule.late_rests } else { 0 };
+                schedule.app_due = schedule.app_due.map(|due| due.max(clock::now().plus(pause)));
+            }
             let point = running.committed.as_ref().filter(|_| matches!(outcome, Outcome::Made(_))).map(|common| Point {
                 id: running.point,
                 wall_ms: clock::wall_ms(),
@@ -424,7 +481,7 @@ impl Hub {
                 held: running.held,
                 remark: common.remark.clone(),
             });
-            schedule.history.note(name, outcome, point, &missing);
+            schedule.history.note(name, outcome, point, &missing, &running.unrest());
         }
         let answer = running.answer(outcome, &missing);
         for reply in running.replies {
@@ -518,17 +575,35 @@ impl Hub {
 }
 
 impl Running {
+    fn note_late_rests(&mut self) {
+        for (i, part) in self.round.parts().iter().enumerate() {
+            if *part == Part::Asked {
+                self.not_at_rest.entry(i).or_insert_with(|| "was not at rest in time (consistency.freeze_max)".to_owned());
+                self.late_rest = true;
+            }
+        }
+    }
+
+    /// Who was not at rest, and why.
+    fn unrest(&self) -> Vec<String> {
+        let all: &BTreeMap<usize, String> = &self.not_at_rest;
+        all.iter().filter(|_| self.app).map(|(&i, why)| format!("{}: {why}", self.roster[i])).collect()
+    }
+
     /// What every marker says.
     fn common(&self, to: &[usize], app: bool, signer: &Signer) -> Common {
         let mut members: Vec<MachineId> = to.iter().map(|&i| MachineId::from_name(&self.roster[i])).collect();
         members.sort_unstable();
         let missing = self.round.missing().map(|(i, _)| self.roster[i].clone()).collect();
-        let remark = (self.app && !app).then(|| {
-            let why: Vec<_> = self.not_at_rest.iter().map(|(&i, why)| format!("{}: {why}", self.roster[i])).collect();
-            let why = if why.is_empty() { "hooks were late".to_owned() } else { why.join("; ") };
-            bounded(&format!("asked for app-consistent; {why}"))
-        });
-        let part = GroupPart { point: self.point, group: self.group.name.clone(), epoch: self.group.epoch, members, missing };
+        let remark = (self.app && !app).then(|| bounded(&format!("asked for app-consistent; {}", self.unrest().join("; "))));
+        let part = GroupPart {
+            point: self.point,
+            group: self.group.name.clone(),
+            epoch: self.group.epoch,
+            sequence: self.number,
+            members,
+            missing,
+        };
         let kind = if app { PointKind::App } else { PointKind::Crash };
         let statement = group_statement(&part, kind, self.label.as_deref(), remark.as_deref());
         let proof = statement.map(|s| signer.sign(GROUP_SUBJECT, &s)).transpose().unwrap_or_else(|error| {
@@ -555,8 +630,7 @@ impl Running {
                 Err(format!("not every member has confirmed its marker ({}): the point may never be complete", told.join("; ")))
             }
             _ => {
-                let unrest: Vec<_> = self.not_at_rest.iter().map(|(&i, why)| format!("{}: {why}", self.roster[i])).collect();
-                let why = [told, unrest].concat().join("; ");
+                let why = [told, self.unrest()].concat().join("; ");
                 Err(if why.is_empty() {
                     "no point was made: the group was changed meanwhile".to_owned()
                 } else {
@@ -565,6 +639,13 @@ impl Running {
             }
         }
     }
+}
+
+/// Numbers that no earlier process has used: so many that none comes to their end.
+fn reserve(catalogue: &Catalogue) -> Result<u64, CatalogueError> {
+    let first = catalogue.get::<u64>(SERVER, b"rounds")?.unwrap_or(1);
+    catalogue.write(|batch| batch.put(SERVER, b"rounds", &(first + (1 << 40))))?;
+    Ok(first)
 }
 
 fn parse(name: &str) -> Result<Name, String> {

@@ -179,6 +179,8 @@ impl Round {
     pub fn on(&mut self, event: Event) -> Vec<Order> {
         match (self.phase, event) {
             (Phase::Over, _) => vec![],
+            // Whoever was told to commit may have done so.
+            (Phase::Committing, Event::Abort) => self.end(Outcome::Unconfirmed),
             (_, Event::Abort) => self.end(Outcome::Skipped),
             (_, Event::Gone(i)) => self.leaves(i, Cause::Gone),
             (_, Event::Failed(i, why)) => self.leaves(i, Cause::Failed(why)),

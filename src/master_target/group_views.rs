@@ -46,7 +46,9 @@ pub fn view(book: &Book, entry: &Entry, names: &HashMap<MachineId, String>) -> G
     let mut parts = parts(book, entry);
     parts.sort_by_key(|p| name(p.machine));
     let label = parts.first().and_then(|p| p.label.clone()).filter(|label| parts.iter().all(|p| p.label.as_ref() == Some(label)));
-    let remarks: Vec<String> = parts.iter().filter_map(|p| Some(format!("{}: {}", name(p.machine), p.remark.as_ref()?))).collect();
+    // A round's remark is the same in every part.
+    let remarks: std::collections::BTreeSet<&str> = parts.iter().filter_map(|p| p.remark.as_deref()).collect();
+    let remarks: Vec<&str> = remarks.into_iter().collect();
     let remark: String = remarks.join("; ").chars().take(REMARK_MAX).collect();
     let seconds = |us| Duration::from_micros(us).as_secs_f64();
     let part = |p: &&RecoveryPoint| GroupPartView {

@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
+use crate::model::group::GroupOrder;
 use crate::model::policy::GroupCandidate;
 use crate::model::{GroupPart, MachineId, Name, PointId, PointKind, RecoveryPoint};
 
@@ -26,7 +27,6 @@ pub struct Entry {
     /// When the part that came last was listed.
     clock: u64,
     kind: PointKind,
-    order: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -67,14 +67,13 @@ impl Entry {
         self.kind
     }
 
-    /// Its place among the group's points: the highest order of its parts.
-    pub fn order(&self) -> u64 {
-        self.order
+    /// Its place among the group's points. A part that comes late makes an old point whole, not new.
+    pub fn order(&self) -> GroupOrder {
+        self.statement.order()
     }
 
     /// After its parts have changed.
     fn sum_up(&mut self) {
-        self.order = self.parts.values().map(|p| p.order).max().unwrap_or(0);
         self.kind = if self.parts.values().all(|p| p.kind == PointKind::App) { PointKind::App } else { PointKind::Crash };
         self.was_whole |= self.is_whole();
     }
@@ -90,7 +89,7 @@ impl Entry {
 pub struct Groups {
     entries: HashMap<PointId, Entry>,
     /// Whole points of each group by their order.
-    whole: BTreeMap<Name, BTreeMap<u64, PointId>>,
+    whole: BTreeMap<Name, BTreeMap<GroupOrder, PointId>>,
     /// Points of each group that are not whole.
     others: BTreeMap<Name, BTreeSet<PointId>>,
     conflicts: u64,
@@ -116,7 +115,6 @@ impl Groups {
             was_whole: false,
             clock: 0,
             kind: PointKind::Crash,
-            order: 0,
         });
         let (before, was_conflicting) = (entry.is_whole().then(|| entry.order()), entry.conflict);
         entry.conflict |= entry.statement != *statement;
@@ -148,7 +146,7 @@ impl Groups {
     }
 
     /// Files an entry where it belongs; `before` is its order if it was whole.
-    fn file(&mut self, id: PointId, before: Option<u64>) {
+    fn file(&mut self, id: PointId, before: Option<GroupOrder>) {
         let Some(entry) = self.entries.get(&id) else { return };
         let group = entry.statement.group.clone();
         let (whole, others) = (self.whole.entry(group.clone()).or_default(), self.others.entry(group.clone()).or_default());
@@ -278,11 +276,12 @@ impl Groups {
         entry.map_or(point.listed_clock, |e| e.clock)
     }
 
-    /// Of the groups that `points` are parts of the newest whole point, and the newest full one: a failover of the group needs
-    /// them.
+    /// Of the group that the newest of `points` (the oldest first) belong to the newest whole point, and the newest full one: a
+    /// failover of the group needs them. Of that group only: whoever makes points under many names gets no more of them kept.
     pub fn newest_of(&self, points: &[&RecoveryPoint]) -> HashSet<PointId> {
+        let group = points.iter().rev().find_map(|p| Some(&self.whole_of(p)?.statement.group));
         let newest = |group| <[Option<&Entry>; 2]>::from(self.newest(group));
-        self.groups_of(points).into_iter().flat_map(newest).flatten().map(|e| e.statement.point).collect()
+        group.into_iter().flat_map(newest).flatten().map(|e| e.statement.point).collect()
     }
 
     fn groups_of(&self, points: &[&RecoveryPoint]) -> BTreeSet<&Name> {
@@ -314,7 +313,14 @@ mod tests {
         let mut ids: Vec<MachineId> = members.iter().map(|&m| machine(m)).collect();
         ids.sort_unstable();
         let missing = (0..MACHINES).filter(|m| !members.contains(m)).map(name).collect();
-        GroupPart { point: PointId(Uuid::from_u128(n)), group: "shop".parse().unwrap(), epoch: 1, members: ids, missing }
+        GroupPart {
+            point: PointId(Uuid::from_u128(n)),
+            group: "shop".parse().unwrap(),
+            epoch: 1,
+            sequence: n as u64,
+            members: ids,
+            missing,
+        }
     }
 
     fn part(statement: &GroupPart, of: usize, order: u64, clock: u64) -> RecoveryPoint {
@@ -346,7 +352,7 @@ mod tests {
         }
         assert_eq!(whole(&book), [7]);
         let lost = part(&shop, 0, 2, 10);
-        assert_eq!((book.groups().listed_clock(&lost), book.groups().entry(shop.point).unwrap().order()), (20, 3));
+        assert_eq!((book.groups().listed_clock(&lost), book.groups().entry(shop.point).unwrap().order()), (20, shop.order()));
         let again = Book::load(book.all(), vec![], vec![], vec![]);
         assert_eq!(whole(&again), [7], "a restart finds it again");
         book.unlist(&[lost.id]);
@@ -417,9 +423,13 @@ mod tests {
         assert_eq!((whole(&book), waiting(&book)), (vec![3], vec![1, 2]));
         // Of the first its marker was lost, the second arrives; then all are there again.
         add(&mut book, 1, 2);
-        assert_eq!((whole(&book), waiting(&book)), (vec![3, 2], vec![]), "the first was passed by the second");
+        assert_eq!(
+            (whole(&book), waiting(&book)),
+            (vec![2, 3], vec![]),
+            "the first was passed by the second, which is older than the third"
+        );
         (0..3).for_each(|of| add(&mut book, 3, of));
-        assert_eq!((whole(&book), waiting(&book)), (vec![3, 2, 4], vec![]));
+        assert_eq!((whole(&book), waiting(&book)), (vec![2, 3, 4], vec![]));
         let (newest, full) = book.groups().newest(&group);
         assert_eq!([newest, full].map(|e| e.unwrap().statement.point.0.as_u128()), [4, 4]);
     }
@@ -449,7 +459,10 @@ mod tests {
         let few = Policy { points_max: 3, ..policy("all for 100s") };
         assert_eq!(thin(&mut book, 0, &few, 30).len(), 18);
         assert_eq!(whole(&book), [7]);
-        assert!(thin(&mut book, 0, &Policy { space_max: Some(1), ..few.clone() }, 30).is_empty());
+        let scarce = Policy { space_max: Some(1), ..few.clone() };
+        assert!(thin(&mut book, 0, &scarce, 30).is_empty());
+        let oldest = PointId::part(shop.point, machine(0));
+        assert_eq!(book.expired(machine(0), &scarce, 30, 2), [(oldest, Reason::Space)], "but not at the cost of the space of all");
         let gone = thin(&mut book, 0, &few, 105);
         assert_eq!(
             gone,

@@ -112,6 +112,7 @@ mod tests {
                 point: PointId(Uuid::from_u128(point)),
                 group: "shop".parse().unwrap(),
                 epoch: 1,
+                sequence: point as u64,
                 members: members.clone(),
                 missing: vec![],
             };

@@ -163,7 +163,7 @@ impl Book {
             let listed = self.groups.listed_clock(p);
             let group_point = self.groups.whole_of(p).map(|e| e.statement.point);
             let needed = group_point.is_some_and(|id| newest.contains(&id)) && clock.saturating_sub(listed) < age_max;
-            Candidate { id: p.id, kind: p.kind, listed, held: p.pinned || needed || self.in_use.contains_key(&p.id), group_point }
+            Candidate { id: p.id, kind: p.kind, listed, held: p.pinned || self.in_use.contains_key(&p.id), group_point, needed }
         };
         let candidates: Vec<Candidate> = points.iter().map(candidate).collect();
         policy::judge(&candidates, &self.groups.candidates(&points), policy, clock, used)

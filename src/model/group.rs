@@ -8,6 +8,9 @@ use super::{MachineId, Name, PointId};
 /// Most machines of one group.
 pub const GROUP_MEMBERS_MAX: usize = 128;
 
+/// When a group's point was made, compared with others of the group: epoch, sequence, and its id.
+pub type GroupOrder = (u64, u64, PointId);
+
 /// What a marker says when its machine's point is a part of a group's point. Equal in every part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupPart {
@@ -17,6 +20,8 @@ pub struct GroupPart {
     pub group: Name,
     /// Grows with every change of the group's members.
     pub epoch: u64,
+    /// Grows with every point of the group within an epoch.
+    pub sequence: u64,
     /// The machines that have a part, in ascending order.
     pub members: Vec<MachineId>,
     /// Members of the group without a part, in ascending order.
@@ -30,6 +35,11 @@ impl GroupPart {
             && self.members.len() + self.missing.len() <= GROUP_MEMBERS_MAX
             && self.members.is_sorted_by(|a, b| a < b)
             && self.missing.is_sorted_by(|a, b| a < b)
+    }
+
+    /// Its place among the group's points, whenever and in whatever order their parts arrive.
+    pub fn order(&self) -> GroupOrder {
+        (self.epoch, self.sequence, self.point)
     }
 
     /// Whether every machine of the group is in it.
@@ -56,6 +66,7 @@ mod tests {
             point: PointId(Uuid::nil()),
             group: "shop".parse().unwrap(),
             epoch: 1,
+            sequence: 1,
             members: vec![machine(1), machine(2)],
             missing: vec![],
         };

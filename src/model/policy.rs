@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::group::GroupOrder;
 use super::{Name, PointId, PointKind};
 
 /// A ladder: `all for 2h, 1/h for 1d, 1/2h to 7d, 1/4h to 15d`. `N/T` keeps N points in each stretch of length T; `for` is how
@@ -149,6 +150,8 @@ pub struct Candidate {
     pub held: bool,
     /// The whole group point that it is a part of.
     pub group_point: Option<PointId>,
+    /// The group needs it: it stays when others would do as well, but costs no more space than there is.
+    pub needed: bool,
 }
 
 /// What a policy has to know of a whole group point.
@@ -165,7 +168,7 @@ pub struct GroupCandidate<'a> {
     /// When its last part was listed.
     pub listed: u64,
     /// Its order among the group's points.
-    pub order: u64,
+    pub order: GroupOrder,
 }
 
 /// Why a point goes.
@@ -233,10 +236,10 @@ fn best_of_machine(points: &[Candidate], groups: &[GroupCandidate<'_>], ladder: 
         };
         // The oldest is also the oldest of the longer stretch it will be in later. Of a group's points the order of the group
         // decides, which is the same for every member.
-        let age = group.filter(|_| class != 3).map_or(index as u64, |g| g.order);
+        let age = group.filter(|_| class != 3).map_or((0, index as u64, point.id), |g| g.order);
         (class, Reverse(age))
     };
-    let mut best: HashMap<Place, ((u8, Reverse<u64>), PointId)> = HashMap::new();
+    let mut best: HashMap<Place, ((u8, Reverse<GroupOrder>), PointId)> = HashMap::new();
     for (index, point) in points.iter().enumerate() {
         if let Some(place @ (_, Some(_))) = ladder.place(point.listed, now) {
             let candidate = (rank(index, point), point.id);
@@ -258,6 +261,7 @@ pub fn judge(points: &[Candidate], groups: &[GroupCandidate<'_>], policy: &Polic
     let is_best = |p: &Candidate| of_machine.contains(&p.id) || p.group_point.is_some_and(|id| of_groups.contains(&id));
     let mut gone = Vec::new();
     for point in points[..free].iter().filter(|p| !p.held) {
+        let is_best = |p: &Candidate| p.needed || is_best(p);
         let old = policy.span.is_some_and(|span| now.saturating_sub(point.listed) > span.as_secs());
         match policy.ladder.place(point.listed, now) {
             _ if old => gone.push((point.id, Reason::Age)),
@@ -268,18 +272,16 @@ pub fn judge(points: &[Candidate], groups: &[GroupCandidate<'_>], policy: &Polic
     }
     let named: HashSet<PointId> = gone.iter().map(|(id, _)| *id).collect();
     let mut left = points.len() - named.len();
-    let rest = points[..free].iter().filter(|p| !p.held && !named.contains(&p.id));
-    for (index, point) in rest.enumerate() {
-        if left > policy.points_max {
-            gone.push((point.id, Reason::Count));
-            left -= 1;
-        } else if index == 0 && gone.is_empty() && points[0].id == point.id && policy.space_max.is_some_and(|most| used > most) {
-            // Its space comes back at once: look again then.
-            gone.push((point.id, Reason::Space));
-            break;
-        } else {
+    for point in points[..free].iter().filter(|p| !p.held && !p.needed && !named.contains(&p.id)) {
+        if left <= policy.points_max {
             break;
         }
+        gone.push((point.id, Reason::Count));
+        left -= 1;
+    }
+    // Its space comes back at once: look again then.
+    if gone.is_empty() && policy.space_max.is_some_and(|most| used > most) {
+        gone.extend(points[..free].first().filter(|p| !p.held).map(|p| (p.id, Reason::Space)));
     }
     gone
 }
@@ -292,7 +294,7 @@ mod tests {
     use super::*;
 
     fn point(n: u64, listed: u64) -> Candidate {
-        Candidate { id: PointId(Uuid::from_u128(n.into())), kind: PointKind::Crash, listed, held: false, group_point: None }
+        Candidate { id: PointId(Uuid::from_u128(n.into())), kind: PointKind::Crash, listed, held: false, group_point: None, needed: false }
     }
 
     fn policy() -> Policy {

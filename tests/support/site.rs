@@ -14,6 +14,9 @@ use tidegate::model::{GroupPart, MachineId, PointId, PointKind};
 use super::feeder::Feeder;
 use super::support::{s, tool};
 
+/// Of points of groups.
+static SEQUENCE: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+
 /// Both servers and the machines.
 pub struct Site {
     dir: TempDir,
@@ -187,7 +190,14 @@ impl Site {
         let mut missing: Vec<_> = absent.iter().map(|n| n.parse().expect("a name")).collect();
         missing.sort();
         let point = PointId(uuid::Uuid::new_v4());
-        GroupPart { point, group: "shop".parse().expect("a name"), epoch: self.epoch, members: ids, missing }
+        GroupPart {
+            point,
+            group: "shop".parse().expect("a name"),
+            epoch: self.epoch,
+            sequence: SEQUENCE.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
+            members: ids,
+            missing,
+        }
     }
 
     /// Listed points of the group; none before the group is known.

@@ -1,4 +1,5 @@
-//! Holds new writes of all disks of the machine while a marker is put into their streams.
+//! Keeps new writes of all disks of the machine waiting, or out. Each reason for it is ended by whoever had it: a round's hold
+//! does not end because somebody else opens what he had closed.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -8,7 +9,11 @@ use tokio::sync::Notify;
 /// The gate; lives on one thread.
 #[derive(Default)]
 pub(super) struct Gate {
+    /// By whoever makes a marker, for moments.
     held: Cell<bool>,
+    /// By the agent's end, for good.
+    stopped: Cell<bool>,
+    /// By a planned failover, until the machine runs here again.
     closed: Cell<bool>,
     inside: Cell<usize>,
     opened: Notify,
@@ -21,7 +26,7 @@ pub(super) struct Passage(Rc<Gate>);
 impl Gate {
     /// Passes, waiting while the gate is held. `None` when it is closed.
     pub(super) async fn pass(self: &Rc<Self>) -> Option<Passage> {
-        while self.held.get() && !self.closed.get() {
+        while (self.held.get() || self.stopped.get()) && !self.closed.get() {
             self.opened.notified().await;
         }
         if self.closed.get() {
@@ -33,7 +38,6 @@ impl Gate {
 
     /// Nobody passes any more, and whoever waits is told.
     pub(super) fn close(&self) {
-        self.held.set(true);
         self.closed.set(true);
         self.opened.notify_waiters();
     }
@@ -46,15 +50,20 @@ impl Gate {
     /// Undoes [`Gate::close`].
     pub(super) fn reopen(&self) {
         self.closed.set(false);
-        self.release();
+        self.opened.notify_waiters();
+    }
+
+    /// Lets nobody pass any more, for good.
+    pub(super) fn stop(&self) {
+        self.stopped.set(true);
     }
 
     /// Whether a write would pass at once.
     pub(super) fn is_open(&self) -> bool {
-        !self.held.get()
+        !self.held.get() && !self.stopped.get() && !self.closed.get()
     }
 
-    /// Lets nobody pass any more.
+    /// Lets nobody pass until [`Gate::release`].
     pub(super) fn hold(&self) {
         self.held.set(true);
     }
@@ -66,11 +75,8 @@ impl Gate {
         }
     }
 
-    /// Opens the gate, unless it was closed.
+    /// Ends [`Gate::hold`].
     pub(super) fn release(&self) {
-        if self.closed.get() {
-            return;
-        }
         self.held.set(false);
         self.opened.notify_waiters();
     }

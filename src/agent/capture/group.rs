@@ -157,7 +157,10 @@ impl Part {
                 self.assigned.replace(group.clone());
                 self.capture.group_status(|s| s.group = group);
             }
-            CoordinatorMessage::Freeze { round } => self.feed(Input::Freeze(round)),
+            CoordinatorMessage::Freeze { round } => match self.no_rest() {
+                Some(why) => self.say(MemberMessage::Frozen { round, trouble: Some(why) }),
+                None => self.feed(Input::Freeze(round)),
+            },
             CoordinatorMessage::Prepare { round, limit_us } => {
                 if let Some(why) = self.trouble() {
                     return self.say(MemberMessage::Failed { round, why });
@@ -203,6 +206,7 @@ impl Part {
         let freezer = self.capture.shared.rest.clone();
         if !freezer.is_configured() {
             self.unrest.replace("it has no [[app.hook]]".to_owned());
+            self.capture.last_group_rest.set(Some(clock::now()));
             return self.feed(Input::Rest(round, false));
         }
         let (cancel, cancelled) = oneshot::channel();
@@ -218,11 +222,12 @@ impl Part {
                 self.feed(Input::Rest(round, true));
                 tokio::time::sleep(self.capture.settings.app.freeze_max).await;
                 if self.member.borrow().is_at_rest(round) {
-                    self.frozen.take();
+                    self.end_rest();
                     self.feed(Input::RestOver(round));
                 }
             }
             Err(failure) => {
+                self.capture.last_group_rest.set(Some(clock::now()));
                 self.unrest.replace(failure.reason);
                 self.feed(Input::Rest(round, false));
             }
@@ -230,6 +235,7 @@ impl Part {
     }
 
     fn end_rest(&self) {
+        self.capture.last_group_rest.set(Some(clock::now()));
         drop(self.cancel_rest.take());
         if let Some(frozen) = self.frozen.take() {
             tokio::task::spawn_local(frozen.undo());
@@ -265,7 +271,7 @@ impl Part {
 
     fn open(&self) {
         let Some(hold) = self.hold.take() else { return };
-        self.capture.let_writes_pass();
+        self.capture.gate.release();
         let held = clock::now().since(hold.since);
         self.held_for.set(held);
         self.capture.last_group_hold.set(Some(clock::now()));
@@ -323,6 +329,20 @@ impl Part {
         MemberMessage::State { target, trouble: self.capture.cannot_mark().map(|skip| skip.to_string()) }
     }
 
+    /// Why its applications are not brought to rest for the group now.
+    fn no_rest(&self) -> Option<String> {
+        let rest = self.settings.freeze_rest_min;
+        if self.assigned.borrow().is_none() {
+            return Some("belongs to no group".to_owned());
+        }
+        let too_soon = self.capture.last_group_rest.get().is_some_and(|at| clock::now().since(at) < rest);
+        if too_soon {
+            let rest = humantime::format_duration(rest);
+            return Some(format!("its applications were at rest less than {rest} ago (consistency.freeze_rest_min)"));
+        }
+        self.trouble()
+    }
+
     /// Why this machine takes no part in a round now.
     fn trouble(&self) -> Option<String> {
         let rest = self.settings.rest_min;
@@ -349,13 +369,6 @@ impl Capture {
             Some(Skip::NotConsistent)
         } else {
             None
-        }
-    }
-
-    /// Opens the gate again, unless the agent stops.
-    pub(super) fn let_writes_pass(&self) {
-        if !self.shared.stopping.load(std::sync::atomic::Ordering::Relaxed) {
-            self.gate.release();
         }
     }
 }

@@ -84,6 +84,7 @@ impl Capture {
         }
         if !self.is_handed_over() {
             self.gate.close();
+            self.gate.release();
             tracing::warn!(machine = %self.shared.machine, %point, "planned failover: the disks take no more writes from here on");
         }
         for volume in &self.volumes {

@@ -42,6 +42,8 @@ pub struct Capture {
     marking: Arc<tokio::sync::Mutex<()>>,
     /// When writes passed again after the last hold for the group.
     last_group_hold: Cell<Option<clock::Mono>>,
+    /// When applications were woken after they were at rest for the group.
+    last_group_rest: Cell<Option<clock::Mono>>,
     /// The point that ends a planned failover, once it was asked for in this process.
     final_point: Cell<Option<PointId>>,
     settings: AgentSettings,
@@ -113,6 +115,7 @@ async fn open(settings: AgentSettings) -> io::Result<(Rc<Capture>, Vec<Listener>
         gate,
         marking: Arc::default(),
         last_group_hold: Cell::new(None),
+        last_group_rest: Cell::new(None),
         final_point: Cell::new(None),
         settings,
     };
@@ -218,7 +221,7 @@ impl Capture {
                     // Before the gate is held: thawing a file system writes to its disk.
                     self.shared.rest.stop().await;
                     // New writes wait for the process to end; what was answered before is made durable.
-                    self.gate.hold();
+                    self.gate.stop();
                     let _ = tokio::time::timeout(Duration::from_secs(5), self.gate.drained()).await;
                     for volume in &self.volumes {
                         if let Err(error) = volume.close().await {

@@ -147,9 +147,8 @@ impl Keeper {
             self.inner.trouble().failed = Some(text);
         }
         let left = told(&self.inner, reports);
-        if !left.is_empty() {
-            self.inner.trouble().stuck = Some(left);
-        }
+        // What an earlier point left was set going again with this one.
+        self.inner.trouble().stuck = Some(left).filter(|left| !left.is_empty());
         // Known by the note: a script that failed to set its application going is said, not repeated.
         let undone = !self.inner.note.exists();
         if let Some(over) = self.over.take().filter(|_| undone) {

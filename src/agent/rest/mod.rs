@@ -40,6 +40,10 @@ use crate::config::agent::AgentSettings;
 
 /// An earlier freeze has this long to be undone before a new one is given up.
 const TURN: Duration = Duration::from_secs(5);
+/// Besides scripts, for what is undone while the agent stops.
+const STOP: Duration = Duration::from_secs(30);
+/// It is asked for again this often.
+const LOOK: Duration = Duration::from_millis(250);
 /// How much longer than its parts a freeze may take.
 const ANSWER: Duration = Duration::from_secs(15);
 /// Whoever undoes a freeze waits this long for it; it goes on afterwards.
@@ -57,6 +61,8 @@ struct Inner {
     settings: AgentSettings,
     turn: Arc<Semaphore>,
     trouble: Mutex<Trouble>,
+    /// Nothing is brought to rest any more.
+    stopping: AtomicBool,
     /// To whoever keeps the guard that runs now.
     keeper: Mutex<Option<SyncSender<Event>>>,
 }
@@ -88,6 +94,7 @@ impl Freezer {
             settings: settings.clone(),
             turn: Arc::new(Semaphore::new(1)),
             trouble: Mutex::default(),
+            stopping: AtomicBool::new(false),
             keeper: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
@@ -130,6 +137,9 @@ impl Freezer {
     }
 
     async fn try_begin(&self) -> Result<Frozen, Failure> {
+        if self.inner.stopping.load(Ordering::Relaxed) {
+            return Err(Failure { cause: Cause::Unfinished, reason: "the agent is stopping".to_owned() });
+        }
         let unfinished = || Failure {
             cause: Cause::Unfinished,
             reason: self.trouble().stuck.unwrap_or_else(|| "an earlier freeze is not undone yet".to_owned()),
@@ -138,24 +148,51 @@ impl Freezer {
         let turn = turn.map_err(|_| unfinished())?.map_err(|_| unfinished())?;
         let (report, reported) = oneshot::channel();
         self.inner.spawn(turn, |inner| keeper::keep(inner, report));
+        // Whoever does not wait any more wants it undone, not finished first.
+        let mut given_up = GivenUp(Some(&self.inner));
         let guard = |reason: &str| Failure { cause: Cause::Guard, reason: reason.to_owned() };
         // Also looking at what is mounted may hang, if its device does.
         let late = |_| guard("the process that freezes said nothing in its time");
         let reported = tokio::time::timeout(self.inner.plan.longest() + ANSWER, reported).await.map_err(late)?;
+        given_up.0 = None;
         reported.map_err(|_| guard("the freeze ended without a result"))?
     }
 
-    /// Undoes what is at rest, and waits a moment for it: for who is about to stop serving the disks.
+    /// Brings nothing to rest any more, undoes what is at rest, and waits for it as long as scripts may take and half a minute: for
+    /// who is about to stop serving the disks.
     pub async fn stop(&self) {
-        let keeper = self.inner.keeper.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(keeper) = keeper {
-            let _ = keeper.try_send(Event::Asked);
-            let _ = tokio::time::timeout(TURN, self.inner.turn.acquire()).await;
+        self.inner.stopping.store(true, Ordering::Relaxed);
+        let (started, limit) = (clock::now(), STOP + self.inner.plan.scripts());
+        while clock::now().since(started) < limit {
+            self.inner.ask();
+            if tokio::time::timeout(LOOK, self.inner.turn.acquire()).await.is_ok() {
+                return;
+            }
+        }
+        tracing::error!(machine = self.inner.plan.machine, "the agent stops although not everything is set going again");
+    }
+}
+
+/// Dropped while something is being brought to rest.
+struct GivenUp<'a>(Option<&'a Inner>);
+
+impl Drop for GivenUp<'_> {
+    fn drop(&mut self) {
+        if let Some(inner) = self.0 {
+            inner.ask();
         }
     }
 }
 
 impl Inner {
+    /// Has what is at rest, or on the way to it, undone.
+    fn ask(&self) {
+        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(keeper) = keeper {
+            let _ = keeper.try_send(Event::Asked);
+        }
+    }
+
     fn trouble(&self) -> MutexGuard<'_, Trouble> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -54,10 +54,14 @@ pub fn choose_group<'a>(book: &'a Book, group: &Name, choice: &Choice, machines:
         })
     };
     match choice {
-        Choice::Latest | Choice::LatestProcessed | Choice::LatestMultiVm => newest(points.first().copied()),
+        // A point without some machines leaves them behind: only if there is no other.
+        Choice::Latest | Choice::LatestProcessed | Choice::LatestMultiVm => {
+            newest(points.iter().find(|e| e.statement.is_full()).or(points.first()).copied())
+        }
         Choice::LatestApp => {
             let all = points.len();
-            points.iter().find(|e| e.kind() == PointKind::App).copied().ok_or_else(|| {
+            let app = || points.iter().filter(|e| e.kind() == PointKind::App);
+            app().find(|e| e.statement.is_full()).or_else(|| app().next()).copied().ok_or_else(|| {
                 format!("none of the {all} points of group {group} is application-consistent: choose latest, or an id from `tidegate point list --group {group}`")
             })
         }
@@ -66,7 +70,9 @@ pub fn choose_group<'a>(book: &'a Book, group: &Name, choice: &Choice, machines:
             let found: Vec<&Entry> = points.into_iter().filter(|e| Choice::names(text, e.statement.point, None) || label(e)).collect();
             match found[..] {
                 [only] => Ok(only),
-                [] => Err(format!("group {group} has no listed point {text} of these machines: see `tidegate point list --group {group}`")),
+                [] => Err(format!(
+                    "group {group} has no listed point {text} of exactly these machines: see `tidegate point list --group {group}`; for a point of more or fewer machines cancel and start again"
+                )),
                 _ => Err(format!("{text} names {} points of group {group}: give more of the id", found.len())),
             }
         }
@@ -106,7 +112,14 @@ mod tests {
         let part = |n: u128, of: usize, only: bool, kind, order| {
             let members = if only { vec![machines[0].0] } else { machines.iter().map(|m| m.0).collect() };
             let missing = if only { vec![machines[1].1.clone()] } else { vec![] };
-            let group = GroupPart { point: PointId(Uuid::from_u128(n << 112)), group: "shop".parse().unwrap(), epoch: 1, members, missing };
+            let group = GroupPart {
+                point: PointId(Uuid::from_u128(n << 112)),
+                group: "shop".parse().unwrap(),
+                epoch: 1,
+                sequence: n as u64,
+                members,
+                missing,
+            };
             let id = PointId::part(group.point, machines[of].0);
             RecoveryPoint { id, machine: machines[of].0, kind, group: Some(group), ..RecoveryPoint::sample(0, order) }
         };
@@ -124,9 +137,9 @@ mod tests {
         let group = |choice: &str, machines| {
             choose_group(&book, &shop, &choice.parse().unwrap(), machines).map(|e| e.statement.point.0.as_u128() >> 112)
         };
-        assert_eq!(group("latest", None), Ok(0x3333));
+        assert_eq!(group("latest", None), Ok(0x2222), "no machine is left behind while there is a point of all");
         assert_eq!(group("latest", Some(&both[..])), Ok(0x2222), "of these machines and no others");
-        assert_eq!((group("latest-multi-vm", None), group("latest-app", None), group("2222", None)), (Ok(0x3333), Ok(first), Ok(0x2222)));
+        assert_eq!((group("latest-multi-vm", None), group("latest-app", None), group("2222", None)), (Ok(0x2222), Ok(first), Ok(0x2222)));
         assert!(group("3333", Some(&both[..])).is_err());
         assert!(choose_group(&book, &"web".parse().unwrap(), &Choice::Latest, None).is_err());
         assert_eq!(choose(&book, a, &Choice::LatestMultiVm), Ok(&all[2]), "full before partial");

@@ -113,9 +113,16 @@ impl Desk {
             let machines: Vec<(String, Option<Choice>)> =
                 target.machines.iter().map(|(m, _)| (names.get(m).cloned().unwrap_or_else(|| m.to_string()), part(m))).collect();
             let mut notes = left(&book, &group, &target, &names);
-            if let (false, (_, Some(full))) = (entry.statement.is_full(), book.groups().newest(&group)) {
+            let (newest, full) = book.groups().newest(&group);
+            if let (false, Some(full)) = (entry.statement.is_full(), full) {
                 let moment = group_views::moment(&book, full);
                 notes.push(format!("the newest point of every machine of the group is {} of {}", moment.point, moment.time));
+            }
+            if let (true, Some(newer)) = (entry.statement.is_full(), newest.filter(|n| n.order() > entry.order() && !n.statement.is_full()))
+            {
+                let (moment, missing) = (group_views::moment(&book, newer), &newer.statement.missing);
+                let missing: Vec<_> = missing.iter().map(Name::as_str).collect();
+                notes.push(format!("a newer point without {} is {} of {}", missing.join(", "), moment.point, moment.time));
             }
             let plan = GroupPlanView {
                 group: group.to_string(),

@@ -65,6 +65,8 @@ const REPLIES_MAX: usize = 4 * DISKS_PER_CONNECTION_MAX as usize;
 
 struct Connection {
     deaf: Cell<bool>,
+    /// The agent was welcomed; before that it is told nothing else.
+    greeted: Cell<bool>,
     server: Rc<Server>,
     slots: RefCell<Vec<Option<Slot>>>,
     replies: RefCell<Vec<ServerMessage>>,
@@ -75,6 +77,7 @@ struct Connection {
 pub(super) async fn serve(server: Rc<Server>, tls: TlsStream<TcpStream>, machine: &Name, peer: SocketAddr) {
     let connection = Rc::new(Connection {
         deaf: Cell::new(false),
+        greeted: Cell::new(false),
         server,
         slots: RefCell::default(),
         replies: RefCell::default(),
@@ -111,7 +114,6 @@ pub(super) async fn serve(server: Rc<Server>, tls: TlsStream<TcpStream>, machine
 impl Connection {
     async fn receive(&self, read: &mut BufReader<ReadHalf<TlsStream<TcpStream>>>, machine: &Name) -> Result<(), ConnectionError> {
         let mut header = [0; FRAME_LEN];
-        let mut greeted = false;
         loop {
             match timed(read.read_exact(&mut header)).await {
                 Err(ConnectionError::Io(e)) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(()),
@@ -129,9 +131,9 @@ impl Connection {
             }
             match frame.kind {
                 FrameType::Control => {
-                    self.control(decode_control(&payload)?, machine, &mut greeted).await?;
+                    self.control(decode_control(&payload)?, machine).await?;
                 }
-                _ if !greeted => return Err(WireError::Illegal("first message of the agent").into()),
+                _ if !self.greeted.get() => return Err(WireError::Illegal("first message of the agent").into()),
                 FrameType::Write => self.change(&frame, Input::Change(Collected { extent: frame.extent, data: Some(payload) })).await?,
                 FrameType::Zero => self.change(&frame, Input::Change(Collected { extent: frame.extent, data: None })).await?,
                 FrameType::Mark => {
@@ -152,7 +154,7 @@ impl Connection {
         }
     }
 
-    async fn control(&self, message: AgentMessage, machine: &Name, greeted: &mut bool) -> Result<(), ConnectionError> {
+    async fn control(&self, message: AgentMessage, machine: &Name) -> Result<(), ConnectionError> {
         match message {
             AgentMessage::Hello { machine: id } => {
                 let registered = self.server.settings.machine.iter().find(|m| m.name == *machine);
@@ -160,11 +162,11 @@ impl Connection {
                 if registered.id() != id {
                     return Err(ConnectionError::OtherMachine(machine.clone()));
                 }
-                *greeted = true;
+                self.greeted.set(true);
                 tracing::info!(%machine, "agent connected");
                 self.reply(ServerMessage::Welcome);
             }
-            _ if !*greeted => return Err(WireError::Illegal("first message of the agent").into()),
+            _ if !self.greeted.get() => return Err(WireError::Illegal("first message of the agent").into()),
             AgentMessage::Open { slot, disk, size, epoch } => {
                 if slot >= DISKS_PER_CONNECTION_MAX {
                     return Err(
@@ -327,7 +329,7 @@ impl Connection {
         let mut told_target: Option<Name> = None;
         loop {
             let mut out: Vec<u8> = std::mem::take(&mut *self.replies.borrow_mut()).iter().flat_map(encode).collect();
-            let target = self.server.target.borrow().clone();
+            let target = self.server.target.borrow().clone().filter(|_| self.greeted.get());
             if let Some(name) = target.filter(|name| told_target.as_ref() != Some(name)) {
                 out.extend(encode(&ServerMessage::Target(name.clone())));
                 told_target = Some(name);
