@@ -111,7 +111,10 @@ impl Role for Control {
                 Ok(()) => answer.await.unwrap_or_else(|_| Err("the agent is stopping".to_owned())),
                 Err(_) => Err("the agent is stopping".to_owned()),
             };
-            let marked = made.map(|made| Marked { point: made.point.to_string(), remark: made.remark });
+            let marked = made.map(|made| {
+                let kind = if made.remark.is_none() { kind } else { PointKind::Crash };
+                Marked { point: made.point.to_string(), kind: kind.as_str().to_owned(), remark: made.remark }
+            });
             Some(
                 marked
                     .map_err(|message| ApiError { message })

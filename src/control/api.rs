@@ -488,6 +488,8 @@ pub struct PointDisk {
 pub struct Marked {
     /// Id the point will have once it is listed.
     pub point: String,
+    /// Its consistency.
+    pub kind: String,
     /// Why it is not what was asked for.
     #[serde(default)]
     pub remark: Option<String>,

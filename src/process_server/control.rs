@@ -39,7 +39,8 @@ impl Role for Control {
         let machines = machines(&view);
         let worst = machines.iter().map(|m| m.health).max().unwrap_or_default();
         let (health, reason, remedy) = if health == Health::Healthy && worst > health {
-            let told = machines.iter().flat_map(|m| &m.disks).find_map(|d| d.reason.clone().map(|r| format!("{}: {r}", d.name)));
+            let told =
+                machines.iter().find_map(|m| m.disks.iter().find_map(|d| Some(format!("{}/{}: {}", m.name, d.name, d.reason.as_ref()?))));
             let remedy = "start the agents of these machines; if one is refused, correct what the reason names";
             (worst, view.last_refused.clone().or(told), Some(remedy))
         } else {

@@ -147,6 +147,11 @@ impl Engine {
             }
         }
         self.done(job, None).await?;
+        // Of a group nobody rolls when one cannot: what may be needed of a disk is settled before the machines meet.
+        let is_of_points = |disk: &DiskId| self.setup.shared.book().of(job.machine).iter().any(|p| p.disks.contains_key(disk));
+        if let (Some(_), Some((_, error))) = (&job.group, unusable.iter().find(|(disk, _)| is_of_points(disk))) {
+            return Err(error.clone());
+        }
         self.meet(job, Stage::Halted).await?;
         self.step(job, "choose the point").await?;
         self.go_on_waiting(job.id)?;
