@@ -9,12 +9,12 @@ use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 use super::CoordinatorError;
-use super::groups::{Group, GroupPolicy, Groups, home};
+use super::groups::{Group, Groups, home};
 use super::history::{History, Point};
 use super::rounds::{Cause, Event as RoundEvent, Order, Outcome, Part, Phase, Round, Wish};
 use crate::clock::{self, Mono, micros};
 use crate::config::coordinator::{Consistency, CoordinatorSettings};
-use crate::control::api::{GroupMarked, GroupMissing, GroupValues, Request, RoleStatus};
+use crate::control::api::{GroupMarked, GroupMissing, Request, RoleStatus};
 use crate::crypto::statement::Signer;
 use crate::crypto::tls::Credentials;
 use crate::model::change::{GROUP_SUBJECT, group_statement};
@@ -27,15 +27,13 @@ use crate::wire::consistency::{Common, CoordinatorMessage, MemberMessage, bounde
 pub(super) const EVENTS_MAX: usize = 1024;
 /// What a connection is told that another one of the same machine takes over from.
 pub(super) const REPLACED: &str = "the machine has connected again, or takes no messages";
-/// Points that people may wait for, of one group.
-const ASKS_MAX: usize = 16;
 /// How long the confirmation of markers is waited for; nobody holds meanwhile.
 const CONFIRM_MAX: Duration = Duration::from_secs(2);
 /// The view for `status` is made anew this often.
 const PUBLISH_EVERY: Duration = Duration::from_millis(250);
 
 const SERVER: Table = Table::new("server");
-const GROUPS: Table = Table::new("groups");
+pub(super) const GROUPS: Table = Table::new("groups");
 /// Changes with the types that are stored.
 const FORMAT: u32 = 1;
 
@@ -111,7 +109,7 @@ pub(super) struct Schedule {
     late_rests: u32,
     /// Members are left alone until then.
     not_before: Mono,
-    asks: VecDeque<(bool, Option<String>, Reply)>,
+    pub(super) asks: VecDeque<(bool, Option<String>, Reply)>,
     pub(super) history: History,
 }
 
@@ -119,7 +117,7 @@ pub(super) struct Schedule {
 pub(super) struct Hub {
     limits: Consistency,
     pub(super) groups: Groups,
-    catalogue: Catalogue,
+    pub(super) catalogue: Catalogue,
     pub(super) members: BTreeMap<Name, Connected>,
     conduct: BTreeMap<Name, Conduct>,
     running: BTreeMap<Name, Running>,
@@ -267,7 +265,7 @@ impl Hub {
         }
     }
 
-    fn assign(&self, machine: &Name) {
+    pub(super) fn assign(&self, machine: &Name) {
         let group = self.groups.of(machine).map(|g| (g.name.clone(), g.epoch));
         self.send(machine, CoordinatorMessage::Assigned { group });
     }
@@ -303,11 +301,11 @@ impl Hub {
         home(group.members.iter().filter_map(|m| self.target_of(m)))
     }
 
-    fn target_of(&self, machine: &Name) -> Option<Name> {
+    pub(super) fn target_of(&self, machine: &Name) -> Option<Name> {
         self.members.get(machine)?.state.as_ref()?.0.clone()
     }
 
-    fn schedule(&mut self, group: &Group) {
+    pub(super) fn schedule(&mut self, group: &Group) {
         let now = clock::now();
         let new = Schedule { due: now, app_due: None, late_rests: 0, not_before: now, asks: VecDeque::new(), history: History::default() };
         let schedule = self.schedules.entry(group.name.clone()).or_insert(new);
@@ -395,7 +393,7 @@ impl Hub {
         self.obey(&name, orders);
     }
 
-    fn feed(&mut self, group: &Name, event: RoundEvent) {
+    pub(super) fn feed(&mut self, group: &Name, event: RoundEvent) {
         if let Some(running) = self.running.get_mut(group) {
             let orders = running.round.on(event);
             self.obey(group, orders);
@@ -489,87 +487,7 @@ impl Hub {
         }
     }
 
-    async fn ask(&mut self, request: Request, reply: Reply) {
-        let answer = match request {
-            Request::Groups => serde_json::to_value(self.views()).map_err(|e| e.to_string()),
-            Request::GroupMark { group, app, label } => return self.ask_mark(&group, app, label, reply),
-            Request::GroupCreate { name, machines, values } => self.create(&name, &machines, &values),
-            Request::GroupChange { group, add, remove } => self.change(&group, &add, &remove),
-            Request::GroupSet { group, values } => self.set(&group, &values),
-            Request::GroupDelete { group } => self.delete(&group),
-            _ => Err("this is no question for a coordinator".to_owned()),
-        };
-        let _ = reply.send(answer);
-        self.publish();
-    }
-
-    fn ask_mark(&mut self, group: &str, app: bool, label: Option<String>, reply: Reply) {
-        let refused = match self.groups.get(group).map(|g| g.name.clone()) {
-            Err(error) => error,
-            Ok(_) if label.as_ref().is_some_and(|l| !crate::model::change::is_label(l)) => {
-                "a label has at most 256 bytes and no control characters".to_owned()
-            }
-            Ok(name) => match self.schedules.get_mut(&name) {
-                Some(schedule) if schedule.asks.len() < ASKS_MAX => return schedule.asks.push_back((app, label, reply)),
-                _ => format!("{ASKS_MAX} points of the group are waited for already"),
-            },
-        };
-        let _ = reply.send(Err(refused));
-    }
-
-    fn create(&mut self, name: &str, machines: &[String], values: &GroupValues) -> Result<Value, String> {
-        let (name, machines) = (parse(name)?, parse_all(machines)?);
-        let group =
-            self.groups.create(&name, &machines, policy(&GroupPolicy::default(), values), clock::wall_ms(), &|m| self.target_of(m))?;
-        self.store(group)
-    }
-
-    fn change(&mut self, group: &str, add: &[String], remove: &[String]) -> Result<Value, String> {
-        let known = self.groups.get(group)?.clone();
-        let (add, remove) = (parse_all(add)?, parse_all(remove)?);
-        let changed = self.groups.change(&known, &add, &remove, clock::wall_ms(), &|m| self.target_of(m))?;
-        let value = self.store(changed)?;
-        remove.iter().for_each(|machine| self.assign(machine));
-        Ok(value)
-    }
-
-    fn set(&mut self, group: &str, values: &GroupValues) -> Result<Value, String> {
-        let known = self.groups.get(group)?.clone();
-        let changed = Group { policy: policy(&known.policy, values), ..known };
-        changed.policy.check()?;
-        self.store(changed)
-    }
-
-    /// Durable first, then obeyed. A round under way belongs to the members of before: it ends.
-    fn store(&mut self, group: Group) -> Result<Value, String> {
-        let told = |e: CatalogueError| e.to_string();
-        self.catalogue.write(|batch| batch.put(GROUPS, group.name.as_str().as_bytes(), &group)).map_err(told)?;
-        tracing::info!(group = %group.name, epoch = group.epoch, members = group.members.len(), "the group was changed");
-        self.feed(&group.name.clone(), RoundEvent::Abort);
-        self.groups.put(group.clone());
-        self.schedule(&group);
-        group.members.iter().for_each(|machine| self.assign(machine));
-        let view = self.views().into_iter().find(|v| v.name == group.name.as_str());
-        serde_json::to_value(view).map_err(|e| e.to_string())
-    }
-
-    fn delete(&mut self, group: &str) -> Result<Value, String> {
-        let known = self.groups.get(group)?.clone();
-        let told = |e: CatalogueError| e.to_string();
-        self.catalogue.write(|batch| batch.remove(GROUPS, known.name.as_str().as_bytes())).map_err(told)?;
-        tracing::info!(group = %known.name, "the group was deleted");
-        self.feed(&known.name, RoundEvent::Abort);
-        self.groups.remove(&known.name);
-        if let Some(schedule) = self.schedules.remove(&known.name) {
-            for (_, _, reply) in schedule.asks {
-                let _ = reply.send(Err("the group was deleted".to_owned()));
-            }
-        }
-        known.members.iter().for_each(|machine| self.assign(machine));
-        Ok(Value::Null)
-    }
-
-    fn publish(&self) {
+    pub(super) fn publish(&self) {
         *self.view.lock().unwrap_or_else(PoisonError::into_inner) = self.status();
     }
 }
@@ -646,27 +564,4 @@ fn reserve(catalogue: &Catalogue) -> Result<u64, CatalogueError> {
     let first = catalogue.get::<u64>(SERVER, b"rounds")?.unwrap_or(1);
     catalogue.write(|batch| batch.put(SERVER, b"rounds", &(first + (1 << 40))))?;
     Ok(first)
-}
-
-fn parse(name: &str) -> Result<Name, String> {
-    name.parse().map_err(|e: crate::model::NameError| e.to_string())
-}
-
-fn parse_all(names: &[String]) -> Result<Vec<Name>, String> {
-    names.iter().map(|name| parse(name)).collect()
-}
-
-fn policy(known: &GroupPolicy, values: &GroupValues) -> GroupPolicy {
-    let time = Duration::from_secs_f64;
-    let bounded = |seconds: f64| time(seconds.clamp(0.0, 1e9));
-    GroupPolicy {
-        interval: values.interval_seconds.map_or(known.interval, bounded),
-        app_interval: match values.app_interval_seconds {
-            None => known.app_interval,
-            Some(0.0) => None,
-            Some(seconds) => Some(bounded(seconds)),
-        },
-        partial: values.partial.unwrap_or(known.partial),
-        app_or_nothing: values.app_or_nothing.unwrap_or(known.app_or_nothing),
-    }
 }

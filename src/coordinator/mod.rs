@@ -7,6 +7,7 @@
 //! - A member that did not answer a round is left out of the next ones until it is heard again: it costs the others no hold.
 //! - Nobody depends on the coordinator to go on: members open by their own clocks, points of single machines go on without it.
 
+mod admin;
 pub mod groups;
 mod history;
 mod hub;
