@@ -303,8 +303,13 @@ fn a_planned_failover_of_a_group_stops_every_source_first_and_loses_nothing() {
     let partial = site.round(&["web01", "db01"], &["web02"], PointKind::Crash, None);
     site.wait_listed(partial);
     assert!(site.refused(&["failover", "planned", "shop", "--yes"]).contains("add --machine or --group"));
-    // An unplanned failover to a partial point says who is missing.
+    // No machine is left behind unless somebody wants the newer point without it, and is told who is missing.
     let plan = site.refused(&["failover", "unplanned", "shop", "--group"]);
+    assert!(
+        plan.contains("3 of 3 machines") && plan.contains("newer point without web02") && plan.contains(&partial.to_string()),
+        "{plan}"
+    );
+    let plan = site.refused(&["failover", "unplanned", "shop", "--group", "--point", &partial.to_string()]);
     assert!(plan.contains("missing  web02") && plan.contains(&full.to_string()), "{plan}");
     // One source is not heard: none is stopped.
     site.machines.get_mut("web02").unwrap().stop();
