@@ -441,6 +441,8 @@ fn an_export_goes_on_after_the_master_target_was_killed() {
             let done = u64::from_le_bytes(noted[16..24].try_into().unwrap());
             let staged = fs::File::options().write(true).open(partial_of(&output).unwrap().join("out.raw")).unwrap();
             std::os::unix::fs::FileExt::write_all_at(&staged, &[0xee; 8192], done).unwrap();
+            // Dirty pages would collide with what is then written past the page cache, which the kernel reports as EIO.
+            staged.sync_all().unwrap();
         }
         cluster.start_role("master-target");
         if output.exists() {
