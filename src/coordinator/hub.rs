@@ -244,7 +244,7 @@ impl Hub {
 
     fn note_unrest(&mut self, member: &Name, round: u64, why: &str) {
         if let Some((group, i)) = self.place(member, Some(round))
-            && let Some(running) = self.running.get_mut(&group)
+            && let Some(running) = self.running.get_mut(&group).filter(|r| r.app)
         {
             // The first reason is the cause.
             running.not_at_rest.entry(i).or_insert_with(|| bounded(why));
@@ -453,7 +453,9 @@ impl Hub {
                     }
                 }
                 // It held and did not mark: the others' markers name it, and their point is worth nothing.
-                Part::Out(Cause::Failed(_) | Cause::Gone) if running.committed.is_some() => {
+                Part::Out(Cause::Failed(_) | Cause::Gone)
+                    if running.committed.as_ref().is_some_and(|c| c.part.members.contains(&MachineId::from_name(name))) =>
+                {
                     self.conduct.entry(name.clone()).or_default().missed(clock::now());
                 }
                 _ => {}
@@ -504,8 +506,7 @@ impl Running {
 
     /// Who was not at rest, and why.
     fn unrest(&self) -> Vec<String> {
-        let all: &BTreeMap<usize, String> = &self.not_at_rest;
-        all.iter().filter(|_| self.app).map(|(&i, why)| format!("{}: {why}", self.roster[i])).collect()
+        self.not_at_rest.iter().map(|(&i, why)| format!("{}: {why}", self.roster[i])).collect()
     }
 
     /// What every marker says.
