@@ -7,7 +7,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::rest::Trouble;
 use super::{Agent, AgentShared, Command};
-use crate::control::api::{ApiError, DiskView, MachineView, Marked, Request, RoleStatus};
+use crate::clock;
+use crate::control::api::{ApiError, DiskView, MachineView, Marked, Request, RoleStatus, ScrubView};
 use crate::control::server::{Answer, Role};
 use crate::model::{Health, PointKind, ReplicationState};
 
@@ -84,12 +85,18 @@ impl Role for Control {
             machines: vec![machine],
             cache_bytes: None,
             connected: Some(connected),
+            gateway: self.shared.gateway.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|(_, name)| name.to_string()),
             ..RoleStatus::default()
         }
     }
 
     fn call<'a>(&'a self, request: &'a Request, _: &'a str) -> Answer<'a> {
         Box::pin(async move {
+            if let Request::VerifyDisk { disk, begin } = request {
+                return Some(
+                    self.verify(disk, *begin).await.and_then(|v| serde_json::to_value(v).map_err(|e| ApiError { message: e.to_string() })),
+                );
+            }
             let (Request::Mark { machine, .. } | Request::Resume { machine }) = request else { return None };
             if *machine != self.shared.machine.as_str() {
                 let message = format!("this agent protects machine {}, not {machine}: ask the agent of {machine}", self.shared.machine);
@@ -121,6 +128,48 @@ impl Role for Control {
                     .and_then(|m| serde_json::to_value(m).map_err(|e| ApiError { message: e.to_string() })),
             )
         })
+    }
+}
+
+impl Control {
+    async fn verify(&self, disk: &str, begin: bool) -> Result<ScrubView, ApiError> {
+        let gone = || ApiError { message: "the agent is stopping".to_owned() };
+        let found = self.shared.volumes.iter().enumerate().find(|(_, v)| v.label == disk || v.name.as_str() == disk);
+        let Some((index, volume)) = found else {
+            let known: Vec<&str> = self.shared.volumes.iter().map(|v| v.label.as_str()).collect();
+            return Err(ApiError { message: format!("this agent has no disk {disk}; it has {}", known.join(", ")) });
+        };
+        if begin {
+            let (done, answer) = oneshot::channel();
+            self.commands.send(Command::VerifyDisk { volume: index, done }).await.map_err(|_| gone())?;
+            answer.await.map_err(|_| gone())?;
+        }
+        Ok(scrub_view(volume))
+    }
+}
+
+fn scrub_view(volume: &super::shared::VolumeShared) -> ScrubView {
+    let (round, last) = volume.scrub();
+    let now = clock::now();
+    let size = volume.size();
+    let of = |round: &super::scrub::Round| size / round.regions.max(1) * round.done;
+    let shown = round.as_ref().or(last.as_ref());
+    let report = volume.report();
+    let waits = match (&round, report.state, volume.open.load(Ordering::Relaxed)) {
+        (None, ..) => None,
+        (_, ReplicationState::Delta | ReplicationState::FailedOver, true) => None,
+        (_, _, false) => Some("the process server does not take the disk now".to_owned()),
+        (_, state, true) => Some(format!("the disk is in state {}: it is compared when everything is in the stream", state.as_str())),
+    };
+    ScrubView {
+        disk: volume.label.clone(),
+        running: round.is_some(),
+        done_bytes: shown.map_or(0, |r| if r.ended.is_some() { size } else { of(r) }),
+        total_bytes: size,
+        differing_bytes: shown.map_or(0, |r| r.differing),
+        seconds: shown.map_or(0.0, |r| r.ended.unwrap_or(now).since(r.began).as_secs_f64()),
+        last_age_seconds: last.and_then(|r| r.ended).map(|at| now.since(at).as_secs_f64()),
+        waits,
     }
 }
 

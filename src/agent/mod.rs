@@ -10,10 +10,14 @@
 //! - Writes to a missing region do not travel; the region is read as a whole, under a lock, when its turn comes.
 //! - Markers are made only when nothing is missing: a point is never a mixture.
 //!
-//! Threads: `capture` (io_uring: NBD, disk, map) and `session` (network); they share each disk's [`backlog`].
+//! - A change is held until it is safe: in memory, then in the agent's own log ([`spill`]), then only as a mark in the map.
+//!
+//! Threads: `capture` (io_uring: NBD, disk, map), `session` (network), `spill` and `backlog` (the log on disk); they share each
+//! disk's [`backlog`](mod@backlog).
 
 pub mod backlog;
 pub mod capture;
+pub mod choice;
 pub mod comparison;
 pub mod consistency;
 pub mod control;
@@ -21,8 +25,10 @@ pub mod dirty_map;
 pub mod locks;
 pub mod regions;
 pub mod rest;
+pub mod scrub;
 pub mod session;
 pub mod shared;
+pub mod spill;
 
 use std::io;
 use std::sync::Arc;
@@ -90,10 +96,9 @@ impl Agent {
             }
         })?;
         let shared = opened_rx.recv().map_err(|_| io::Error::other("the capture thread ended while opening the disks"))??;
-        let (to_capture, session_shared) = (commands.clone(), shared.clone());
-        let session = std::thread::Builder::new()
-            .name("session".to_owned())
-            .spawn(move || session::run(settings, credentials, session_shared, to_capture))?;
+        let spill = spill::Spill::start(&settings.state, &settings.backlog, shared.clone())?;
+        let parts = session::Parts { settings, credentials, shared: shared.clone(), commands: commands.clone(), spill };
+        let session = std::thread::Builder::new().name("session".to_owned()).spawn(move || session::run(parts))?;
         Ok(Self { shared, commands, threads: vec![capture, session] })
     }
 

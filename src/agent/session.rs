@@ -14,25 +14,27 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use super::choice::Choice;
 use super::shared::{AgentShared, Command, VolumeShared};
-use crate::clock::{self, micros};
+use super::spill::{Spill, SpillError};
+use crate::clock::{self, Mono, micros};
 use crate::config::agent::AgentSettings;
 use crate::config::limits::{HANDSHAKE_SECONDS, SILENCE_SECONDS};
 use crate::crypto::pki::{PkiError, Role};
 use crate::crypto::tls::{ALPN_INGEST, Credentials, TlsError, peer_identity, server_name};
-use crate::model::{Change, ChangeKind, Compare, Extent};
+use crate::model::{Compare, Name, Position};
 use crate::observe::metrics;
-use crate::wire::ingest::{AgentMessage, FRAME_LEN, Frame, FrameType, Refusal, ServerMessage, change_cost, control_frame};
+use crate::wire::ingest::{AgentMessage, FRAME_LEN, Frame, FrameType, Refusal, ServerMessage, change_cost, control_frame, encode_change};
 use crate::wire::{WireError, decode_control};
 
-const BACKOFF_FIRST: Duration = Duration::from_millis(100);
-const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// Bytes given to TLS at once.
 const STAGING_BYTES: usize = 512 << 10;
 /// A busy stream is polled this often before the thread sleeps until it is woken.
 const POLL: Duration = Duration::from_millis(1);
 const POLLS_BEFORE_SLEEP: u32 = 50;
 const REPORT_EVERY: Duration = Duration::from_secs(1);
+/// A process server that is there says something within this.
+const SPEAKS: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Error)]
 enum SessionError {
@@ -54,22 +56,46 @@ enum SessionError {
     Silent,
     #[error("the process server ended the connection: {0}")]
     Goodbye(String),
+    #[error("no disk was taken by the process server at {0} for too long")]
+    NotServed(String),
+    #[error("the process server is to be taken out of service")]
+    Draining,
+    #[error("the agent's log: {0}")]
+    Spill(#[from] SpillError),
     #[error("the capture thread has ended")]
     Stopped,
 }
 
-/// Runs until the agent stops.
-pub fn run(settings: AgentSettings, credentials: Credentials, shared: Arc<AgentShared>, commands: mpsc::Sender<Command>) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime on one thread can always be built");
-    runtime.block_on(tokio::task::LocalSet::new().run_until(reconnect(settings, credentials, shared, commands)));
+/// What the session needs of the agent.
+pub struct Parts {
+    /// As configured.
+    pub settings: AgentSettings,
+    /// Certificates.
+    pub credentials: Credentials,
+    /// Shared with the capture thread.
+    pub shared: Arc<AgentShared>,
+    /// To the capture thread.
+    pub commands: mpsc::Sender<Command>,
+    /// The log on disk, if there is one.
+    pub spill: Option<Arc<Spill>>,
 }
 
-async fn reconnect(settings: AgentSettings, credentials: Credentials, shared: Arc<AgentShared>, commands: mpsc::Sender<Command>) {
-    let mut backoff = BACKOFF_FIRST;
+/// Runs until the agent stops.
+pub fn run(parts: Parts) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime on one thread can always be built");
+    runtime.block_on(tokio::task::LocalSet::new().run_until(reconnect(Rc::new(parts))));
+}
+
+async fn reconnect(parts: Rc<Parts>) {
+    let shared = &parts.shared;
+    let addresses: Vec<String> = parts.settings.process_server.addresses().cloned().collect();
+    let mut choice = Choice::new(addresses.len(), parts.settings.process_server.switch_after);
     let mut told = String::new();
     while !shared.stopping.load(Ordering::Relaxed) {
         let started = clock::now();
-        let result = connect_and_run(&settings, &credentials, &shared, &commands).await;
+        let served = Cell::new(None);
+        let attempt = Attempt { address: &addresses[choice.current()], last_resort: choice.is_last_resort(started), served: &served };
+        let result = connect_and_run(&parts, &attempt).await;
         shared.connected.store(false, Ordering::Relaxed);
         for volume in &shared.volumes {
             volume.open.store(false, Ordering::Relaxed);
@@ -78,6 +104,8 @@ async fn reconnect(settings: AgentSettings, credentials: Credentials, shared: Ar
         if matches!(error, SessionError::Stopped) {
             return;
         }
+        let now = clock::now();
+        choice.served_until(served.get());
         let message = error.to_string();
         // The same failure again and again is one line in the log; `status` shows it all the time.
         if message != told {
@@ -85,13 +113,15 @@ async fn reconnect(settings: AgentSettings, credentials: Credentials, shared: Ar
             told.clone_from(&message);
         }
         *shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(message);
-        if clock::now().since(started) > Duration::from_secs(30) {
-            backoff = BACKOFF_FIRST;
+        if now.since(started) > Duration::from_secs(30) {
             told.clear();
         }
-        let jitter = Duration::from_micros(crate::storage::log::random_u64() % micros(backoff).max(1) / 2);
-        tokio::time::sleep(backoff / 2 + jitter).await;
-        backoff = (backoff * 2).min(BACKOFF_MAX);
+        let wait = match error {
+            SessionError::Draining => choice.leave(now),
+            _ => choice.failed(now),
+        };
+        let jitter = Duration::from_micros(crate::storage::log::random_u64() % micros(wait).max(1) / 2);
+        tokio::time::sleep(wait / 2 + jitter).await;
     }
 }
 
@@ -99,11 +129,20 @@ async fn reconnect(settings: AgentSettings, credentials: Credentials, shared: Ar
 struct Link {
     shared: Arc<AgentShared>,
     commands: mpsc::Sender<Command>,
+    spill: Option<Arc<Spill>>,
+    /// The process server, by its certificate.
+    carrier: Name,
+    /// There are others.
+    may_leave: bool,
+    /// The others could not be reached.
+    last_resort: bool,
     slots: Vec<Slot>,
     work: Notify,
     reopen: RefCell<Vec<(usize, Duration)>>,
     /// A disk was opened: the other side wants to know how it does.
     report_now: Cell<bool>,
+    /// When the process server said something last.
+    heard: Cell<Mono>,
 }
 
 #[derive(Default)]
@@ -113,50 +152,71 @@ struct Slot {
     spent: Cell<u64>,
     /// Size it was opened with.
     size: Cell<u64>,
+    /// A segment of its backlog is being read from the log.
+    reading: Cell<bool>,
     /// What the last refusal said, so that it is told once.
     told: RefCell<String>,
 }
 
-async fn connect_and_run(
-    settings: &AgentSettings,
-    credentials: &Credentials,
-    shared: &Arc<AgentShared>,
-    commands: &mpsc::Sender<Command>,
-) -> Result<(), SessionError> {
-    let address = settings.process_server.address.clone();
-    let limit = Duration::from_secs(HANDSHAKE_SECONDS);
+/// One attempt at one process server.
+struct Attempt<'a> {
+    address: &'a str,
+    last_resort: bool,
+    /// When it served a disk last.
+    served: &'a Cell<Option<Mono>>,
+}
+
+async fn connect_and_run(parts: &Parts, attempt: &Attempt<'_>) -> Result<(), SessionError> {
+    let (shared, address) = (&parts.shared, attempt.address);
+    let whole = Duration::from_secs(HANDSHAKE_SECONDS);
+    let limit = if parts.settings.process_server.standby.is_empty() {
+        whole
+    } else {
+        parts.settings.process_server.switch_after.clamp(SPEAKS, whole)
+    };
     let connect = async {
-        let tcp = TcpStream::connect(&address).await.map_err(|e| SessionError::Connect(address.clone(), e))?;
+        let tcp = TcpStream::connect(address).await.map_err(|e| SessionError::Connect(address.to_owned(), e))?;
         tcp.set_nodelay(true)?;
-        let connector = TlsConnector::from(Arc::new(credentials.client(ALPN_INGEST)?));
+        let connector = TlsConnector::from(Arc::new(parts.credentials.client(ALPN_INGEST)?));
         let mut tls = connector.connect(server_name(Role::ProcessServer), tcp).await.map_err(SessionError::Handshake)?;
-        peer_identity(tls.get_ref().1.peer_certificates(), Role::ProcessServer)?;
+        let identity = peer_identity(tls.get_ref().1.peer_certificates(), Role::ProcessServer)?;
         tls.get_mut().1.set_buffer_limit(Some(1 << 20));
         let hello = control_frame(&AgentMessage::Hello { machine: shared.machine_id })?;
         tls.write_all(&hello).await?;
         let mut buffer = Vec::new();
         match read_message(&mut tls, &mut buffer).await? {
-            ServerMessage::Welcome => Ok(tls),
+            ServerMessage::Welcome => Ok((tls, identity.name)),
+            ServerMessage::Draining => Err(SessionError::Draining),
             ServerMessage::Goodbye { message } => Err(SessionError::Goodbye(message)),
             _ => Err(WireError::Illegal("first message of the process server").into()),
         }
     };
-    let tls = tokio::time::timeout(limit, connect).await.map_err(|_| SessionError::Timeout(address.clone()))??;
-    tracing::info!(address, "connected to the process server");
+    let (tls, carrier) = tokio::time::timeout(limit, connect).await.map_err(|_| SessionError::Timeout(address.to_owned()))??;
+    tracing::info!(address, process_server = %carrier, "connected to the process server");
     shared.connected.store(true, Ordering::Relaxed);
     *shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+    *shared.gateway.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some((address.to_owned(), carrier.clone()));
     let (read, write) = tokio::io::split(tls);
     let link = Rc::new(Link {
         shared: shared.clone(),
-        commands: commands.clone(),
+        commands: parts.commands.clone(),
+        spill: parts.spill.clone(),
+        carrier,
+        may_leave: !parts.settings.process_server.standby.is_empty(),
+        last_resort: attempt.last_resort,
         slots: shared.volumes.iter().map(|_| Slot::default()).collect(),
         work: Notify::new(),
         report_now: Cell::new(false),
+        heard: Cell::new(clock::now()),
         reopen: RefCell::new((0..shared.volumes.len()).map(|i| (i, Duration::ZERO)).collect()),
     });
     tokio::select! {
         result = receive(link.clone(), read) => result,
         result = send(link.clone(), write) => result,
+        error = link.watch(attempt.served, parts.settings.process_server.switch_after) => Err(match error {
+            true => SessionError::NotServed(address.to_owned()),
+            false => SessionError::Stopped,
+        }),
     }
 }
 
@@ -179,12 +239,15 @@ async fn receive(link: Rc<Link>, mut read: ReadHalf<TlsStream<TcpStream>>) -> Re
     let mut buffer = Vec::new();
     loop {
         let message = tokio::time::timeout(Duration::from_secs(SILENCE_SECONDS), read_message(&mut read, &mut buffer)).await;
-        match message.map_err(|_| SessionError::Silent)?? {
-            ServerMessage::Opened { slot, generation, resume_at, safe, credit, compare } => {
+        let message = message.map_err(|_| SessionError::Silent)??;
+        link.heard.set(clock::now());
+        match message {
+            ServerMessage::Opened { slot, generation, resume_at, safe, credit, compare, stands } => {
                 let (index, volume) = link.volume(slot)?;
-                link.opened(index, &volume, generation, resume_at, credit, compare).await?;
-                let epoch = volume.backlog().epoch();
-                volume.backlog().acknowledge(epoch, 0, safe);
+                if link.opened(index, &volume, &Opened { generation, resume_at, credit, compare, stands }).await? {
+                    let epoch = volume.backlog().epoch();
+                    volume.backlog().acknowledge(epoch, 0, safe);
+                }
             }
             ServerMessage::Refused { slot, reason, message } => {
                 let (index, volume) = link.volume(slot)?;
@@ -208,7 +271,8 @@ async fn receive(link: Rc<Link>, mut read: ReadHalf<TlsStream<TcpStream>>) -> Re
             ServerMessage::Target(name) => {
                 *link.shared.target.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(name);
             }
-            ServerMessage::Alive => {}
+            ServerMessage::Draining if link.may_leave && !link.last_resort => return Err(SessionError::Draining),
+            ServerMessage::Alive | ServerMessage::Draining => {}
             ServerMessage::Goodbye { message } => return Err(SessionError::Goodbye(message)),
             ServerMessage::Welcome => return Err(WireError::Illegal("second welcome").into()),
         }
@@ -224,45 +288,72 @@ impl Link {
         Ok((index, volume))
     }
 
-    async fn opened(
-        &self,
-        index: usize,
-        volume: &VolumeShared,
-        generation: u64,
-        resume_at: u64,
-        credit: u64,
-        compare: Compare,
-    ) -> Result<(), SessionError> {
+    /// True if the disk is sent from now on.
+    async fn opened(&self, index: usize, volume: &VolumeShared, told: &Opened) -> Result<bool, SessionError> {
         let (done, answer) = oneshot::channel();
-        self.command(Command::CheckGeneration { volume: index, generation, done }).await?;
-        let same = answer.await.map_err(|_| SessionError::Stopped)?;
-        if same {
-            let resumed = volume.backlog().resume(resume_at);
-            if resumed.is_ok() {
-                // Before anything is sent: what the replica may have already is asked first.
-                let (done, decided) = oneshot::channel();
-                self.command(Command::Compare { volume: index, compare, done }).await?;
-                decided.await.map_err(|_| SessionError::Stopped)?;
-                self.slots[index].credit.set(credit);
-                self.slots[index].spent.set(0);
-                self.slots[index].open.set(true);
-                volume.open.store(true, Ordering::Relaxed);
-                self.report_now.set(true);
-                let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                if last.as_ref().is_some_and(|text| text.starts_with(&format!("disk {}:", volume.label))) {
-                    *last = None;
-                }
-                tracing::info!(disk = volume.label, resume_at, "the process server takes changes of this disk");
-                return Ok(());
-            }
-            self.new_epoch(index, 0, "the process server does not have what was acknowledged").await?;
-        } else {
+        self.command(Command::CheckGeneration { volume: index, generation: told.generation, done }).await?;
+        if !answer.await.map_err(|_| SessionError::Stopped)? {
             let (done, answer) = oneshot::channel();
-            self.command(Command::NewGeneration { volume: index, generation, done }).await?;
+            self.command(Command::NewGeneration { volume: index, generation: told.generation, done }).await?;
             self.answered(index, answer).await?;
+        } else if self.has_what_it_acknowledged(index, told.stands).await? && self.goes_on(index, volume, told).await? {
+            return Ok(true);
         }
         self.reopen.borrow_mut().push((index, Duration::ZERO));
-        Ok(())
+        Ok(false)
+    }
+
+    async fn has_what_it_acknowledged(&self, index: usize, stands: Option<Position>) -> Result<bool, SessionError> {
+        let Some(stands) = stands else { return Ok(true) };
+        let (done, answer) = oneshot::channel();
+        self.command(Command::CheckStands { volume: index, stands, done }).await?;
+        self.answered(index, answer).await
+    }
+
+    async fn goes_on(&self, index: usize, volume: &VolumeShared, told: &Opened) -> Result<bool, SessionError> {
+        let continued = {
+            let mut backlog = volume.backlog();
+            match told.stands {
+                Some(stands) if backlog.is_moving() => backlog.take_over(stands),
+                _ => backlog.resume(told.resume_at),
+            }
+        };
+        if continued.is_err() {
+            self.new_epoch(index, "what the other side does not have is not held any more").await?;
+            return Ok(false);
+        }
+        // Before anything is sent: what the replica may have already is asked first.
+        let (done, decided) = oneshot::channel();
+        self.command(Command::Compare { volume: index, compare: told.compare, done }).await?;
+        decided.await.map_err(|_| SessionError::Stopped)?;
+        self.slots[index].credit.set(told.credit);
+        self.slots[index].spent.set(0);
+        self.slots[index].open.set(true);
+        volume.open.store(true, Ordering::Relaxed);
+        self.report_now.set(true);
+        let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if last.as_ref().is_some_and(|text| text.starts_with(&format!("disk {}:", volume.label))) {
+            *last = None;
+        }
+        tracing::info!(disk = volume.label, resume_at = told.resume_at, "the process server takes changes of this disk");
+        Ok(true)
+    }
+
+    /// Ends when no disk was taken, or nothing was heard, for so long that another process server is to be tried.
+    async fn watch(&self, served: &Cell<Option<Mono>>, switch_after: Duration) -> bool {
+        let mut last = clock::now();
+        loop {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let now = clock::now();
+            if self.slots.iter().any(|slot| slot.open.get()) {
+                // It speaks every second, if it is there.
+                last = if now.since(self.heard.get()) < SPEAKS { now } else { self.heard.get() };
+                served.set(Some(last));
+            }
+            if self.may_leave && now.since(last) > switch_after.max(SPEAKS) {
+                return true;
+            }
+        }
     }
 
     async fn refused(&self, index: usize, volume: &VolumeShared, reason: Refusal, message: String) -> Result<(), SessionError> {
@@ -270,7 +361,7 @@ impl Link {
         volume.open.store(false, Ordering::Relaxed);
         let wait = match reason {
             Refusal::StaleEpoch { highest } => {
-                self.new_epoch(index, highest, "the process server knows a newer epoch").await?;
+                self.carry(index, Some(highest)).await?;
                 Duration::ZERO
             }
             Refusal::NotReady => Duration::from_millis(100),
@@ -294,20 +385,23 @@ impl Link {
         Ok(())
     }
 
-    async fn new_epoch(&self, index: usize, above: u64, reason: &'static str) -> Result<(), SessionError> {
+    async fn new_epoch(&self, index: usize, reason: &'static str) -> Result<(), SessionError> {
         let (done, answer) = oneshot::channel();
-        self.command(Command::NewEpoch { volume: index, above, reason, done }).await?;
-        self.answered(index, answer).await
+        self.command(Command::NewEpoch { volume: index, reason, done }).await?;
+        self.answered(index, answer).await.map(drop)
     }
 
-    async fn answered(&self, index: usize, answer: oneshot::Receiver<Result<u64, String>>) -> Result<(), SessionError> {
-        match answer.await.map_err(|_| SessionError::Stopped)? {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                tracing::error!(disk = self.shared.volumes[index].label, error, "could not start a new epoch");
-                Err(SessionError::Io(io::Error::other(error)))
-            }
-        }
+    async fn carry(&self, index: usize, above: Option<u64>) -> Result<(), SessionError> {
+        let (done, answer) = oneshot::channel();
+        self.command(Command::Carry { volume: index, carrier: self.carrier.clone(), above, done }).await?;
+        self.answered(index, answer).await.map(drop)
+    }
+
+    async fn answered<T>(&self, index: usize, answer: oneshot::Receiver<Result<T, String>>) -> Result<T, SessionError> {
+        answer.await.map_err(|_| SessionError::Stopped)?.map_err(|error| {
+            tracing::error!(disk = self.shared.volumes[index].label, error, "could not start a new epoch");
+            SessionError::Io(io::Error::other(error))
+        })
     }
 
     async fn command(&self, command: Command) -> Result<(), SessionError> {
@@ -325,7 +419,8 @@ async fn send(link: Rc<Link>, mut write: WriteHalf<TlsStream<TcpStream>>) -> Res
         }
         staging.clear();
         link.reopen_grown();
-        open_slots(&link, &mut staging)?;
+        open_slots(&link, &mut staging).await?;
+        link.read_spilled();
         let now = clock::now();
         if link.report_now.replace(false) || reported.is_none_or(|at| now.since(at) >= REPORT_EVERY) {
             reported = Some(now);
@@ -361,7 +456,43 @@ async fn send(link: Rc<Link>, mut write: WriteHalf<TlsStream<TcpStream>>) -> Res
     }
 }
 
+/// What a process server says when it takes a disk.
+struct Opened {
+    generation: u64,
+    resume_at: u64,
+    credit: u64,
+    compare: Compare,
+    stands: Option<Position>,
+}
+
 impl Link {
+    /// Reads what has to be sent next and is in the log.
+    fn read_spilled(self: &Rc<Self>) {
+        let Some(spill) = &self.spill else { return };
+        for (index, volume) in self.shared.volumes.iter().enumerate() {
+            let slot = &self.slots[index];
+            let wanted = if slot.open.get() && !slot.reading.get() { volume.backlog().wants() } else { None };
+            let Some((name, location)) = wanted else { continue };
+            slot.reading.set(true);
+            let (link, spill, volume) = (self.clone(), spill.clone(), volume.clone());
+            tokio::task::spawn_local(async move {
+                let whole = match spill.read(index, name, location).await {
+                    Ok(changes) => volume.backlog().loaded(name, changes),
+                    Err(error) => {
+                        tracing::error!(disk = volume.label, %error, "what waited in the agent's log is lost; the dirty map has it");
+                        false
+                    }
+                };
+                link.slots[index].reading.set(false);
+                if !whole && link.new_epoch(index, "the agent's log is damaged").await.is_ok() {
+                    link.slots[index].open.set(false);
+                    link.reopen.borrow_mut().push((index, Duration::ZERO));
+                }
+                link.work.notify_one();
+            });
+        }
+    }
+
     /// Disks that grew are opened again, so that the other side knows before it is sent anything of the new part.
     fn reopen_grown(&self) {
         for (index, (slot, volume)) in self.slots.iter().zip(&self.shared.volumes).enumerate() {
@@ -375,13 +506,15 @@ impl Link {
 
     fn has_work(&self) -> bool {
         let sendable = |(slot, volume): (&Slot, &Arc<VolumeShared>)| {
-            slot.open.get() && volume.backlog().next_cost().is_some_and(|cost| slot.spent.get() + cost <= slot.credit.get())
+            let backlog = volume.backlog();
+            let waits = !slot.reading.get() && backlog.wants().is_some();
+            slot.open.get() && (waits || backlog.next_cost().is_some_and(|cost| slot.spent.get() + cost <= slot.credit.get()))
         };
         self.slots.iter().zip(&self.shared.volumes).any(sendable)
     }
 }
 
-fn open_slots(link: &Rc<Link>, staging: &mut Vec<u8>) -> Result<(), SessionError> {
+async fn open_slots(link: &Rc<Link>, staging: &mut Vec<u8>) -> Result<(), SessionError> {
     let due = std::mem::take(&mut *link.reopen.borrow_mut());
     for (index, wait) in due {
         if !wait.is_zero() {
@@ -395,10 +528,14 @@ fn open_slots(link: &Rc<Link>, staging: &mut Vec<u8>) -> Result<(), SessionError
         }
         let volume = &link.shared.volumes[index];
         link.slots[index].open.set(false);
-        let epoch = volume.backlog().epoch();
+        link.carry(index, None).await?;
+        let (epoch, takes_over) = {
+            let backlog = volume.backlog();
+            (backlog.epoch(), backlog.is_moving())
+        };
         let size = volume.size();
         link.slots[index].size.set(size);
-        let open = AgentMessage::Open { slot: index as u32, disk: volume.id, size, epoch };
+        let open = AgentMessage::Open { slot: index as u32, disk: volume.id, size, epoch, takes_over };
         staging.extend_from_slice(&control_frame(&open)?);
     }
     Ok(())
@@ -432,35 +569,7 @@ fn add_changes(slot: &Slot, index: usize, volume: &VolumeShared, staging: &mut V
         };
         let Some((change, captured)) = next else { return Ok(()) };
         slot.spent.set(slot.spent.get() + change_cost(change.kind.data_len()));
-        add_change(index, &change, micros(clock::now().since(captured)), staging)?;
+        encode_change(index as u32, change.sequence, &change.kind, micros(clock::now().since(captured)), staging)?;
     }
-    Ok(())
-}
-
-fn add_change(index: usize, change: &Change, age_us: u64, staging: &mut Vec<u8>) -> Result<(), WireError> {
-    let marker;
-    let (kind, payload): (FrameType, &[u8]) = match &change.kind {
-        ChangeKind::Write { data, .. } => (FrameType::Write, data),
-        ChangeKind::Zero(_) => (FrameType::Zero, &[]),
-        ChangeKind::Mark(mark) => {
-            marker = postcard::to_stdvec(mark).map_err(|_| WireError::Illegal("marker"))?;
-            (FrameType::Mark, &marker)
-        }
-        ChangeKind::Digest(digest) => {
-            marker = postcard::to_stdvec(digest).map_err(|_| WireError::Illegal("digest"))?;
-            (FrameType::Digest, &marker)
-        }
-    };
-    let frame = Frame {
-        kind,
-        slot: index as u32,
-        payload_len: payload.len() as u32,
-        sequence: change.sequence,
-        extent: change.kind.extent().unwrap_or(Extent::new(0, 0)),
-        age_us,
-        payload_crc: crc32c::crc32c(payload),
-    };
-    staging.extend_from_slice(&frame.encode());
-    staging.extend_from_slice(payload);
     Ok(())
 }

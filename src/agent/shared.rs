@@ -8,7 +8,8 @@ use tokio::sync::{Notify, oneshot};
 use super::backlog::Backlog;
 use super::consistency::GroupStatus;
 use super::rest::Freezer;
-use crate::model::{Compare, DiskId, DiskReport, MachineId, Name, PointId, PointKind, Verdict, Wanted};
+use super::scrub::Round;
+use crate::model::{Compare, DiskId, DiskReport, MachineId, Name, PointId, PointKind, Position, Verdict, Wanted};
 
 /// Everything another thread may see of the agent.
 pub struct AgentShared {
@@ -26,6 +27,8 @@ pub struct AgentShared {
     pub connected: AtomicBool,
     /// What the last failed attempt said.
     pub last_error: Mutex<Option<String>>,
+    /// The address and name of the process server that has the disks now, or had them last.
+    pub gateway: Mutex<Option<(String, Name)>>,
     /// Brings the machine to rest for application-consistent points.
     pub rest: Freezer,
     /// Points made, and points that were due and not made.
@@ -47,6 +50,7 @@ pub struct VolumeShared {
     size: AtomicU64,
     backlog: Mutex<Backlog>,
     report: Mutex<(DiskReport, Option<String>)>,
+    scrub: Mutex<(Option<Round>, Option<Round>)>,
     /// The process server takes changes of this disk now.
     pub open: AtomicBool,
 }
@@ -61,6 +65,7 @@ impl VolumeShared {
             size: AtomicU64::new(size),
             backlog: Mutex::new(backlog),
             report: Mutex::default(),
+            scrub: Mutex::default(),
             open: AtomicBool::new(false),
         }
     }
@@ -89,6 +94,16 @@ impl VolumeShared {
     /// What keeps the disk from being protected, for a person.
     pub fn trouble(&self) -> Option<String> {
         self.report.lock().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+
+    /// The comparison with the replica: the round under way, and the last one.
+    pub fn scrub(&self) -> (Option<Round>, Option<Round>) {
+        self.scrub.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces that.
+    pub fn set_scrub(&self, round: Option<Round>, last: Option<Round>) {
+        *self.scrub.lock().unwrap_or_else(PoisonError::into_inner) = (round, last);
     }
 
     /// Replaces the report.
@@ -140,16 +155,36 @@ pub struct Made {
 
 /// A request to the capture thread, which alone changes epochs, maps and streams.
 pub enum Command {
-    /// The stream cannot go on: start an epoch above both the current one and `above`. Answers the new epoch.
+    /// The stream cannot go on: start an epoch above the current one. Answers the new epoch.
     NewEpoch {
         /// Index of the disk.
         volume: usize,
-        /// The highest epoch the other side knows.
-        above: u64,
         /// Why, for the log and the metric.
         reason: &'static str,
         /// The new epoch, or why there is none.
         done: oneshot::Sender<Result<u64, String>>,
+    },
+    /// The disk is about to be opened at a process server. If it was open at another one, or `above` is known there, its stream
+    /// moves: it will go on in a new epoch, above both.
+    Carry {
+        /// Index of the disk.
+        volume: usize,
+        /// The process server.
+        carrier: Name,
+        /// The highest epoch known there, if it refused the disk for that.
+        above: Option<u64>,
+        /// The epoch, or why there is none.
+        done: oneshot::Sender<Result<u64, String>>,
+    },
+    /// Whether the replica has everything because of which regions were marked clean. If not, all of the disk is compared with
+    /// it, in a new epoch.
+    CheckStands {
+        /// Index of the disk.
+        volume: usize,
+        /// Where the replica stands.
+        stands: Position,
+        /// Whether it has.
+        done: oneshot::Sender<Result<bool, String>>,
     },
     /// Whether the map belongs to the replica's history.
     CheckGeneration {
@@ -176,6 +211,13 @@ pub enum Command {
         /// Whether.
         compare: Compare,
         /// Done.
+        done: oneshot::Sender<()>,
+    },
+    /// Compare all of a disk with its replica now.
+    VerifyDisk {
+        /// Index of the disk.
+        volume: usize,
+        /// It has begun.
         done: oneshot::Sender<()>,
     },
     /// What the replica says to a digest.

@@ -1,10 +1,14 @@
 //! `tidegate machine` and `tidegate disk`.
 
+use std::io::IsTerminal;
+use std::time::Duration;
+
 use anyhow::bail;
+use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Ask, ask, output};
 use crate::config::units::show_size;
-use crate::control::api::{DiskView, MachineView, Request, RoleStatus};
+use crate::control::api::{DiskView, MachineView, Request, RoleStatus, ScrubView};
 
 /// Machines.
 #[derive(clap::Subcommand)]
@@ -33,6 +37,19 @@ pub(super) enum MachineCommand {
 pub(super) enum DiskCommand {
     /// All disks the server knows.
     List(Ask),
+    /// Compare a disk with its replica, bit by bit, while replication goes on. Ask its agent.
+    #[command(
+        after_help = "Example:\n  tidegate disk verify web01/sda --control unix:/run/tidegate/agent.sock\n\nWhat differs is sent again, and the points that have it leave the list. Exit code 1: something differed."
+    )]
+    Verify {
+        /// MACHINE/DISK, or the name of the disk.
+        disk: String,
+        /// Only tell how far the comparison is that is under way, or how the last one ended.
+        #[arg(long)]
+        show: bool,
+        #[command(flatten)]
+        ask: Ask,
+    },
     /// One disk with its positions.
     Show {
         /// MACHINE/DISK, or an id.
@@ -107,6 +124,7 @@ pub(super) fn disk(command: DiskCommand) -> anyhow::Result<()> {
             print_disks(&machines.iter().collect::<Vec<_>>());
             Ok(())
         }
+        DiskCommand::Verify { disk, show, ask } => verify(disk, show, &ask),
         DiskCommand::Show { disk, ask } => {
             let machines = machines(&ask)?;
             let mut all = machines.iter().flat_map(|m| m.disks.iter().map(move |d| (m, d)));
@@ -120,6 +138,37 @@ pub(super) fn disk(command: DiskCommand) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+fn verify(disk: String, show: bool, args: &Ask) -> anyhow::Result<()> {
+    let mut view: ScrubView = ask(&args.control, &Request::VerifyDisk { disk: disk.clone(), begin: !show })?;
+    let bar = if args.json || !std::io::stderr().is_terminal() { ProgressBar::hidden() } else { ProgressBar::new(view.total_bytes) };
+    bar.set_style(ProgressStyle::with_template(
+        "{bar:40} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left {msg}",
+    )?);
+    while view.running && !show {
+        std::thread::sleep(Duration::from_millis(200));
+        view = ask(&args.control, &Request::VerifyDisk { disk: disk.clone(), begin: false })?;
+        bar.set_position(view.done_bytes);
+        bar.set_message(view.waits.clone().unwrap_or_default());
+    }
+    bar.finish_and_clear();
+    if args.json {
+        output::json(&view)?;
+    } else {
+        println!("disk      {}", view.disk);
+        println!("compared  {} of {} in {:.1} s", show_size(view.done_bytes), show_size(view.total_bytes), view.seconds);
+        println!("differing {}", show_size(view.differing_bytes));
+        println!("last      {}", output::ago(view.last_age_seconds));
+    }
+    if view.differing_bytes > 0 {
+        bail!(
+            "{} of {} differed: they are sent again; check the storage of both, and see `tidegate point list --bad` at the master target",
+            show_size(view.differing_bytes),
+            view.disk
+        );
+    }
+    Ok(())
 }
 
 fn machines(args: &Ask) -> anyhow::Result<Vec<MachineView>> {

@@ -2,6 +2,7 @@
 
 mod check;
 mod failover;
+mod gateway;
 mod group;
 mod group_failover;
 mod group_point;
@@ -69,6 +70,9 @@ enum Command {
     /// Disks of protected machines.
     #[command(subcommand, after_help = "Example:\n  tidegate disk show web01/sda")]
     Disk(machine::DiskCommand),
+    /// A process server among others: take it out of service, and back.
+    #[command(subcommand, after_help = "Example:\n  tidegate gateway drain --control unix:/run/tidegate/process-server.sock")]
+    Gateway(gateway::GatewayCommand),
     /// Replication groups: machines that recover to one moment. Ask the coordinator.
     #[command(
         subcommand,
@@ -134,6 +138,7 @@ pub fn main() -> ExitCode {
         Command::ProcessServer(args) => servers::process_server(&args),
         Command::MasterTarget(args) => servers::master_target(&args),
         Command::Coordinator(args) => servers::coordinator(&args),
+        Command::Gateway(command) => gateway::run(command),
         Command::Group(command) => group::run(command),
         Command::Status(ask) => return status::run(&ask),
         Command::Machine(command) => machine::machine(command),

@@ -39,6 +39,9 @@ pub struct AgentSettings {
     /// Write-intent map.
     #[serde(default)]
     pub dirty_map: DirtyMap,
+    /// Comparison with the replica.
+    #[serde(default)]
+    pub scrub: Scrub,
     /// The protected disks.
     pub disk: Vec<Disk>,
     /// Command line.
@@ -55,6 +58,35 @@ pub struct AgentSettings {
 pub struct ProcessServer {
     /// Host name or IP address, and port.
     pub address: String,
+    /// Others, to which the stream goes when this one does not serve the machine's disks.
+    #[serde(default)]
+    pub standby: Vec<String>,
+    /// How long a process server may be away before the next one is tried.
+    #[serde(default = "default_switch_after", deserialize_with = "units::duration")]
+    pub switch_after: Duration,
+}
+
+fn default_switch_after() -> Duration {
+    Duration::from_secs(5)
+}
+
+impl ProcessServer {
+    /// All of them, in order of preference.
+    pub fn addresses(&self) -> impl Iterator<Item = &String> {
+        std::iter::once(&self.address).chain(&self.standby)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        for address in self.addresses() {
+            if address.parse::<SocketAddr>().is_err() && !address.contains(':') {
+                return Err(format!("process_server: {address:?} needs a port, for example \"gateway.example:9443\""));
+            }
+        }
+        if self.standby.len() > limits::STANDBYS_MAX {
+            return Err(format!("process_server.standby has {} addresses, at most {} are used", self.standby.len(), limits::STANDBYS_MAX));
+        }
+        in_range("process_server.switch_after in seconds", self.switch_after.as_secs_f64(), 0.5, 3600.0)
+    }
 }
 
 /// `[points]`
@@ -198,14 +230,17 @@ impl App {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Backlog {
-    /// Memory for changes that were not cached yet, per disk.
+    /// Memory for changes that are not safe yet, per disk.
     #[serde(deserialize_with = "units::size")]
     pub memory_max: u64,
+    /// Disk space in the state folder for what memory has no room for, all disks together; 0: none.
+    #[serde(deserialize_with = "units::size")]
+    pub log_max: u64,
 }
 
 impl Default for Backlog {
     fn default() -> Self {
-        Self { memory_max: 256 << 20 }
+        Self { memory_max: 256 << 20, log_max: 4 << 30 }
     }
 }
 
@@ -224,6 +259,21 @@ pub struct DirtyMap {
 impl Default for DirtyMap {
     fn default() -> Self {
         Self { region: 1 << 20, clean_after: Duration::from_secs(30) }
+    }
+}
+
+/// `[scrub]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Scrub {
+    /// Bytes of each disk that are read and compared with the replica a second; 0: only when somebody asks.
+    #[serde(deserialize_with = "units::rate")]
+    pub rate: u64,
+}
+
+impl Default for Scrub {
+    fn default() -> Self {
+        Self { rate: 2 << 20 }
     }
 }
 
@@ -327,9 +377,11 @@ impl Settings for AgentSettings {
         if !region.is_power_of_two() {
             return Err(format!("dirty_map.region is {region}, it must be a power of two"));
         }
-        if self.process_server.address.parse::<SocketAddr>().is_err() && !self.process_server.address.contains(':') {
-            return Err("process_server.address needs a port, for example \"gateway.example:9443\"".to_owned());
+        if self.backlog.log_max != 0 {
+            in_range("backlog.log_max", self.backlog.log_max, 64 << 20, 1 << 50)?;
         }
+        in_range("scrub.rate", self.scrub.rate, 0, 1 << 40)?;
+        self.process_server.check()?;
         self.control.check()
     }
 }

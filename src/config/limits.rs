@@ -21,6 +21,8 @@ pub const BATCHES_IN_PIPELINE_MAX: usize = 96;
 pub const RESYNC_WINDOW_BYTES: u64 = 32 << 20;
 /// Most regions of a dirty map: 16 Mi, one bit each on disk and eight bytes each in memory.
 pub const REGIONS_MAX: u64 = 16 << 20;
+/// Process servers that one agent knows beside its first.
+pub const STANDBYS_MAX: usize = 15;
 /// Hooks of one agent's application-consistent points.
 pub const HOOKS_MAX: usize = 32;
 /// Writes of one checkpoint to a replica that are under way.

@@ -94,6 +94,17 @@ pub struct Cache {
     pub segment: u64,
     /// Share of the cache that one disk may fill, in percent, before it gets no more credit.
     pub disk_share_percent: u64,
+    /// Percent of the cache that are free when the levels of [`crate::process_server::pressure`] begin: `status` warns,
+    pub warn_percent: u64,
+    /// those who take most get less,
+    pub shrink_percent: u64,
+    /// those who take most get nothing more,
+    pub throttle_percent: u64,
+    /// nobody gets anything more.
+    pub protect_percent: u64,
+    /// Space that is kept back in the state folder, so that a full file system can be left again.
+    #[serde(deserialize_with = "units::size")]
+    pub reserve: u64,
     /// Memory for batches that are cached and wait for the link; older ones are read back.
     #[serde(deserialize_with = "units::size")]
     pub memory_max: u64,
@@ -101,7 +112,17 @@ pub struct Cache {
 
 impl Default for Cache {
     fn default() -> Self {
-        Self { size_max: 64 << 30, segment: 64 << 20, disk_share_percent: 50, memory_max: 128 << 20 }
+        Self {
+            size_max: 64 << 30,
+            segment: 64 << 20,
+            disk_share_percent: 50,
+            warn_percent: 30,
+            shrink_percent: 25,
+            throttle_percent: 20,
+            protect_percent: 10,
+            reserve: 32 << 20,
+            memory_max: 128 << 20,
+        }
     }
 }
 
@@ -136,6 +157,16 @@ pub struct Machine {
     pub name: Name,
     /// Its disks.
     pub disks: Vec<Name>,
+    /// How old its newest point may be: when the cache fills, those who can wait longest wait first.
+    #[serde(default = "default_rpo_target", deserialize_with = "units::duration")]
+    pub rpo_target: Duration,
+    /// Most of the cache that each of its disks may fill; by `cache.disk_share_percent` when absent.
+    #[serde(default, deserialize_with = "units::size_option")]
+    pub quota: Option<u64>,
+}
+
+fn default_rpo_target() -> Duration {
+    Duration::from_secs(300)
 }
 
 impl Machine {
@@ -152,6 +183,7 @@ impl Machine {
 
 impl Settings for ProcessServerSettings {
     fn check(&self) -> Result<(), String> {
+        let cache = &self.cache;
         in_range("ingest.memory_max", self.ingest.memory_max, 4 * limits::DISK_WINDOW_BYTES_MIN, 1 << 40)?;
         in_range("ingest.connections_max", self.ingest.connections_max, 1, 65536)?;
         in_range("optimize.workers", self.optimize.workers, 0, 256)?;
@@ -159,6 +191,11 @@ impl Settings for ProcessServerSettings {
         in_range("cache.segment", self.cache.segment, 4 << 20, 1 << 30)?;
         in_range("cache.size_max", self.cache.size_max, 4 * self.cache.segment, 1 << 50)?;
         in_range("cache.disk_share_percent", self.cache.disk_share_percent, 1, 100)?;
+        let levels = [cache.protect_percent, cache.throttle_percent, cache.shrink_percent, cache.warn_percent];
+        if !levels.is_sorted_by(|a, b| a < b) || levels[3] > 90 || levels[0] == 0 {
+            return Err("cache: protect_percent < throttle_percent < shrink_percent < warn_percent, from 1 to 90".to_owned());
+        }
+        in_range("cache.reserve", cache.reserve, 0, 1 << 40)?;
         in_range("forward.mtu", self.forward.mtu, 1200, 65000)?;
         in_range("forward.window", self.forward.window, 1 << 20, 4 << 30)?;
         if !self.cache.segment.is_multiple_of(4096) {
@@ -168,6 +205,8 @@ impl Settings for ProcessServerSettings {
             if self.machine[..index].iter().any(|m| m.name == machine.name) {
                 return Err(format!("machine {} is listed twice", machine.name));
             }
+            in_range("machine.rpo_target in seconds", machine.rpo_target.as_secs_f64(), 1.0, 7.0 * 86400.0)?;
+            in_range("machine.quota", machine.quota.unwrap_or(self.cache.segment), self.cache.segment, 1 << 50)?;
         }
         if let Some(coordinator) = &self.coordinator {
             coordinator.check()?;

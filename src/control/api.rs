@@ -169,6 +169,18 @@ pub enum Request {
         /// Which.
         machine: String,
     },
+    /// Compare a disk with its replica now, or only ask how far that is; ask its agent: [`ScrubView`].
+    VerifyDisk {
+        /// Its name, or MACHINE/NAME.
+        disk: String,
+        /// Begin.
+        begin: bool,
+    },
+    /// Whether a process server is taken out of service, and how far it is: [`DrainView`].
+    Drain {
+        /// Begin, or end; only ask if left out.
+        on: Option<bool>,
+    },
     /// Change the policy until it is reset: [`PolicySet`]. Not done when points would go and nobody agreed.
     SetPolicy {
         /// For one machine only.
@@ -215,6 +227,38 @@ pub struct ApiError {
     pub message: String,
 }
 
+/// A comparison of a disk with its replica.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ScrubView {
+    /// MACHINE/NAME.
+    pub disk: String,
+    /// One is under way.
+    pub running: bool,
+    /// Share of the disk that is compared, in the one under way or in the last.
+    pub done_bytes: u64,
+    /// Bytes of the disk.
+    pub total_bytes: u64,
+    /// Bytes that differed.
+    pub differing_bytes: u64,
+    /// How long it took, or takes since.
+    pub seconds: f64,
+    /// How long ago the last one ended; absent without one.
+    pub last_age_seconds: Option<f64>,
+    /// Why nothing can be compared now.
+    pub waits: Option<String>,
+}
+
+/// How far a process server is that is taken out of service.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DrainView {
+    /// It is.
+    pub draining: bool,
+    /// Agents that are connected still.
+    pub agents: usize,
+    /// Bytes that are not at the master target.
+    pub waiting_bytes: u64,
+}
+
 /// A role's status.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct RoleStatus {
@@ -234,6 +278,9 @@ pub struct RoleStatus {
     pub cache_bytes: Option<(u64, u64)>,
     /// Connected to the next role.
     pub connected: Option<bool>,
+    /// The process server that has the machine's disks now, or had them last; agent only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<String>,
     /// Groups of a coordinator.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub coordinated: Vec<GroupView>,

@@ -110,7 +110,8 @@ async fn call(
     }
     let names: Vec<String> = roles.iter().map(|r| r.status().role).collect();
     let who = match request {
-        Request::Mark { .. } | Request::Resume { .. } => "the agent of the machine",
+        Request::Drain { .. } => "a process server",
+        Request::Mark { .. } | Request::Resume { .. } | Request::VerifyDisk { .. } => "the agent of the machine",
         Request::Groups
         | Request::GroupCreate { .. }
         | Request::GroupChange { .. }

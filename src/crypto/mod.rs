@@ -4,6 +4,7 @@ pub mod keyring;
 pub mod messages;
 pub mod pki;
 pub mod quic;
+pub mod scratch;
 pub mod seal;
 pub mod statement;
 pub mod tls;

@@ -12,7 +12,7 @@ use super::policy::SetValues;
 use super::verify::{ScrubState, Verification};
 use crate::crypto::keyring::{DataKey, KeyEncryptionKey};
 use crate::disk::Format;
-use crate::model::{DiskId, Job, MachineId, PointId, Position, RecoveryPoint};
+use crate::model::{DiskId, Job, MachineId, Name, PointId, Position, RecoveryPoint};
 use crate::storage::catalogue::{Catalogue, CatalogueError, Table};
 use crate::storage::log::random_u64;
 
@@ -31,7 +31,7 @@ const INTERVALS: Table = Table::new("intervals");
 const SCRUBS: Table = Table::new("scrubs");
 
 /// Changes with the types stored here.
-const FORMAT: u32 = 6;
+const FORMAT: u32 = 7;
 
 /// A replica's record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +46,8 @@ pub struct ReplicaRecord {
     pub format: Format,
     /// The highest epoch obeyed.
     pub epoch: u64,
+    /// The process server that has the disk in that epoch.
+    pub carrier: Option<Name>,
     /// Everything through here is durable in the replica.
     pub checkpoint: Position,
     /// The newest marker within the checkpoint, or where a failover began: old content is kept from there on.
@@ -65,6 +67,7 @@ impl ReplicaRecord {
             generation,
             wrapped_key: kek.wrap(&DataKey::generate(), disk, generation),
             epoch: 0,
+            carrier: None,
             checkpoint: Position::default(),
             last_marker: None,
             content: Content::Unconfirmed,
@@ -150,6 +153,18 @@ impl Records {
         self.catalogue.write(|batch| {
             let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
             record.size = record.size.max(size);
+            batch.put(DISKS, disk.0.as_bytes(), &record)
+        })
+    }
+
+    /// A process server has a disk from now on, in a new epoch, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue; nothing was changed then.
+    pub fn take_over(&self, disk: DiskId, epoch: u64, carrier: &Name) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
+            (record.epoch, record.carrier) = (record.epoch.max(epoch), Some(carrier.clone()));
             batch.put(DISKS, disk.0.as_bytes(), &record)
         })
     }

@@ -138,6 +138,8 @@ impl Role for Control {
                 Request::Status
                 | Request::Mark { .. }
                 | Request::Resume { .. }
+                | Request::Drain { .. }
+                | Request::VerifyDisk { .. }
                 | Request::Groups
                 | Request::GroupCreate { .. }
                 | Request::GroupChange { .. }

@@ -179,6 +179,11 @@ impl DiskShared {
             compared.remove(&verdict.extent.offset);
         }
         drop(compared);
+        self.tell_verdict(verdict);
+    }
+
+    /// The agent is told what a comparison found.
+    pub fn tell_verdict(&self, verdict: Verdict) {
         let mut verdicts = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner);
         // Whoever does not take them asks again.
         if verdicts.len() < VERDICTS_MAX {

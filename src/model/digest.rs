@@ -17,6 +17,8 @@ pub struct Digest {
     pub extent: Extent,
     /// One hash for each block, in order.
     pub hashes: Vec<[u8; 32]>,
+    /// Both are thought to be the same: a difference is damage. Otherwise it is asked what has to be sent.
+    pub scrub: bool,
 }
 
 impl Digest {
@@ -83,13 +85,13 @@ mod tests {
     #[test]
     fn differing_blocks_are_named_joined_and_the_last_may_be_short() {
         let extent = Extent::new(DIGEST_BLOCK * 4, DIGEST_BLOCK * 3 + 512);
-        let digest = Digest { extent, hashes: vec![[1; 32], [2; 32], [3; 32], [4; 32]] };
+        let digest = Digest { extent, hashes: vec![[1; 32], [2; 32], [3; 32], [4; 32]], scrub: false };
         assert!(digest.is_sane());
         assert_eq!(digest.differs(&digest.hashes.clone()), []);
         assert_eq!(digest.differs(&[[1; 32], [0; 32], [0; 32], [4; 32]]), [Extent::new(DIGEST_BLOCK * 5, DIGEST_BLOCK * 2)]);
         assert_eq!(digest.differs(&[[1; 32], [2; 32], [3; 32]]), [Extent::new(DIGEST_BLOCK * 7, 512)], "what is not there differs");
         assert!(!Digest { hashes: vec![[0; 32]; 3], ..digest.clone() }.is_sane());
-        assert!(!Digest { extent: Extent::new(512, DIGEST_BLOCK), hashes: vec![[0; 32]] }.is_sane());
-        assert!(!Digest { extent: Extent::new(0, u64::MAX), hashes: vec![] }.is_sane());
+        assert!(!Digest { extent: Extent::new(512, DIGEST_BLOCK), hashes: vec![[0; 32]], scrub: false }.is_sane());
+        assert!(!Digest { extent: Extent::new(0, u64::MAX), hashes: vec![], scrub: false }.is_sane());
     }
 }

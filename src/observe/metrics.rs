@@ -46,7 +46,7 @@ declare! {
     RPO_PART = "tidegate_rpo_part_seconds", Gauge, "disk, part", "Where the newest point spent its time: source, gateway, link, apply; seconds";
     LAG = "tidegate_source_lag_seconds", Gauge, "disk", "Age of the oldest captured change that is not yet safe, seconds";
     CAPTURED_BYTES = "tidegate_captured_bytes_total", Counter, "disk", "Bytes written to the protected disk through the agent";
-    BACKLOG = "tidegate_backlog_bytes", Gauge, "disk, kind", "Agent's backlog: memory (changes held), map (regions to send again); bytes";
+    BACKLOG = "tidegate_backlog_bytes", Gauge, "disk, kind", "Agent's backlog: memory (changes held), log (changes on its disk), map (regions to send again); bytes";
     HOLD = "tidegate_marker_hold_seconds", Histogram, "", "How long writes of a machine were held for a marker, seconds";
     GROUP_HOLD = "tidegate_group_hold_seconds", Histogram, "", "How long writes of a machine were held for a round of its group, seconds";
     GROUP_ROUND = "tidegate_group_round_seconds", Histogram, "", "Time of a whole round of a group, hooks included, seconds";
@@ -63,6 +63,9 @@ declare! {
     SEALED_BYTES = "tidegate_sealed_bytes_total", Counter, "disk", "Bytes left after compression, sealed";
     CACHE_BYTES = "tidegate_cache_bytes", Gauge, "disk", "Bytes of a disk in the cache, not acknowledged by the master target";
     CACHE_FREE = "tidegate_cache_free_ratio", Gauge, "", "Share of the cache that is free";
+    CACHE_DRAIN = "tidegate_cache_drain_seconds", Gauge, "", "How long what is in the cache takes to send, as fast as lately, seconds; NaN while nothing is sent";
+    CACHE_LEVEL = "tidegate_cache_level", Gauge, "", "How full the cache is: 0 normal, 1 warn, 2 shrink, 3 throttle, 4 protect";
+    CACHE_HELD = "tidegate_cache_held_disks", Gauge, "", "Disks that may send nothing more until the cache has room";
     CACHE_COMMIT = "tidegate_cache_commit_seconds", Histogram, "", "Time to make a group of batches durable in the cache, seconds";
     FORWARDED_BYTES = "tidegate_forwarded_bytes_total", Counter, "disk", "Sealed bytes given to the link";
     RESENT_BATCHES = "tidegate_resent_batches_total", Counter, "disk", "Batches sent again after a reconnect";
@@ -82,6 +85,8 @@ declare! {
     GROUP_POINT_AGE = "tidegate_group_point_age_seconds", Gauge, "group", "Age of the newest listed point of a group by the sources' clocks, seconds; NaN without one";
     GROUP_CONFLICTS = "tidegate_group_conflicts_total", Counter, "", "Group points that were not listed because their machines contradict each other, and parts that do not fit what they say";
     FAILED_OVER = "tidegate_failed_over", Gauge, "machine", "1 while a failover keeps the machine from being replicated here";
+    SCRUBBED_BYTES = "tidegate_scrubbed_bytes_total", Counter, "disk", "Bytes of the disk that were compared with the replica while replication went on";
+    SCRUB_DIFFERING_BYTES = "tidegate_scrub_differing_bytes_total", Counter, "disk", "Bytes in which source and replica differed that should have been the same: damage";
     DIFFERING_BYTES = "tidegate_differing_bytes", Gauge, "disk", "Bytes found to differ when source and replica were compared last, in blocks of 64 KiB";
     CERTIFICATE_EXPIRY = "tidegate_certificate_expiry_seconds", Gauge, "role", "Time until the certificate of this process expires, seconds";
 }

@@ -51,6 +51,22 @@ impl Records {
         Ok(Self { catalogue, cache_id })
     }
 
+    /// Whether it is to be taken out of service.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn is_draining(&self) -> Result<bool, CatalogueError> {
+        Ok(self.catalogue.get(SERVER, b"draining")?.unwrap_or(false))
+    }
+
+    /// Sets that, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn set_draining(&self, draining: bool) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| batch.put(SERVER, b"draining", &draining))
+    }
+
     /// A disk's record, if it was ever known.
     ///
     /// # Errors

@@ -1,40 +1,60 @@
 //! What the process server tells the command line.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::catalogue::Records;
+use super::pressure::Level;
 use super::{ProcessServer, ProcessServerView};
-use crate::control::api::{DiskView, MachineView, Request, RoleStatus};
+use crate::control::api::{ApiError, DiskView, DrainView, MachineView, Request, RoleStatus};
 use crate::control::server::{Answer, Role};
 use crate::model::{Health, MachineId};
 
 struct Control {
     view: Arc<Mutex<ProcessServerView>>,
+    draining: Arc<AtomicBool>,
+    records: Records,
 }
 
 impl ProcessServer {
     /// Its side of the control interface.
     pub fn control(&self) -> Arc<dyn Role> {
-        Arc::new(Control { view: self.view.clone() })
+        Arc::new(Control { view: self.view.clone(), draining: self.draining.clone(), records: self.records.clone() })
+    }
+}
+
+/// Health, reason and remedy.
+type Finding = (Health, Option<String>, Option<&'static str>);
+
+/// What is to be said of the cache.
+fn of_cache(view: &ProcessServerView) -> Option<Finding> {
+    let free = view.cache_free_bytes * 100 / view.cache_capacity_bytes.max(1);
+    let drain = view.drain_seconds.filter(|s| *s >= 1800.0).map(|s| format!("what is cached takes {:.0} min to send", s / 60.0));
+    let reason = || Some(drain.clone().unwrap_or_else(|| format!("{free} % of the cache is free")));
+    let remedy = "the link is slower than the churn: enlarge [cache] size_max or the link; `disk list` shows who is held back";
+    match view.level {
+        Level::Normal => None,
+        Level::Warn => Some((Health::Warning, reason(), Some("watch the link and the churn"))),
+        Level::Shrink | Level::Throttle | Level::Protect => Some((Health::Critical, reason(), Some(remedy))),
     }
 }
 
 impl Role for Control {
     fn status(&self) -> RoleStatus {
         let view = self.view.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let free = 100 - view.cache_used_bytes * 100 / view.cache_capacity_bytes.max(1);
-        let (health, reason, remedy) = match (view.link_up, free) {
-            (false, _) => (
+        let draining = || {
+            (view.draining).then(|| {
+                let remedy = "stop it when `tidegate gateway drain` says so, or `tidegate gateway resume`";
+                (Health::Warning, Some("it is to be taken out of service: agents that know another one go there".to_owned()), Some(remedy))
+            })
+        };
+        let (health, reason, remedy) = match view.link_up {
+            false => (
                 Health::Critical,
                 view.link_error.clone(),
                 Some("check the master target and the network; changes are kept in the cache meanwhile"),
             ),
-            (true, ..25) => (
-                Health::Critical,
-                Some(format!("{free} % of the cache is free")),
-                Some("the link is slower than the churn: enlarge [cache] size_max or the link"),
-            ),
-            (true, ..30) => (Health::Warning, Some(format!("{free} % of the cache is free")), Some("watch the link and the churn")),
-            _ => (Health::Healthy, None, None),
+            true => of_cache(&view).or_else(draining).unwrap_or((Health::Healthy, None, None)),
         };
         let machines = machines(&view);
         let worst = machines.iter().map(|m| m.health).max().unwrap_or_default();
@@ -59,8 +79,30 @@ impl Role for Control {
         }
     }
 
-    fn call<'a>(&'a self, _: &'a Request, _: &'a str) -> Answer<'a> {
-        Box::pin(async { None })
+    fn call<'a>(&'a self, request: &'a Request, _: &'a str) -> Answer<'a> {
+        Box::pin(async move {
+            let Request::Drain { on } = request else { return None };
+            if let Some(on) = *on {
+                let records = self.records.clone();
+                let noted = tokio::task::spawn_blocking(move || records.set_draining(on)).await;
+                let failed = match noted {
+                    Ok(Ok(())) => None,
+                    Ok(Err(error)) => Some(error.to_string()),
+                    Err(error) => Some(error.to_string()),
+                };
+                if let Some(message) = failed {
+                    return Some(Err(ApiError { message }));
+                }
+                self.draining.store(on, Ordering::Relaxed);
+            }
+            let view = self.view.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let drained = DrainView {
+                draining: self.draining.load(Ordering::Relaxed),
+                agents: view.agents,
+                waiting_bytes: view.disks.iter().map(|d| d.cache_bytes).sum(),
+            };
+            Some(serde_json::to_value(drained).map_err(|e| ApiError { message: e.to_string() }))
+        })
     }
 }
 
@@ -68,8 +110,9 @@ fn machines(view: &ProcessServerView) -> Vec<MachineView> {
     let mut machines: Vec<MachineView> = Vec::new();
     for disk in &view.disks {
         let (machine, name) = disk.disk.split_once('/').unwrap_or(("", &disk.disk));
-        let health = if disk.not_ready.is_some() || !disk.connected { Health::Warning } else { Health::Healthy };
-        let reason = disk.not_ready.clone().or_else(|| (!disk.connected).then(|| "its agent is not connected".to_owned()));
+        let idle = (!disk.connected && !view.draining).then(|| "its agent is not connected".to_owned());
+        let reason = disk.not_ready.clone().or(idle).or(disk.held_back.map(str::to_owned));
+        let health = if reason.is_some() { Health::Warning } else { Health::Healthy };
         let shown = DiskView {
             name: name.to_owned(),
             id: disk.id.clone(),

@@ -4,13 +4,16 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::Notify;
 
 use super::catalogue::DiskRecord;
 use super::optimize::batcher::{Batcher, RawBatch};
+use super::pressure::Grant;
 use super::stream::{Queued, Stream};
+use crate::config::process_server::Machine;
 use crate::crypto::seal::SealingSession;
 use crate::model::{DiskId, DiskReport, MachineId, Position, Verdict, Wanted};
 use crate::storage::log::Location;
@@ -63,6 +66,16 @@ pub struct Disk {
     pub owner: Cell<u64>,
     /// Size the agent told.
     pub size: Cell<u64>,
+    /// The highest epoch an agent told.
+    pub agent_epoch: Cell<u64>,
+    /// The epoch in which an agent wants to go on with a stream from elsewhere: the master target is to be asked.
+    pub claim: Cell<Option<u64>>,
+    /// The epoch for which it was asked, and where it stood.
+    pub claimed: Cell<Option<(u64, Position)>>,
+    /// The highest epoch that another process server has.
+    pub foreign: Cell<u64>,
+    /// The master target said since the start where it stands.
+    pub told: Cell<bool>,
     /// What the agent told last.
     pub report: RefCell<DiskReport>,
     /// Told again to the master target.
@@ -75,16 +88,22 @@ pub struct Disk {
     pub wanted: Cell<Option<Wanted>>,
     /// What the replica said to digests and the agent has not heard.
     pub verdicts: RefCell<VecDeque<Verdict>>,
+    /// What it may still send, as the cache fills.
+    pub grant: Cell<Grant>,
+    /// Most bytes it may have in the cache.
+    pub quota: u64,
+    /// How old its newest point may be.
+    pub rpo_target: Duration,
     /// Locations to give up once the position is durable.
     pub to_release: RefCell<Vec<Location>>,
 }
 
 impl Disk {
     /// A disk as a restart finds it.
-    pub fn new(id: DiskId, machine: MachineId, label: &str, stream: Stream, record: Option<DiskRecord>) -> Self {
+    pub fn new(id: DiskId, machine: &Machine, label: &str, stream: Stream, record: Option<DiskRecord>, quota: u64) -> Self {
         Self {
             id,
-            machine,
+            machine: machine.id(),
             label: label.into(),
             stream: RefCell::new(stream),
             batcher: RefCell::default(),
@@ -93,14 +112,36 @@ impl Disk {
             not_ready: RefCell::new(Some(NotReady::NoKey)),
             owner: Cell::new(0),
             size: Cell::new(0),
+            agent_epoch: Cell::new(0),
+            claim: Cell::new(None),
+            claimed: Cell::new(None),
+            foreign: Cell::new(0),
+            told: Cell::new(false),
             report: RefCell::default(),
             report_fresh: Cell::new(false),
             forward: Notify::new(),
             acknowledge: RefCell::default(),
             wanted: Cell::new(None),
             verdicts: RefCell::default(),
+            grant: Cell::new(Grant::Full),
+            quota: machine.quota.unwrap_or(quota),
+            rpo_target: machine.rpo_target,
             to_release: RefCell::default(),
         }
+    }
+
+    /// The epoch with which the master target is asked: that of what is sent next.
+    pub fn epoch_to_ask(&self) -> u64 {
+        let stream = self.stream.borrow();
+        self.claim.get().or(stream.waiting_epoch()).unwrap_or_else(|| stream.epoch().max(self.agent_epoch.get()))
+    }
+
+    /// Where the master target stands, if it said so since the start.
+    pub fn stands(&self) -> Option<Position> {
+        let epoch = self.stream.borrow().epoch();
+        let taken_over = self.claimed.get().filter(|(claimed, _)| *claimed == epoch).map(|(_, stands)| stands);
+        let acknowledged = self.stream.borrow().acknowledged();
+        taken_over.filter(|stands| acknowledged <= *stands).or(self.told.get().then_some(acknowledged))
     }
 
     /// Enters a closed batch into the pipeline.

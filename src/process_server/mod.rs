@@ -8,6 +8,7 @@
 //!
 //! Threads: network (TLS, QUIC, decisions), `seal-N` (fold, LZ4, AES-GCM), `cache` (io_uring).
 
+pub mod adoption;
 pub mod cache;
 pub mod catalogue;
 pub mod control;
@@ -15,10 +16,14 @@ pub mod disk;
 pub mod forward;
 pub mod ingest;
 pub mod optimize;
+pub mod pressure;
+pub mod reserve;
 mod server;
+mod space;
 pub mod stream;
 
 use std::io;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -68,6 +73,8 @@ pub struct DiskView {
     pub positions: Vec<(String, String)>,
     /// In the cache, not at the master target.
     pub cache_bytes: u64,
+    /// Why it gets less than the others, if so.
+    pub held_back: Option<&'static str>,
 }
 
 /// What the process server shows of itself.
@@ -85,6 +92,15 @@ pub struct ProcessServerView {
     pub cache_used_bytes: u64,
     /// Of the cache.
     pub cache_capacity_bytes: u64,
+    /// Bytes that it can still take.
+    pub cache_free_bytes: u64,
+    /// How long what is in it takes to send; absent while nothing is sent.
+    pub drain_seconds: Option<f64>,
+    /// How full it is.
+    #[serde(skip)]
+    pub level: pressure::Level,
+    /// It is to be taken out of service.
+    pub draining: bool,
     /// Agents connected.
     pub agents: usize,
     /// Its disks.
@@ -100,6 +116,8 @@ pub struct ProcessServer {
     /// Where it listens for agents.
     pub listen: std::net::SocketAddr,
     stop: Arc<Notify>,
+    draining: Arc<AtomicBool>,
+    records: catalogue::Records,
     thread: JoinHandle<()>,
 }
 
@@ -112,15 +130,16 @@ impl ProcessServer {
         let view = Arc::new(Mutex::new(ProcessServerView::default()));
         let (readiness, stop) = (Readiness::default(), Arc::new(Notify::new()));
         let (opened_tx, opened_rx) = std::sync::mpsc::sync_channel(1);
-        let shared = (view.clone(), readiness.clone(), stop.clone());
+        let draining = Arc::new(AtomicBool::new(false));
+        let shared = server::Shared { view: view.clone(), readiness: readiness.clone(), stop: stop.clone(), draining: draining.clone() };
         let thread = std::thread::Builder::new().name("process-server".to_owned()).spawn(move || {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime on one thread can always be built");
             let local = tokio::task::LocalSet::new();
             runtime.block_on(local.run_until(server::run(settings, shared, opened_tx)));
         })?;
-        let listen = opened_rx.recv().map_err(|_| io::Error::other("the process server's thread ended while starting"))??;
-        Ok(Self { view, readiness, listen, stop, thread })
+        let (listen, records) = opened_rx.recv().map_err(|_| io::Error::other("the process server's thread ended while starting"))??;
+        Ok(Self { view, readiness, listen, stop, draining, records, thread })
     }
 
     /// Stops taking changes and ends; what is cached stays cached.

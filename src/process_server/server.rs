@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -17,8 +17,10 @@ use super::catalogue::Records;
 use super::disk::{Disk, NotReady};
 use super::optimize::batcher::RawBatch;
 use super::optimize::workers::{self, Job};
+use super::pressure::{Grant, Level};
+use super::reserve::Reserve;
 use super::stream::{Queued, Stream};
-use super::{DiskView, ProcessServerError, ProcessServerView, forward, ingest};
+use super::{DiskView, ProcessServerError, ProcessServerView, forward, ingest, space};
 use crate::clock;
 use crate::config::limits::{BATCHES_IN_PIPELINE_MAX, DISK_WINDOW_BYTES, DISK_WINDOW_BYTES_MIN};
 use crate::config::process_server::ProcessServerSettings;
@@ -60,20 +62,34 @@ pub struct Server {
     pub view: Arc<Mutex<ProcessServerView>>,
     /// Agents connected.
     pub agents: Cell<usize>,
+    /// Bytes that have left the cache.
+    pub released_bytes: Cell<u64>,
+    /// Agents are told to go elsewhere.
+    pub draining: Arc<AtomicBool>,
+    /// Space for when there is none.
+    pub reserve: Reserve,
+    /// How full the cache is.
+    pub level: Cell<Level>,
     /// The master target, by its certificate, once it was reached.
     pub target: RefCell<Option<Name>>,
     next_owner: Cell<u64>,
 }
 
-type Shared = (Arc<Mutex<ProcessServerView>>, Readiness, Arc<Notify>);
+pub(super) struct Shared {
+    pub view: Arc<Mutex<ProcessServerView>>,
+    pub readiness: Readiness,
+    pub stop: Arc<Notify>,
+    pub draining: Arc<AtomicBool>,
+}
 
 /// Runs until told to stop.
 pub(super) async fn run(
     settings: ProcessServerSettings,
-    (view, readiness, stop): Shared,
-    opened: SyncSender<Result<SocketAddr, ProcessServerError>>,
+    shared: Shared,
+    opened: SyncSender<Result<(SocketAddr, Records), ProcessServerError>>,
 ) {
-    let (server, completions, listener) = match open(settings, view).await {
+    let (readiness, stop) = (shared.readiness.clone(), shared.stop.clone());
+    let (server, completions, listener) = match open(settings, shared).await {
         Ok(parts) => parts,
         Err(e) => return drop(opened.send(Err(e))),
     };
@@ -81,7 +97,7 @@ pub(super) async fn run(
         Ok(address) => address,
         Err(e) => return drop(opened.send(Err(e.into()))),
     };
-    let _ = opened.send(Ok(address));
+    let _ = opened.send(Ok((address, server.records.clone())));
     readiness.set(true);
     tracing::info!(listen = %address, disks = server.disks.len(), "process server is running");
     tokio::select! {
@@ -89,6 +105,7 @@ pub(super) async fn run(
         () = close_aged(server.clone()) => {}
         () = release(server.clone()) => {}
         () = publish(server.clone()) => {}
+        () = space::watch(server.clone()) => {}
         () = ingest::accept(server.clone(), listener) => {}
         () = forward::run(server.clone()) => {}
         () = stop.notified() => tracing::info!("process server stops; what is cached stays cached"),
@@ -98,16 +115,22 @@ pub(super) async fn run(
 
 async fn open(
     settings: ProcessServerSettings,
-    view: Arc<Mutex<ProcessServerView>>,
+    shared: Shared,
 ) -> Result<(Rc<Server>, Completions, tokio::net::TcpListener), ProcessServerError> {
     crate::storage::uring::create_dir_durable(&settings.state)?;
     let credentials = Credentials::load(&settings.tls, Role::ProcessServer)?;
     metrics::disk_part(metrics::CERTIFICATE_EXPIRY, "", "role", Role::ProcessServer.as_str(), credentials.expires_in_seconds as f64);
+    let Shared { view, draining, .. } = shared;
     view.lock().unwrap_or_else(PoisonError::into_inner).name = credentials.identity.name.to_string();
     let listener = ingest::bind(settings.ingest.listen).await?;
     let (kek_path, may_create) = settings.keys.path(&settings.state);
     let kek = Arc::new(KeyEncryptionKey::load(&kek_path, may_create)?);
     let records = Records::open(&settings.state)?;
+    draining.store(records.is_draining()?, Ordering::Relaxed);
+    let reserve = Reserve::new(&settings.state, settings.cache.reserve);
+    if let Err(error) = reserve.keep() {
+        tracing::warn!(%error, "there is no space for the reserve");
+    }
     let opened = cache::open(&settings.state, records.cache_id, &settings.cache)?;
     let (disks, unneeded) = recover_disks(&settings, &records, &kek, opened.recovered)?;
     opened.handle.release(unneeded).await;
@@ -126,6 +149,10 @@ async fn open(
         queue_memory: Cell::new(0),
         view,
         agents: Cell::new(0),
+        released_bytes: Cell::new(0),
+        draining,
+        reserve,
+        level: Cell::default(),
         target: RefCell::default(),
         next_owner: Cell::new(0),
         settings,
@@ -164,7 +191,8 @@ fn recover_disks(
             let (stream, dropped) = Stream::recover(released, ours.into_iter().map(|(_, q)| q).collect());
             unneeded.extend(dropped);
             let label = format!("{}/{name}", machine.name);
-            let disk = Disk::new(id, machine.id(), &label, stream, record.clone());
+            let quota = settings.cache.size_max / 100 * settings.cache.disk_share_percent;
+            let disk = Disk::new(id, machine, &label, stream, record.clone(), quota);
             if let Some(record) = record {
                 let session = SealingSession::start(&record.key(kek, id)?, Purpose::Stream, id, record.generation);
                 *disk.session.borrow_mut() = Some(Arc::new(session));
@@ -203,11 +231,6 @@ impl Server {
     pub fn window(&self) -> u64 {
         let open = self.disks.values().filter(|d| d.acknowledge.borrow().is_some()).count().max(1) as u64;
         (self.settings.ingest.memory_max / open).clamp(DISK_WINDOW_BYTES_MIN, DISK_WINDOW_BYTES)
-    }
-
-    /// Whether a disk has filled its share of the cache.
-    pub fn over_share(&self, disk: &Disk) -> bool {
-        disk.stream.borrow().queue_bytes() > self.settings.cache.size_max / 100 * self.settings.cache.disk_share_percent
     }
 
     /// A place in the pipeline; waits for room. Taken before a batch is closed, so that none is lost while waiting.
@@ -284,6 +307,7 @@ async fn release(server: Rc<Server>) {
         tokio::time::sleep(RELEASE_EVERY).await;
         let mut records = Vec::new();
         let mut locations = Vec::new();
+        let mut kept = Vec::new();
         for disk in server.disks.values() {
             let gone = std::mem::take(&mut *disk.to_release.borrow_mut());
             let acknowledged = disk.stream.borrow().acknowledged();
@@ -291,6 +315,7 @@ async fn release(server: Rc<Server>) {
                 record.released = record.released.max(acknowledged);
                 records.push((disk.id, record.clone()));
             }
+            kept.push((disk.id, gone.clone()));
             locations.extend(gone);
         }
         if locations.is_empty() {
@@ -306,9 +331,24 @@ async fn release(server: Rc<Server>) {
                         disk.stream.borrow_mut().released_through(record.released);
                     }
                 }
+                let bytes: u64 = locations.iter().map(|l| l.stored_bytes()).sum();
+                server.released_bytes.set(server.released_bytes.get() + bytes);
                 server.cache.release(locations).await;
             }
-            Ok(Err(error)) => tracing::error!(%error, "cannot note released positions; the cache keeps what it has"),
+            Ok(Err(error)) => {
+                tracing::error!(%error, "cannot note released positions; the cache keeps what it has");
+                if server.reserve.give_back() {
+                    tracing::warn!(
+                        "the file system is full: the reserve is given back, so that what is at the master target can leave the cache"
+                    );
+                }
+                // They are noted, and leave, with the next.
+                for (id, gone) in kept {
+                    if let Some(disk) = server.disks.get(&id) {
+                        disk.to_release.borrow_mut().extend(gone);
+                    }
+                }
+            }
             Err(_) => return,
         }
     }
@@ -318,7 +358,6 @@ async fn publish(server: Rc<Server>) {
     loop {
         let figures = &server.cache.figures;
         let (used, capacity) = (figures.live_bytes.load(Ordering::Relaxed), figures.capacity_bytes.load(Ordering::Relaxed));
-        metrics::disk_gauge(metrics::CACHE_FREE, "", 1.0 - metrics::number(used) / metrics::number(capacity.max(1)));
         let mut memory = 0;
         let mut disks = Vec::new();
         for disk in server.disks.values() {
@@ -335,6 +374,12 @@ async fn publish(server: Rc<Server>) {
                 not_ready: disk.not_ready.borrow().as_ref().map(NotReady::message),
                 positions: stream.rungs().iter().map(|(r, p)| (r.as_str().to_owned(), p.to_string())).collect(),
                 cache_bytes: stream.queue_bytes(),
+                held_back: match disk.grant.get() {
+                    Grant::Full => None,
+                    Grant::Quarter => Some("it gets a quarter of its window, because it has more than its share of the cache"),
+                    Grant::Nothing if stream.queue_bytes() >= disk.quota => Some("it has filled its quota of the cache"),
+                    Grant::Nothing => Some("it gets nothing more until the cache has room"),
+                },
             });
         }
         disks.sort_by(|a, b| a.disk.cmp(&b.disk));
@@ -342,6 +387,7 @@ async fn publish(server: Rc<Server>) {
         {
             let mut view = server.view.lock().unwrap_or_else(PoisonError::into_inner);
             (view.cache_used_bytes, view.cache_capacity_bytes, view.agents, view.disks) = (used, capacity, server.agents.get(), disks);
+            view.draining = server.draining.load(Ordering::Relaxed);
         }
         tokio::time::sleep(FIGURES_EVERY).await;
     }

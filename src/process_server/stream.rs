@@ -222,6 +222,11 @@ impl Stream {
         gone
     }
 
+    /// The epoch of the oldest change that is not acknowledged, if there is one.
+    pub fn waiting_epoch(&self) -> Option<u64> {
+        self.queue.front().map(|q| q.end.epoch).or(self.pipeline.front().map(|b| b.end.epoch))
+    }
+
     /// What was accepted.
     pub fn accepted(&self) -> Position {
         self.accepted
@@ -236,9 +241,9 @@ impl Stream {
     }
 
     /// Credit of the agent: cumulative cost it may have sent since it opened the disk. Never shrinks while the disk is
-    /// open; does not grow while `frozen`.
-    pub fn credit(&mut self, window: u64, frozen: bool) -> u64 {
-        if !frozen {
+    /// open; does not grow without a window.
+    pub fn credit(&mut self, window: Option<u64>) -> u64 {
+        if let Some(window) = window {
             self.credit = self.credit.max(self.received + window.saturating_sub(self.outstanding));
         }
         self.credit

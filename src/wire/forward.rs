@@ -84,6 +84,9 @@ pub struct Open {
     pub disk: DiskId,
     /// Size of the source disk in bytes, 0 if the process server has not heard from the agent since it started.
     pub size: u64,
+    /// The epoch of what will be sent. A higher one than is obeyed takes the disk over: from then on nothing of a lower one is
+    /// taken. An equal one goes on, for the process server that has it.
+    pub epoch: u64,
 }
 
 /// What the master target says on a disk's stream.
@@ -111,6 +114,11 @@ pub enum Reply {
         /// For a person.
         message: String,
     },
+    /// The disk is in other hands: an epoch is obeyed that this process server does not have. Nothing lower is taken any more.
+    Fenced {
+        /// The epoch.
+        obeyed: u64,
+    },
     /// Everything up to here is durable in the journal.
     Journaled(Position),
     /// For the agent: what it is to do from now on.
@@ -125,6 +133,7 @@ impl std::fmt::Debug for Reply {
         match self {
             Reply::Opened { generation, journaled, .. } => write!(f, "Opened {{ generation: {generation}, journaled: {journaled} }}"),
             Reply::Refused { retry, message } => write!(f, "Refused {{ retry: {retry}, message: {message:?} }}"),
+            Reply::Fenced { obeyed } => write!(f, "Fenced {{ obeyed: {obeyed} }}"),
             Reply::Journaled(position) => write!(f, "Journaled({position})"),
             Reply::Wanted(wanted) => write!(f, "{wanted:?}"),
             Reply::Verdict(verdict) => write!(f, "{verdict:?}"),

@@ -18,11 +18,12 @@
 //! | 52 | 8 | 0 |
 //! | 60 | 4 | CRC-32C of bytes 0..60 |
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{CONTROL_BYTES_MAX, Fields, PROTOCOL, WireError, check_len};
+use super::{CONTROL_BYTES_MAX, Fields, PROTOCOL, WireError, check_len, decode_control};
 use crate::model::change::{CHANGE_BYTES_MAX, ZERO_BYTES_MAX};
-use crate::model::{Compare, DiskId, DiskReport, Extent, MachineId, Name, SECTOR, Verdict, Wanted};
+use crate::model::{ChangeKind, Compare, DiskId, DiskReport, Extent, MachineId, Name, Position, SECTOR, Verdict, Wanted};
 
 /// Length of a frame header, in bytes.
 pub const FRAME_LEN: usize = 64;
@@ -148,6 +149,56 @@ impl Frame {
     }
 }
 
+/// Appends a change as a frame with its payload.
+///
+/// # Errors
+/// [`WireError`] if a marker or digest does not encode within [`CONTROL_BYTES_MAX`].
+pub fn encode_change(slot: u32, sequence: u64, change: &ChangeKind, age_us: u64, out: &mut Vec<u8>) -> Result<(), WireError> {
+    let encoded;
+    let (kind, payload): (FrameType, &[u8]) = match change {
+        ChangeKind::Write { data, .. } => (FrameType::Write, data),
+        ChangeKind::Zero(_) => (FrameType::Zero, &[]),
+        ChangeKind::Mark(mark) => {
+            encoded = postcard::to_stdvec(mark).map_err(|_| WireError::Illegal("marker"))?;
+            (FrameType::Mark, &encoded)
+        }
+        ChangeKind::Digest(digest) => {
+            encoded = postcard::to_stdvec(digest).map_err(|_| WireError::Illegal("digest"))?;
+            (FrameType::Digest, &encoded)
+        }
+    };
+    check_len("change", payload.len(), CHANGE_BYTES_MAX)?;
+    let frame = Frame {
+        kind,
+        slot,
+        payload_len: payload.len() as u32,
+        sequence,
+        extent: change.extent().unwrap_or(Extent::new(0, 0)),
+        age_us,
+        payload_crc: crc32c::crc32c(payload),
+    };
+    out.extend_from_slice(&frame.encode());
+    out.extend_from_slice(payload);
+    Ok(())
+}
+
+/// The change of a frame and its payload, whose checksum is checked.
+///
+/// # Errors
+/// [`WireError`] for anything that is not a change within its bounds.
+pub fn decode_change(frame: &Frame, payload: Bytes) -> Result<ChangeKind, WireError> {
+    if crc32c::crc32c(&payload) != frame.payload_crc {
+        return Err(WireError::Checksum("payload"));
+    }
+    Ok(match frame.kind {
+        FrameType::Control => return Err(WireError::Illegal("frame type")),
+        FrameType::Write => ChangeKind::Write { offset: frame.extent.offset, data: payload },
+        FrameType::Zero => ChangeKind::Zero(frame.extent),
+        FrameType::Mark => ChangeKind::Mark(decode_control(&payload)?),
+        FrameType::Digest => ChangeKind::Digest(decode_control(&payload)?),
+    })
+}
+
 /// A control message as a frame with its payload.
 ///
 /// # Errors
@@ -185,6 +236,8 @@ pub enum AgentMessage {
         size: u64,
         /// The stream's epoch.
         epoch: u64,
+        /// The stream comes from another process server and goes on where the master target stands: it must be asked.
+        takes_over: bool,
     },
     /// How a disk does; once a second.
     Report {
@@ -214,6 +267,9 @@ pub enum ServerMessage {
         credit: u64,
         /// Whether the disk is compared with the replica before it is sent.
         compare: Compare,
+        /// Where the master target stands, if it said so since the process server started; in an epoch before this one when the
+        /// stream is new.
+        stands: Option<Position>,
     },
     /// What the master target wants of the agent. Obeyed only for the history that it speaks of.
     Wanted {
@@ -255,6 +311,8 @@ pub enum ServerMessage {
         /// As in `Opened`.
         credit: u64,
     },
+    /// This process server is to be taken out of service: the agent goes to another one, if it knows one.
+    Draining,
     /// Nothing new; the server is there.
     Alive,
     /// The connection ends, and why.

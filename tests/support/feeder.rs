@@ -147,7 +147,7 @@ impl Slot {
     }
 
     fn open(&self, slot: u32) -> Vec<u8> {
-        control(&AgentMessage::Open { slot, disk: self.disk, size: DISK_BYTES as u64, epoch: self.epoch })
+        control(&AgentMessage::Open { slot, disk: self.disk, size: DISK_BYTES as u64, epoch: self.epoch, takes_over: false })
     }
 
     fn report(&self, slot: u32) -> Vec<u8> {
@@ -284,6 +284,7 @@ fn hear(
         ServerMessage::Welcome
         | ServerMessage::Ack { .. }
         | ServerMessage::Alive
+        | ServerMessage::Draining
         | ServerMessage::Target(_)
         | ServerMessage::Verdict { .. } => {}
     }

@@ -1,7 +1,9 @@
 //! Runs real processes of every role over loopback, with certificates, configuration and a disk of their own.
 #![allow(clippy::disallowed_methods, dead_code, unreachable_pub, missing_docs, reason = "each suite uses its part")]
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -15,9 +17,11 @@ use tempfile::TempDir;
 pub mod estate;
 pub mod faulty_storage;
 pub mod guest;
+pub mod known;
 pub mod mounted;
 pub mod postgresql;
 mod rng;
+pub mod writer;
 
 /// Roles in the order data flows.
 pub const ROLES: [&str; 3] = ["agent", "process-server", "master-target"];
@@ -46,6 +50,10 @@ pub struct Options {
     pub adopt: Vec<PathBuf>,
     /// Where the master target keeps its state, if not in the test's folder.
     pub target_state: Option<PathBuf>,
+    /// Where the process server keeps its state, if not in the test's folder.
+    pub gateway_state: Option<PathBuf>,
+    /// Process servers: `process-server`, then `process-server-2` and so on, which are the agent's standbys.
+    pub gateways: usize,
 }
 
 impl Default for Options {
@@ -62,6 +70,8 @@ impl Default for Options {
             sources: None,
             adopt: Vec::new(),
             target_state: None,
+            gateway_state: None,
+            gateways: 1,
         }
     }
 }
@@ -70,26 +80,28 @@ impl Default for Options {
 pub struct Cluster {
     /// The test's folder.
     pub dir: TempDir,
-    children: [Option<Child>; 3],
+    children: BTreeMap<String, Child>,
     options: Options,
-    ports: [u16; 5],
+    ports: Vec<u16>,
 }
 
 impl Cluster {
     /// Makes certificates, configuration and disks; starts nothing.
     pub fn prepare(options: Options) -> Self {
         let dir = tempfile::tempdir().expect("a folder for the test");
-        let cluster = Self { dir, children: [None, None, None], options, ports: free_ports() };
+        let cluster = Self { dir, children: BTreeMap::new(), ports: free_ports(5 + 2 * options.gateways), options };
         let ca = cluster.path("ca");
         cluster.tidegate(&["pki", "init", s(&ca)]);
-        for (role, name) in [("agent", "m1"), ("process-server", "gw1"), ("master-target", "mt1")] {
+        let gateways = (0..cluster.options.gateways).map(|n| (gateway_role(n), format!("gw{}", n + 1)));
+        let others = [("agent", "m1"), ("master-target", "mt1")].map(|(role, name)| (role.to_owned(), name.to_owned()));
+        for (role, name) in &others.into_iter().chain(gateways).collect::<Vec<_>>() {
             cluster.tidegate(&[
                 "pki",
                 "issue",
                 "--ca",
                 s(&ca),
                 "--role",
-                role,
+                base_role(role),
                 "--name",
                 name,
                 "--out",
@@ -107,14 +119,14 @@ impl Cluster {
     /// Prepares and starts all roles.
     pub fn start(options: Options) -> Self {
         let mut cluster = Self::prepare(options);
-        for role in ["master-target", "process-server", "agent"] {
-            cluster.start_role(role);
-        }
+        cluster.start_role("master-target");
+        (0..cluster.options.gateways).for_each(|n| cluster.start_role(&gateway_role(n)));
+        cluster.start_role("agent");
         cluster
     }
 
     fn write_configs(&self) {
-        let [ingest, forward, metrics @ ..] = self.ports;
+        let [ingest, forward, metrics @ ..] = &self.ports[..] else { unreachable!("enough ports") };
         let tls = |role: &str| {
             let d = self.path(&format!("tls-{role}"));
             format!("[tls]\nca = {:?}\ncert = {:?}\nkey = {:?}\n", d.join("ca.pem"), d.join("cert.pem"), d.join("key.pem"))
@@ -128,7 +140,12 @@ impl Cluster {
             )
         };
         let mut agent = format!("machine = \"m1\"\nstate = {:?}\n{}{}", self.path("agent"), self.options.agent, common("agent", 0));
-        agent += &format!("[process_server]\naddress = \"127.0.0.1:{ingest}\"\n[points]\ninterval = \"{}\"\n", self.options.interval);
+        let standby: Vec<String> = (1..self.options.gateways).map(|n| format!("\"127.0.0.1:{}\"", self.gateway_port(n))).collect();
+        agent += &format!(
+            "[process_server]\naddress = \"127.0.0.1:{ingest}\"\nstandby = [{}]\nswitch_after = \"1s\"\n[points]\ninterval = \"{}\"\n",
+            standby.join(", "),
+            self.options.interval
+        );
         for index in 0..self.options.disks {
             let (path, nbd, cache) = (self.disk(index), self.nbd(index), self.options.cache);
             agent += &format!("[[disk]]\nname = \"d{index}\"\npath = {path:?}\nnbd = \"unix:{}\"\ncache = \"{cache}\"\n", nbd.display());
@@ -137,13 +154,18 @@ impl Cluster {
             }
         }
         let names: Vec<String> = (0..self.options.disks).map(|i| format!("\"d{i}\"")).collect();
-        let gateway = format!(
-            "state = {:?}\n{}[ingest]\nlisten = \"127.0.0.1:{ingest}\"\n[forward]\nmaster_target = \"127.0.0.1:{forward}\"\nmtu = 8952\n[[machine]]\nname = \"m1\"\ndisks = [{}]\n{}",
-            self.path("process-server"),
-            common("process-server", 1),
-            names.join(", "),
-            self.options.process_server
-        );
+        for n in 0..self.options.gateways {
+            let role = gateway_role(n);
+            let state = self.options.gateway_state.clone().filter(|_| n == 0).unwrap_or_else(|| self.path(&role));
+            let gateway = format!(
+                "state = {state:?}\n{}[ingest]\nlisten = \"127.0.0.1:{}\"\n[forward]\nmaster_target = \"127.0.0.1:{forward}\"\nmtu = 8952\n[[machine]]\nname = \"m1\"\ndisks = [{}]\n{}",
+                common(&role, if n == 0 { 1 } else { 2 + 2 * n }),
+                self.gateway_port(n),
+                names.join(", "),
+                self.options.process_server
+            );
+            fs::write(self.config(&role), gateway).expect("a configuration");
+        }
         let state = self.options.target_state.clone().unwrap_or_else(|| self.path("master-target"));
         let mut target = format!(
             "state = {state:?}\n{}[receive]\nlisten = \"127.0.0.1:{forward}\"\nmtu = 8952\n{}[[machine]]\nname = \"m1\"\n",
@@ -156,9 +178,8 @@ impl Cluster {
                 target += &format!("adopt = {path:?}\n");
             }
         }
-        for (role, text) in ROLES.iter().zip([agent, gateway, target]) {
-            fs::write(self.config(role), text).expect("a configuration");
-        }
+        fs::write(self.config("agent"), agent).expect("a configuration");
+        fs::write(self.config("master-target"), target).expect("a configuration");
     }
 
     /// A path in the test's folder.
@@ -200,6 +221,11 @@ impl Cluster {
         self.path(&format!("{role}.sock"))
     }
 
+    /// Port of a process server's listener for agents.
+    pub fn gateway_port(&self, n: usize) -> u16 {
+        if n == 0 { self.ports[0] } else { self.ports[3 + 2 * n] }
+    }
+
     /// Port of the agents' listener.
     pub fn ingest_port(&self) -> u16 {
         self.ports[0]
@@ -215,17 +241,36 @@ impl Cluster {
         self.ports[2 + index_of(role)]
     }
 
+    /// What a role shows to Prometheus.
+    pub fn metrics(&self, role: &str) -> String {
+        let n = (0..self.options.gateways).position(|n| gateway_role(n) == role);
+        let port = match n {
+            Some(n) if n > 0 => self.ports[4 + 2 * n],
+            _ => self.metrics_port(role),
+        };
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).expect("metrics are served");
+        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").expect("a request");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("an answer");
+        text
+    }
+
+    /// The sum of a metric's series.
+    pub fn metric(&self, role: &str, name: &str) -> f64 {
+        self.metrics(role).lines().filter(|l| l.starts_with(name)).filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
     /// Starts a role and waits until its control interface answers.
     pub fn start_role(&mut self, role: &str) {
         let log = File::options().create(true).append(true).open(self.path(&format!("{role}.log"))).expect("a log");
         let child = Command::new(env!("CARGO_BIN_EXE_tidegate"))
-            .args([role, "--config", s(&self.config(role))])
+            .args([base_role(role), "--config", s(&self.config(role))])
             .env("RUST_BACKTRACE", "1")
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
             .expect("the program starts");
-        self.children[index_of(role)] = Some(child);
+        self.children.insert(role.to_owned(), child);
         let status = ["status", "--json", "--control", &self.control(role)].map(str::to_owned);
         let answered = || Command::new(env!("CARGO_BIN_EXE_tidegate")).args(&status).output().is_ok_and(|o| o.status.code() != Some(3));
         self.wait(&format!("{role} answers"), Duration::from_secs(30), answered);
@@ -233,7 +278,7 @@ impl Cluster {
 
     /// SIGKILL.
     pub fn kill(&mut self, role: &str) {
-        if let Some(mut child) = self.children[index_of(role)].take() {
+        if let Some(mut child) = self.children.remove(role) {
             child.kill().expect("we may kill our own child");
             child.wait().expect("it ends");
         }
@@ -241,19 +286,19 @@ impl Cluster {
 
     /// SIGTERM, and the exit code.
     pub fn terminate(&mut self, role: &str) -> Option<i32> {
-        let mut child = self.children[index_of(role)].take()?;
+        let mut child = self.children.remove(role)?;
         Command::new("kill").arg(child.id().to_string()).status().expect("kill");
         child.wait().expect("it ends").code()
     }
 
     /// A role's process.
     pub fn pid(&self, role: &str) -> u32 {
-        self.children[index_of(role)].as_ref().expect("it was started").id()
+        self.children[role].id()
     }
 
     /// Whether a role's process still runs.
     pub fn runs(&mut self, role: &str) -> bool {
-        self.children[index_of(role)].as_mut().is_some_and(|c| c.try_wait().is_ok_and(|s| s.is_none()))
+        self.children.get_mut(role).is_some_and(|c| c.try_wait().is_ok_and(|s| s.is_none()))
     }
 
     /// What `--control` takes for a role.
@@ -349,8 +394,9 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        for role in ROLES {
-            self.kill(role);
+        let running: Vec<String> = self.children.keys().cloned().collect();
+        for role in running {
+            self.kill(&role);
         }
         if std::thread::panicking() {
             for role in ROLES {
@@ -358,6 +404,16 @@ impl Drop for Cluster {
             }
         }
     }
+}
+
+/// What the program calls it.
+fn base_role(role: &str) -> &str {
+    role.trim_end_matches(|c: char| c == '-' || c.is_ascii_digit())
+}
+
+/// Role name of the `n`-th process server, from 0.
+pub fn gateway_role(n: usize) -> String {
+    if n == 0 { "process-server".to_owned() } else { format!("process-server-{}", n + 1) }
 }
 
 fn index_of(role: &str) -> usize {
@@ -369,10 +425,9 @@ fn tail(text: &str, lines: usize) -> String {
     all[all.len().saturating_sub(lines)..].join("\n")
 }
 
-fn free_ports() -> [u16; 5] {
-    let held: Vec<_> = (0..5).map(|_| std::net::TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
-    let ports: Vec<u16> = held.iter().map(|l| l.local_addr().expect("bound").port()).collect();
-    ports.try_into().expect("five")
+fn free_ports(count: usize) -> Vec<u16> {
+    let held: Vec<_> = (0..count).map(|_| std::net::TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
+    held.iter().map(|l| l.local_addr().expect("bound").port()).collect()
 }
 
 /// A path as an argument.

@@ -6,6 +6,7 @@ mod handover;
 mod local;
 mod markers;
 mod resync;
+mod scrub;
 mod volume;
 
 use std::cell::Cell;
@@ -21,7 +22,7 @@ use tokio::sync::mpsc;
 
 use self::gate::Gate;
 use self::markers::Skip;
-use self::volume::Volume;
+use self::volume::{Restart, Volume};
 use super::rest::{self, Freezer};
 use super::shared::{AgentShared, Command};
 use crate::clock;
@@ -64,6 +65,7 @@ pub async fn run(
     for (volume, listener) in capture.volumes.iter().zip(listeners) {
         tokio::task::spawn_local(accept(listener, volume.clone()));
         tokio::task::spawn_local(resync::run(volume.clone()));
+        tokio::task::spawn_local(scrub::run(volume.clone(), capture.settings.scrub.rate));
     }
     tokio::task::spawn_local(markers::timer(capture.clone()));
     tokio::task::spawn_local(markers::app_timer(capture.clone()));
@@ -90,6 +92,7 @@ async fn open(settings: AgentSettings) -> io::Result<(Rc<Capture>, Vec<Listener>
         stopping: Default::default(),
         connected: Default::default(),
         last_error: Default::default(),
+        gateway: Default::default(),
         rest,
         points: Default::default(),
         target: Default::default(),
@@ -184,15 +187,21 @@ impl Capture {
     async fn serve(self: Rc<Self>, mut requests: mpsc::Receiver<Command>) {
         while let Some(request) = requests.recv().await {
             match request {
-                Command::NewEpoch { volume, above, reason, done } => {
-                    let _ = done.send(self.volumes[volume].restart_stream(above, None, reason).await.map_err(|e| e.to_string()));
+                Command::NewEpoch { volume, reason, done } => {
+                    let _ = done.send(self.volumes[volume].restart_stream(Restart::Marked, reason).await.map_err(|e| e.to_string()));
+                }
+                Command::Carry { volume, carrier, above, done } => {
+                    let _ = done.send(self.volumes[volume].carry(carrier, above).await.map_err(|e| e.to_string()));
+                }
+                Command::CheckStands { volume, stands, done } => {
+                    let _ = done.send(self.volumes[volume].check_stands(stands).await.map_err(|e| e.to_string()));
                 }
                 Command::CheckGeneration { volume, generation, done } => {
                     let _ = done.send(self.volumes[volume].generation() == generation);
                 }
                 Command::NewGeneration { volume, generation, done } => {
-                    let _ =
-                        done.send(self.volumes[volume].restart_stream(0, Some(generation), "new replica").await.map_err(|e| e.to_string()));
+                    let restart = Restart::History(generation);
+                    let _ = done.send(self.volumes[volume].restart_stream(restart, "new replica").await.map_err(|e| e.to_string()));
                 }
                 Command::Wanted { generation, volume, wanted } => {
                     if self.volumes[volume].generation() == generation {
@@ -207,6 +216,12 @@ impl Capture {
                 Command::Resume(done) => drop(done.send(self.go_on())),
                 Command::Compare { volume, compare, done } => {
                     self.volumes[volume].set_compare(compare);
+                    let _ = done.send(());
+                }
+                Command::VerifyDisk { volume, done } => {
+                    let volume = &self.volumes[volume];
+                    volume.scrub.borrow_mut().begin(volume.regions_count(), true, clock::now());
+                    volume.publish();
                     let _ = done.send(());
                 }
                 Command::Verdict { volume, verdict } => self.volumes[volume].judge(&verdict),
@@ -256,10 +271,16 @@ impl Volume {
         for (rung, position) in rungs {
             metrics::position(label, rung, position);
         }
-        metrics::disk_part(metrics::BACKLOG, label, "kind", "memory", metrics::number(report.backlog_bytes));
+        let (memory, log) = {
+            let backlog = self.shared.backlog();
+            (backlog.memory_bytes(), backlog.log_bytes())
+        };
+        metrics::disk_part(metrics::BACKLOG, label, "kind", "memory", metrics::number(memory));
+        metrics::disk_part(metrics::BACKLOG, label, "kind", "log", metrics::number(log));
         metrics::disk_part(metrics::BACKLOG, label, "kind", "map", metrics::number(report.missing_bytes));
         metrics::disk_gauge(metrics::LAG, label, metrics::number(report.lag_us) / 1e6);
         metrics::disk_count(metrics::CAPTURED_BYTES, label, self.take_captured_bytes());
+        self.shared.set_scrub(self.scrub.borrow().round().cloned(), self.scrub.borrow().last().cloned());
         self.shared.set_report(report, self.trouble());
     }
 }

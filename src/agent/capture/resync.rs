@@ -116,20 +116,12 @@ async fn compare_region(volume: &Volume, region: u64) -> std::io::Result<()> {
     if !volume.is_missing(region) || volume.task_now(region) != Task::Compare {
         return Ok(());
     }
-    let hole = volume.next_data(extent.offset)?.is_none_or(|(start, _)| start >= extent.end());
-    let hashes = match hole {
-        true => hash_zeroes(extent.len),
-        false => {
-            let content = volume.read_raw(extent.offset, extent.len as usize).await?;
-            // Off the thread for which the application waits.
-            tokio::task::spawn_blocking(move || hash_blocks(&content)).await.map_err(std::io::Error::other)?
-        }
-    };
+    let hashes = hashes_of(volume, extent).await?;
     if volume.region_extent(region) != extent || !volume.has(extent) {
         return Ok(());
     }
     let now = clock::now();
-    let pushed = volume.shared.backlog().push(ChangeKind::Digest(Box::new(Digest { extent, hashes })), now);
+    let pushed = volume.shared.backlog().push(ChangeKind::Digest(Box::new(Digest { extent, hashes, scrub: false })), now);
     // No room: it is tried again.
     if let Ok(sequence) = pushed {
         volume.asked(region, sequence, now);
@@ -137,7 +129,18 @@ async fn compare_region(volume: &Volume, region: u64) -> std::io::Result<()> {
     Ok(())
 }
 
-async fn read_changes(volume: &Volume, extent: Extent) -> std::io::Result<Vec<ChangeKind>> {
+/// The digest of an extent that nobody writes meanwhile.
+pub(super) async fn hashes_of(volume: &Volume, extent: Extent) -> std::io::Result<Vec<[u8; 32]>> {
+    if volume.next_data(extent.offset)?.is_none_or(|(start, _)| start >= extent.end()) {
+        return Ok(hash_zeroes(extent.len));
+    }
+    let content = volume.read_raw(extent.offset, extent.len as usize).await?;
+    // Off the thread for which the application waits.
+    tokio::task::spawn_blocking(move || hash_blocks(&content)).await.map_err(std::io::Error::other)
+}
+
+/// What stands in an extent, as changes.
+pub(super) async fn read_changes(volume: &Volume, extent: Extent) -> std::io::Result<Vec<ChangeKind>> {
     let mut reads = Vec::new();
     let mut changes = Vec::new();
     let mut at = extent.offset;

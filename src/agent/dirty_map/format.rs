@@ -5,15 +5,16 @@
 //! | 0, 4096 | 512 | two headers; the valid one with the larger sequence counts |
 //! | 8192 | 512 each | bit sectors: 508 bytes of bits, CRC-32C of them |
 //!
-//! Header: 0 magic `TGDM`, 4 version u32 (2), 8 sequence u64, 16 disk 16, 32 size u64, 40 region bytes u64, 48 epoch u64,
-//! 56 generation u64, 64 flags u32 (bit 0: initial replication not finished), 68 origin u64, 76 CRC-32C of bytes 0..76.
+//! Header: 0 magic `TGDM`, 4 version u32 (3), 8 sequence u64, 16 disk 16, 32 size u64, 40 region bytes u64, 48 epoch u64,
+//! 56 generation u64, 64 flags u32 (bit 0: initial replication not finished), 68 origin u64, 76 cleaned epoch u64,
+//! 84 cleaned sequence u64, 92 CRC-32C of bytes 0..92. Version 2 ends with the origin, and its CRC stands at 76.
 //!
 //! A sector is written by the device as a whole, so each is old or new after a power loss; both cover what was durable.
 //! A sector whose checksum does not match counts as all ones.
 
 use uuid::Uuid;
 
-use crate::model::{DiskId, RegionSet};
+use crate::model::{DiskId, Position, RegionSet};
 
 /// Unit that a device writes as a whole.
 pub const SECTOR_LEN: usize = 512;
@@ -24,7 +25,7 @@ pub const BITS_AT: u64 = 8192;
 /// Regions in one bit sector.
 pub const REGIONS_PER_SECTOR: u64 = 508 * 8;
 const MAGIC: [u8; 4] = *b"TGDM";
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// What the map remembers besides the bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +46,8 @@ pub struct Header {
     pub initial: bool,
     /// Which file or device it was, see [`super::DirtyMap::open`].
     pub origin: u64,
+    /// Regions were marked clean because the master target stood here, or later. One that stands before this lost what it had.
+    pub cleaned: Position,
 }
 
 impl Header {
@@ -60,8 +63,10 @@ impl Header {
         }
         out[64..68].copy_from_slice(&u32::from(self.initial).to_le_bytes());
         out[68..76].copy_from_slice(&self.origin.to_le_bytes());
-        let crc = crc32c::crc32c(&out[..76]);
-        out[76..80].copy_from_slice(&crc.to_le_bytes());
+        out[76..84].copy_from_slice(&self.cleaned.epoch.to_le_bytes());
+        out[84..92].copy_from_slice(&self.cleaned.sequence.to_le_bytes());
+        let crc = crc32c::crc32c(&out[..92]);
+        out[92..96].copy_from_slice(&crc.to_le_bytes());
         out
     }
 
@@ -69,7 +74,15 @@ impl Header {
     pub fn decode(bytes: &[u8]) -> Option<Header> {
         let u64_at = |at: usize| Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
         let u32_at = |at: usize| Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
-        if bytes.get(..4)? != MAGIC || u32_at(4)? != VERSION || u32_at(76)? != crc32c::crc32c(&bytes[..76]) {
+        if bytes.get(..4)? != MAGIC {
+            return None;
+        }
+        let (crc_at, cleaned) = match u32_at(4)? {
+            VERSION => (92, Position::new(u64_at(76)?, u64_at(84)?)),
+            2 => (76, Position::default()),
+            _ => return None,
+        };
+        if u32_at(crc_at)? != crc32c::crc32c(&bytes[..crc_at]) {
             return None;
         }
         Some(Header {
@@ -81,6 +94,7 @@ impl Header {
             generation: u64_at(56)?,
             initial: u32_at(64)? & 1 != 0,
             origin: u64_at(68)?,
+            cleaned,
         })
     }
 }
@@ -159,8 +173,14 @@ mod tests {
             generation: 8,
             initial: true,
             origin: 77,
+            cleaned: Position::new(3, 99),
         };
         assert_eq!(Header::decode(&header.encode()), Some(header));
+        let mut old = header.encode();
+        old[4..8].copy_from_slice(&2u32.to_le_bytes());
+        let crc = crc32c::crc32c(&old[..76]);
+        old[76..80].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(Header::decode(&old), Some(Header { cleaned: Position::default(), ..header }), "a map of the version before");
         assert_eq!(Header::decode(&[0; 512]), None);
         assert_eq!(Header::decode(&[]), None);
     }

@@ -20,7 +20,7 @@ use tokio::sync::Mutex;
 
 use self::format::{BITS_AT, HEADER_AT, Header, SECTOR_LEN, decode_sector, encode_sector, sectors};
 use crate::config::limits::REGIONS_MAX;
-use crate::model::{DiskId, RegionSet};
+use crate::model::{DiskId, Position, RegionSet};
 use crate::storage::{AlignedBuf, File, OpenMode, Storage};
 
 /// An open map; lives on one thread.
@@ -77,7 +77,17 @@ impl<F: File> DirtyMap<F> {
                     None => storage.open(path, OpenMode::Create).await?,
                 };
                 let region = region_for(size, region);
-                let header = Header { sequence: 0, disk, size, region, epoch: 0, generation: 0, initial: true, origin };
+                let header = Header {
+                    sequence: 0,
+                    disk,
+                    size,
+                    region,
+                    epoch: 0,
+                    generation: 0,
+                    initial: true,
+                    origin,
+                    cleaned: Position::default(),
+                };
                 (file, header, RegionSet::full(size.div_ceil(region)))
             }
         };

@@ -68,15 +68,17 @@ pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Resu
         bodies.push((header, body.freeze()));
     }
     let cuts = plan(bodies.iter().map(|(header, body)| (header, &body[..])))?;
-    let mut arrivals = Vec::new();
+    let mut arrivals: Vec<Arrival> = Vec::new();
     for cut in &cuts {
         apply_cut(replica, cut, &bodies).await?;
         if let Some((position, Trailer::Digest(digest), _)) = &cut.end {
-            super::compare::answer(replica, *position, digest).await?;
+            let passed: Vec<_> = arrivals.iter().map(|(position, ..)| *position).collect();
+            super::compare::answer(apply, replica, *position, digest, &passed).await?;
         }
         if let Some((position, Trailer::Mark(marker), index)) = &cut.end {
             patiently(replica, async || Ok(replica.retention.begin(*position).await?)).await?;
             replica.last_marker.set(Some(*position));
+            replica.wounds.marked(*position);
             let mut marker = marker.clone();
             apply.judge_group(&mut marker, &replica.shared.label);
             arrivals.push((*position, marker, items[*index].travel));
@@ -86,6 +88,7 @@ pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Resu
     replica.shared.condition().applied = end;
     replica.image.barrier().await?;
     note(apply, replica, end, arrivals).await?;
+    super::compare::settle(apply, replica).await?;
     let locations: Vec<_> = items.iter().map(|item| item.location).collect();
     let bytes = locations.iter().map(|l| l.stored_bytes()).sum::<u64>();
     replica.shared.queue_bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -109,6 +112,7 @@ async fn apply_cut(replica: &Replica, cut: &Cut, bodies: &[(crate::wire::batch::
         }
     };
     overwrite(&extents, APPLY_DEPTH, replica.retention.is_keeping().then_some(keep), write).await?;
+    extents.iter().for_each(|(extent, _)| replica.wounds.overwritten(*extent));
     let written = extents.iter().map(|(extent, _)| extent.len).sum();
     metrics::disk_count(metrics::APPLIED_BYTES, &replica.shared.label, written);
     Ok(())

@@ -124,6 +124,8 @@ pub struct Prepared {
     pub size: u64,
     /// The highest epoch obeyed.
     pub epoch: u64,
+    /// The process server that has it.
+    pub carrier: Option<crate::model::Name>,
     /// Everything through here is in the replica or the journal.
     pub journaled: Position,
     /// Whether the disk is compared with the replica before it is sent.

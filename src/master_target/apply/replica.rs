@@ -56,6 +56,8 @@ pub struct Replica {
     pub format: Format,
     /// Held as long as the image is open.
     _lock: Vec<std::fs::File>,
+    /// Damage that a comparison with the source found.
+    pub wounds: super::compare::Wounds,
     /// Begins of intervals whose damage was judged.
     pub judged: tokio::sync::Mutex<BTreeSet<Position>>,
     key: DataKey,
@@ -162,6 +164,7 @@ impl Apply {
             path: self.image_path(disk, record),
             format: record.format,
             _lock: lock,
+            wounds: Default::default(),
             judged: tokio::sync::Mutex::default(),
             key,
             generation: record.generation,
@@ -244,6 +247,7 @@ impl Apply {
             key: replica.key.clone(),
             size: replica.image.size(),
             epoch: record.as_ref().map_or(0, |r| r.epoch).max(journaled.epoch),
+            carrier: record.as_ref().and_then(|r| r.carrier.clone()),
             journaled,
             compare: record.map_or(Compare::No, |r| match r.content {
                 Content::Unconfirmed => Compare::Held,
@@ -274,6 +278,7 @@ impl Apply {
             size,
             format: disk.format,
             epoch: 0,
+            carrier: None,
             checkpoint: Position::default(),
             last_marker: None,
             path: None,
@@ -310,6 +315,7 @@ impl Apply {
             size: 0,
             format: disk.format,
             epoch: 0,
+            carrier: None,
             checkpoint: Position::default(),
             last_marker: None,
             path: Some(path.clone()),

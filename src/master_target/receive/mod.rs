@@ -1,5 +1,6 @@
 //! Receives sealed batches over QUIC, verifies each, journals it, then acknowledges.
 
+pub mod claim;
 pub mod order;
 mod stream;
 
@@ -21,7 +22,7 @@ use crate::config::limits::{BATCHES_IN_PIPELINE_MAX, HANDSHAKE_SECONDS};
 use crate::config::master_target::MasterTargetSettings;
 use crate::crypto::pki::Role;
 use crate::crypto::tls;
-use crate::model::DiskId;
+use crate::model::{DiskId, Name};
 use crate::observe::metrics;
 
 /// Process servers connected at once.
@@ -54,6 +55,10 @@ pub struct IncomingDisk {
     pub generation: Cell<u64>,
     /// The highest epoch stored.
     pub epoch: Cell<u64>,
+    /// The process server that has it in this epoch.
+    pub carrier: RefCell<Option<Name>>,
+    /// Held while it is decided who has it.
+    pub claiming: tokio::sync::Mutex<()>,
     /// Which stream may send; older ones end.
     pub owner: Cell<u64>,
     /// Rung when the journaled position grew.
@@ -76,6 +81,8 @@ impl Receiver {
                 order: RefCell::default(),
                 generation: Cell::new(0),
                 epoch: Cell::new(0),
+                carrier: RefCell::default(),
+                claiming: tokio::sync::Mutex::new(()),
                 owner: Cell::new(0),
                 journaled: Notify::new(),
                 failed: RefCell::default(),
@@ -164,8 +171,8 @@ async fn serve(receiver: Rc<Receiver>, incoming: Incoming) {
     let reason = loop {
         match connection.accept_bi().await {
             Ok((send, receive)) => {
-                let (receiver, connection) = (receiver.clone(), connection.clone());
-                tokio::task::spawn_local(async move { stream::serve(&receiver, &connection, send, receive).await });
+                let (receiver, connection, who) = (receiver.clone(), connection.clone(), identity.name.clone());
+                tokio::task::spawn_local(async move { stream::serve(&receiver, &connection, &who, send, receive).await });
             }
             Err(error) => break error,
         }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::oneshot;
 
+use super::claim::{self, Claim};
 use super::order::{Gap, Order, Verdict};
 use super::{IncomingDisk, Receiver};
 use crate::clock;
@@ -16,7 +17,7 @@ use crate::crypto::seal::{OpenError, Opener, Purpose};
 use crate::master_target::apply::{Command, Prepared};
 use crate::master_target::journal::Tag;
 use crate::master_target::shared::{DiskShared, Item, Travel};
-use crate::model::{Compare, DiskReport, Hold, Trailer};
+use crate::model::{Compare, DiskReport, Hold, Name, Position, Trailer};
 use crate::observe::metrics;
 use crate::storage::AlignedBuf;
 use crate::storage::catalogue::CatalogueError;
@@ -29,6 +30,8 @@ use crate::wire::{PROTOCOL, WireError, control_len, decode_control, encode_contr
 
 /// While a disk's share of the journal is full.
 const FULL_WAIT: Duration = Duration::from_millis(20);
+/// While what was received is on its way to the journal.
+const SETTLE_LOOK: Duration = Duration::from_millis(1);
 
 #[derive(Debug, Error)]
 enum StreamError {
@@ -54,6 +57,8 @@ enum StreamError {
     Unconfirmed,
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
+    #[error("the disk is at another process server, in epoch {0}")]
+    Fenced(u64),
     #[error("{message}")]
     Refused { retry: bool, message: String },
 }
@@ -63,7 +68,7 @@ impl StreamError {
         match self {
             StreamError::Refused { retry, .. } => *retry,
             // A batch is missing: opening again starts where the journal stands.
-            StreamError::Gap(_) | StreamError::StaleEpoch { .. } => true,
+            StreamError::Gap(_) => true,
             _ => false,
         }
     }
@@ -73,17 +78,22 @@ impl StreamError {
 pub(super) async fn serve(
     receiver: &Receiver,
     connection: &quinn::Connection,
+    who: &Name,
     mut send: quinn::SendStream,
     mut receive: quinn::RecvStream,
 ) {
-    let result = run(receiver, connection, &mut send, &mut receive).await;
+    let result = run(receiver, connection, who, &mut send, &mut receive).await;
     let Err(error) = result else { return };
     if matches!(error, StreamError::Quic(_) | StreamError::Superseded) {
         return;
     }
     metrics::count_reason(metrics::REFUSED, "forward");
     tracing::warn!(%error, "refused a stream of a process server");
-    if let Ok(reply) = encode_control(&Reply::Refused { retry: error.retry(), message: error.to_string() }) {
+    let reply = match error {
+        StreamError::Fenced(obeyed) | StreamError::StaleEpoch { obeyed, .. } => Reply::Fenced { obeyed },
+        error => Reply::Refused { retry: error.retry(), message: error.to_string() },
+    };
+    if let Ok(reply) = encode_control(&reply) {
         let _ = send.write_all(&reply).await;
         let _ = send.finish();
         // The reply must arrive before the stream goes away with this task.
@@ -94,6 +104,7 @@ pub(super) async fn serve(
 async fn run(
     receiver: &Receiver,
     connection: &quinn::Connection,
+    who: &Name,
     send: &mut quinn::SendStream,
     receive: &mut quinn::RecvStream,
 ) -> Result<(), StreamError> {
@@ -109,15 +120,8 @@ async fn run(
     let (Some(disk), Some(shared)) = (receiver.disks.get(&open.disk).cloned(), receiver.shared.disk(open.disk).cloned()) else {
         return Err(gone());
     };
-    let owner = receiver.new_owner();
-    disk.owner.set(owner);
-    disk.epoch.set(disk.epoch.get().max(prepared.epoch));
-    if disk.generation.replace(prepared.generation) != prepared.generation {
-        // Another history: nothing of the older one is under way any more.
-        disk.epoch.set(prepared.epoch);
-        *disk.order.borrow_mut() = Some(Order::new(prepared.journaled));
-    }
-    let journaled = disk.order.borrow_mut().get_or_insert_with(|| Order::new(prepared.journaled)).positions().1;
+    let owner = claim(receiver, &disk, &shared, &prepared, open.epoch, who).await?;
+    let journaled = settled(&disk, owner).await?;
     let reply = Reply::Opened {
         generation: prepared.generation,
         epoch: disk.epoch.get(),
@@ -133,6 +137,58 @@ async fn run(
     tokio::select! {
         result = stream.take_items(connection, receive) => result,
         result = acknowledge(&disk, &stream_shared, owner, send) => result,
+    }
+}
+
+/// Decides whether this stream may send, and notes it before it may. Older streams end.
+async fn claim(
+    receiver: &Receiver,
+    disk: &IncomingDisk,
+    shared: &DiskShared,
+    prepared: &Prepared,
+    epoch: u64,
+    who: &Name,
+) -> Result<u64, StreamError> {
+    let _one_at_a_time = disk.claiming.lock().await;
+    if disk.generation.replace(prepared.generation) != prepared.generation {
+        // Another history: nothing of the older one is under way any more.
+        disk.epoch.set(prepared.epoch);
+        disk.carrier.replace(prepared.carrier.clone());
+        *disk.order.borrow_mut() = Some(Order::new(prepared.journaled));
+    }
+    disk.order.borrow_mut().get_or_insert_with(|| Order::new(prepared.journaled));
+    disk.epoch.set(disk.epoch.get().max(prepared.epoch));
+    let judged = claim::judge(disk.epoch.get(), disk.carrier.borrow().as_ref(), epoch, who);
+    if judged.map_err(|fenced| StreamError::Fenced(fenced.obeyed))? == Claim::TakesOver {
+        let (records, id, carrier) = (receiver.records.clone(), shared.id, who.clone());
+        let noted = tokio::task::spawn_blocking(move || records.take_over(id, epoch, &carrier)).await;
+        noted.map_err(|e| StreamError::Quic(e.to_string()))??;
+        disk.epoch.set(epoch);
+        if let Some(before) = disk.carrier.replace(Some(who.clone())).filter(|before| before != who) {
+            tracing::warn!(disk = shared.label, epoch, from = %before, to = %who, "another process server has the disk from here on");
+        }
+    }
+    let owner = receiver.new_owner();
+    disk.owner.set(owner);
+    // Whoever had it looks, and ends.
+    disk.journaled.notify_one();
+    Ok(owner)
+}
+
+/// Where the journal stands when everything that was received is in it: nothing else is received meanwhile.
+async fn settled(disk: &IncomingDisk, owner: u64) -> Result<Position, StreamError> {
+    loop {
+        let (received, journaled) = disk.order.borrow().as_ref().map(Order::positions).unwrap_or_default();
+        if let Some(reason) = disk.failed.borrow().clone() {
+            return Err(StreamError::Refused { retry: false, message: format!("the journal is closed for writing: {reason}") });
+        }
+        if disk.owner.get() != owner {
+            return Err(StreamError::Superseded);
+        }
+        if received == journaled {
+            return Ok(journaled);
+        }
+        tokio::time::sleep(SETTLE_LOOK).await;
     }
 }
 

@@ -222,6 +222,11 @@ impl<S: Storage> View<S> {
         [past, live].into_iter().flatten().min_by_key(|e| e.offset).filter(|e| e.len > 0)
     }
 
+    /// Whether some of an extent's content is in the replica, and in no interval.
+    pub fn needs_replica(&self, extent: Extent) -> bool {
+        self.resolve(extent).iter().any(|(_, place)| matches!(place, Where::Replica))
+    }
+
     /// The next data of the closed intervals. Those who go through a disk ask from place to place up to the same answer.
     fn next_past(&self, offset: u64) -> Option<Extent> {
         match self.quiet.get() {

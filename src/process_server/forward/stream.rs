@@ -10,8 +10,9 @@ use thiserror::Error;
 use crate::clock::{self, micros};
 use crate::crypto::keyring::DataKey;
 use crate::crypto::seal::{Purpose, SealingSession};
-use crate::model::{Compare, Position};
+use crate::model::Compare;
 use crate::observe::metrics;
+use crate::process_server::adoption::{Adoption, Here, Known, There, judge};
 use crate::process_server::catalogue::DiskRecord;
 use crate::process_server::disk::{Disk, NotReady};
 use crate::process_server::server::Server;
@@ -34,6 +35,8 @@ enum StreamError {
     Wire(#[from] WireError),
     #[error("{message}")]
     Refused { retry: bool, message: String },
+    #[error("the disk is at another process server, in epoch {0}: nothing of it is taken from here any more")]
+    Fenced(u64),
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
     #[error(transparent)]
@@ -53,8 +56,8 @@ impl Drop for ForgetWish<'_> {
 pub(super) async fn run(server: Rc<Server>, disk: Rc<Disk>, connection: quinn::Connection) {
     let mut told = String::new();
     loop {
-        // A disk that nobody ever opened has nothing to send and no size to tell.
-        while disk.record.borrow().is_none() && disk.size.get() == 0 {
+        // A disk that nobody ever opened has nothing to send and no size to tell; one that is in other hands neither.
+        while disk.record.borrow().is_none() && disk.size.get() == 0 || is_fenced(&disk) {
             disk.forward.notified().await;
         }
         let ended = {
@@ -71,6 +74,14 @@ pub(super) async fn run(server: Rc<Server>, disk: Rc<Disk>, connection: quinn::C
             told.clone_from(&message);
         }
         let wait = match error {
+            StreamError::Fenced(obeyed) => {
+                metrics::count_reason(metrics::REFUSED, "fenced");
+                disk.foreign.set(disk.foreign.get().max(obeyed));
+                // Whoever sends now must open the disk again and learn that.
+                disk.owner.set(server.new_owner());
+                disk.tell_agent();
+                continue;
+            }
             StreamError::Refused { retry: false, message } => {
                 metrics::count_reason(metrics::REFUSED, "master-target");
                 *disk.not_ready.borrow_mut() = Some(NotReady::Refused(message));
@@ -83,20 +94,34 @@ pub(super) async fn run(server: Rc<Server>, disk: Rc<Disk>, connection: quinn::C
     }
 }
 
+/// Whether all that could be sent belongs to epochs that are over. What is cached of them is given up: its agent has it still, or
+/// its dirty map.
+fn is_fenced(disk: &Disk) -> bool {
+    let foreign = disk.foreign.get();
+    let gone = disk.stream.borrow_mut().drop_epochs_before(foreign + 1);
+    if !gone.is_empty() {
+        tracing::warn!(disk = %disk.label, batches = gone.len(), epoch = foreign, "what was cached is at the master target by another process server, or its agent sends it again: it is dropped here");
+    }
+    disk.give_up(gone);
+    disk.epoch_to_ask() <= foreign && foreign > 0
+}
+
 /// One opening of the stream. Ends without an error when it should be opened again at once.
 async fn session(server: &Server, disk: &Disk, connection: &quinn::Connection) -> Result<(), StreamError> {
     let quic = |e: &dyn std::fmt::Display| StreamError::Quic(e.to_string());
     let (mut send, mut receive) = connection.open_bi().await.map_err(|e| quic(&e))?;
-    let size = disk.size.get();
-    let open = encode_control(&Open { protocol: PROTOCOL, disk: disk.id, size })?;
+    let (size, epoch, claim) = (disk.size.get(), disk.epoch_to_ask(), disk.claim.get());
+    let open = encode_control(&Open { protocol: PROTOCOL, disk: disk.id, size, epoch })?;
     send.write_all(&open).await.map_err(|e| quic(&e))?;
     match read_reply(&mut receive).await? {
         Reply::Opened { generation, epoch, journaled, data_key, compare, wanted } => {
-            adopt(server, disk, &Told { generation, epoch, journaled, size, compare, key: DataKey::from_bytes(data_key) }).await?;
+            let there = There { generation, epoch, journaled };
+            adopt(server, disk, &Told { there, claim, size, compare, key: DataKey::from_bytes(data_key) }).await?;
             disk.wanted.set(Some(wanted));
             disk.tell_agent();
         }
         Reply::Refused { retry, message } => return Err(StreamError::Refused { retry, message }),
+        Reply::Fenced { obeyed } => return Err(StreamError::Fenced(obeyed)),
         _ => return Err(WireError::Illegal("first reply of the master target").into()),
     }
     tokio::select! {
@@ -107,9 +132,9 @@ async fn session(server: &Server, disk: &Disk, connection: &quinn::Connection) -
 
 /// What the master target says of a replica.
 struct Told {
-    generation: u64,
-    epoch: u64,
-    journaled: Position,
+    there: There,
+    /// The epoch in which a stream from elsewhere is to go on, if that was asked.
+    claim: Option<u64>,
     /// Bytes it was asked for and has room for now; 0 if it was not asked.
     size: u64,
     compare: Compare,
@@ -118,75 +143,94 @@ struct Told {
 
 /// Takes over what the master target says about the disk's history and position.
 async fn adopt(server: &Server, disk: &Disk, told: &Told) -> Result<(), StreamError> {
-    let known = disk.record.borrow().clone().filter(|r| r.generation == told.generation);
-    // The master target is ahead of what went through here: the disk was sent by another process server, or this one
-    // lost what it had. The stream here cannot be continued, even under an epoch that happens to be equal.
-    let accepted = disk.stream.borrow().accepted();
-    let ours = known.as_ref().is_some_and(|r| r.epoch >= told.epoch && told.journaled <= accepted);
-    if ours {
-        if let Some(mut record) = known.filter(|r| r.size < told.size) {
-            // Durable before anything behind the old end is accepted: it can then be forwarded whatever happens here.
-            record.size = told.size;
-            let (records, update) = (server.records.clone(), [(disk.id, record)]);
-            let stored = tokio::task::spawn_blocking(move || records.merge(&update)).await;
-            stored.map_err(|e| StreamError::Quic(e.to_string()))??;
-            if let Some(record) = disk.record.borrow_mut().as_mut() {
-                record.size = record.size.max(told.size);
+    let known = disk.record.borrow().as_ref().map(|r| Known { generation: r.generation, epoch: r.epoch });
+    let here = {
+        let stream = disk.stream.borrow();
+        Here { accepted: stream.accepted(), acknowledged: stream.acknowledged() }
+    };
+    match judge(known, here, told.there, told.claim) {
+        Adoption::GoesOn => go_on(server, disk, told).await?,
+        Adoption::TakenOver => {
+            begin(server, disk, told, told.there.epoch).await?;
+            disk.claimed.set(Some((told.there.epoch, told.there.journaled)));
+            disk.claim.set(disk.claim.get().filter(|wanted| Some(*wanted) != told.claim));
+            tracing::info!(disk = %disk.label, epoch = told.there.epoch, stands = %told.there.journaled, "the stream goes on here");
+        }
+        Adoption::Anew { epoch } => {
+            if known.is_some() {
+                tracing::warn!(
+                    disk = %disk.label, generation = told.there.generation, epoch, journaled = %told.there.journaled,
+                    "the replica has a history that did not pass here: what was cached is dropped, the agent begins a new epoch"
+                );
             }
+            begin(server, disk, told, epoch).await?;
         }
-        let known = disk.record.borrow().clone();
-        if let Some(mut record) = known.filter(|r| r.compare != told.compare) {
-            record.compare = told.compare;
-            let (records, id) = (server.records.clone(), disk.id);
-            let stored = tokio::task::spawn_blocking(move || records.set_compare(id, &record)).await;
-            stored.map_err(|e| StreamError::Quic(e.to_string()))??;
-            if let Some(record) = disk.record.borrow_mut().as_mut() {
-                record.compare = told.compare;
-            }
-            // The agent learns it when it opens the disk again.
-            disk.owner.set(server.new_owner());
-        }
-        let mut gone = disk.stream.borrow_mut().link_opened(told.journaled);
-        gone.extend(disk.stream.borrow_mut().drop_epochs_before(told.epoch));
-        disk.give_up(gone);
-    } else {
-        // An epoch that no stream has: the agent must start one above it.
-        let epoch = known.as_ref().map_or(told.epoch, |r| r.epoch.max(told.epoch) + 1);
-        let wrapped_key = server.kek.wrap(&told.key, disk.id, told.generation);
-        let record = DiskRecord {
-            generation: told.generation,
-            wrapped_key,
-            epoch,
-            released: told.journaled,
-            size: told.size,
-            compare: told.compare,
-        };
-        let (records, update) = (server.records.clone(), [(disk.id, record.clone())]);
-        let stored = tokio::task::spawn_blocking(move || records.put(&update)).await;
-        stored.map_err(|e| StreamError::Quic(e.to_string()))??;
-        if disk.record.replace(Some(record)).is_some() {
-            tracing::warn!(
-                disk = %disk.label, generation = told.generation, epoch, journaled = %told.journaled,
-                "the replica has a history that did not pass here: what was cached is dropped, the agent begins a new epoch"
-            );
-        }
-        let session = SealingSession::start(&told.key, Purpose::Stream, disk.id, told.generation);
-        *disk.session.borrow_mut() = Some(Arc::new(session));
-        disk.batcher.borrow_mut().close();
-        // Whoever sends now must open the disk again and learn generation and epoch.
-        disk.owner.set(server.new_owner());
-        let gone = disk.stream.borrow_mut().reset(told.journaled);
-        disk.give_up(gone);
     }
+    disk.told.set(true);
     *disk.not_ready.borrow_mut() = None;
     disk.tell_agent();
+    Ok(())
+}
+
+async fn go_on(server: &Server, disk: &Disk, told: &Told) -> Result<(), StreamError> {
+    let known = disk.record.borrow().clone();
+    if let Some(mut record) = known.filter(|r| r.size < told.size) {
+        // Durable before anything behind the old end is accepted: it can then be forwarded whatever happens here.
+        record.size = told.size;
+        let (records, update) = (server.records.clone(), [(disk.id, record)]);
+        let stored = tokio::task::spawn_blocking(move || records.merge(&update)).await;
+        stored.map_err(|e| StreamError::Quic(e.to_string()))??;
+        if let Some(record) = disk.record.borrow_mut().as_mut() {
+            record.size = record.size.max(told.size);
+        }
+    }
+    let known = disk.record.borrow().clone();
+    if let Some(mut record) = known.filter(|r| r.compare != told.compare) {
+        record.compare = told.compare;
+        let (records, id) = (server.records.clone(), disk.id);
+        let stored = tokio::task::spawn_blocking(move || records.set_compare(id, &record)).await;
+        stored.map_err(|e| StreamError::Quic(e.to_string()))??;
+        if let Some(record) = disk.record.borrow_mut().as_mut() {
+            record.compare = told.compare;
+        }
+        // The agent learns it when it opens the disk again.
+        disk.owner.set(server.new_owner());
+    }
+    let mut gone = disk.stream.borrow_mut().link_opened(told.there.journaled);
+    gone.extend(disk.stream.borrow_mut().drop_epochs_before(told.there.epoch));
+    disk.give_up(gone);
+    Ok(())
+}
+
+/// Begins with nothing, where the master target stands.
+async fn begin(server: &Server, disk: &Disk, told: &Told, epoch: u64) -> Result<(), StreamError> {
+    let there = &told.there;
+    let record = DiskRecord {
+        generation: there.generation,
+        wrapped_key: server.kek.wrap(&told.key, disk.id, there.generation),
+        epoch,
+        released: there.journaled,
+        size: told.size,
+        compare: told.compare,
+    };
+    let (records, update) = (server.records.clone(), [(disk.id, record.clone())]);
+    let stored = tokio::task::spawn_blocking(move || records.put(&update)).await;
+    stored.map_err(|e| StreamError::Quic(e.to_string()))??;
+    disk.record.replace(Some(record));
+    let session = SealingSession::start(&told.key, Purpose::Stream, disk.id, there.generation);
+    *disk.session.borrow_mut() = Some(Arc::new(session));
+    disk.batcher.borrow_mut().close();
+    // Whoever sends now must open the disk again and learn generation and epoch.
+    disk.owner.set(server.new_owner());
+    let gone = disk.stream.borrow_mut().reset(there.journaled);
+    disk.give_up(gone);
     Ok(())
 }
 
 async fn send_items(server: &Server, disk: &Disk, send: &mut quinn::SendStream, size: u64) -> Result<(), StreamError> {
     let quic = |e: quinn::WriteError| StreamError::Quic(e.to_string());
     loop {
-        if disk.size.get() != size {
+        if disk.size.get() != size || disk.claim.get().is_some() {
             return Ok(());
         }
         if disk.report_fresh.replace(false) {
@@ -225,6 +269,7 @@ async fn take_replies(disk: &Disk, receive: &mut quinn::RecvStream) -> Result<()
                 disk.tell_agent();
             }
             Reply::Verdict(verdict) => disk.add_verdict(verdict),
+            Reply::Fenced { obeyed } => return Err(StreamError::Fenced(obeyed)),
             Reply::Refused { retry, message } => return Err(StreamError::Refused { retry, message }),
             Reply::Opened { .. } => return Err(WireError::Illegal("second opening").into()),
         }

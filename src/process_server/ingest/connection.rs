@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -51,6 +52,13 @@ enum ConnectionError {
     Credit(String),
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
+}
+
+/// How an agent wants to open a disk.
+struct Asked {
+    size: u64,
+    epoch: u64,
+    takes_over: bool,
 }
 
 struct Slot {
@@ -167,7 +175,7 @@ impl Connection {
                 self.reply(ServerMessage::Welcome);
             }
             _ if !self.greeted.get() => return Err(WireError::Illegal("first message of the agent").into()),
-            AgentMessage::Open { slot, disk, size, epoch } => {
+            AgentMessage::Open { slot, disk, size, epoch, takes_over } => {
                 if slot >= DISKS_PER_CONNECTION_MAX {
                     return Err(
                         WireError::TooLarge { what: "slot", found: u64::from(slot), limit: u64::from(DISKS_PER_CONNECTION_MAX) }.into()
@@ -187,7 +195,7 @@ impl Connection {
                     self.reply(ServerMessage::Refused { slot, reason: Refusal::NotAllowed, message });
                     return Ok(());
                 };
-                self.open(slot, disk, size, epoch).await?;
+                self.open(slot, disk, Asked { size, epoch, takes_over }).await?;
             }
             AgentMessage::Report { slot, report } => {
                 if let Some(Some(slot)) = self.slots.borrow().get(slot as usize) {
@@ -200,30 +208,48 @@ impl Connection {
         Ok(())
     }
 
-    async fn open(&self, slot: u32, disk: Rc<Disk>, size: u64, epoch: u64) -> Result<(), ConnectionError> {
+    /// Why a disk cannot be opened now, if so.
+    fn refusal(&self, disk: &Disk, asked: &Asked) -> Option<(Refusal, String)> {
+        let stale = |highest| (Refusal::StaleEpoch { highest }, format!("epoch {} is older than {highest}", asked.epoch));
+        if asked.epoch <= disk.foreign.get() {
+            return Some(stale(disk.foreign.get()));
+        }
+        if asked.takes_over && disk.claimed.get().is_none_or(|(epoch, _)| epoch != asked.epoch) {
+            // Only the master target knows where the stream goes on, and it must not take anything of the old one any more.
+            disk.claim.set(Some(asked.epoch));
+            disk.forward.notify_one();
+        }
+        if let Some(reason) = &*disk.not_ready.borrow() {
+            let refusal = if matches!(reason, NotReady::Refused(_)) { Refusal::NotAllowed } else { Refusal::NotReady };
+            return Some((refusal, reason.message()));
+        }
+        if disk.claim.get().is_some() {
+            return Some((Refusal::NotReady, "the master target is asked where it stands".to_owned()));
+        }
+        let record = disk.record.borrow();
+        let Some(record) = &*record else { return Some((Refusal::NotReady, NotReady::NoKey.message())) };
+        if asked.size > record.size {
+            return Some((Refusal::NotReady, "the master target has not made room for the disk's new size yet".to_owned()));
+        }
+        let highest = record.epoch.max(disk.stream.borrow().epoch());
+        (asked.epoch < highest).then(|| stale(highest))
+    }
+
+    async fn open(&self, slot: u32, disk: Rc<Disk>, asked: Asked) -> Result<(), ConnectionError> {
+        let Asked { size, epoch, .. } = asked;
+        disk.agent_epoch.set(disk.agent_epoch.get().max(epoch));
         if disk.size.replace(size) != size {
             // The master target checks the size against the replica; its answer comes with the next opening.
             disk.forward.notify_one();
         }
-        let not_ready = disk.not_ready.borrow().clone();
-        if let Some(reason) = not_ready {
-            let refusal = if matches!(reason, NotReady::Refused(_)) { Refusal::NotAllowed } else { Refusal::NotReady };
-            self.reply(ServerMessage::Refused { slot, reason: refusal, message: reason.message() });
+        if let Some((reason, message)) = self.refusal(&disk, &asked) {
+            if matches!(reason, Refusal::StaleEpoch { .. }) {
+                metrics::count_reason(metrics::REFUSED, "stale-epoch");
+            }
+            self.reply(ServerMessage::Refused { slot, reason, message });
             return Ok(());
         }
         let Some(mut record) = disk.record.borrow().clone() else { return Ok(()) };
-        if size > record.size {
-            let message = "the master target has not made room for the disk's new size yet".to_owned();
-            self.reply(ServerMessage::Refused { slot, reason: Refusal::NotReady, message });
-            return Ok(());
-        }
-        let highest = record.epoch.max(disk.stream.borrow().epoch());
-        if epoch < highest {
-            metrics::count_reason(metrics::REFUSED, "stale-epoch");
-            let message = format!("epoch {epoch} is older than {highest}");
-            self.reply(ServerMessage::Refused { slot, reason: Refusal::StaleEpoch { highest }, message });
-            return Ok(());
-        }
         if epoch > record.epoch {
             // Stored before it is obeyed: an agent of the older epoch is refused even after a crash.
             record.epoch = epoch;
@@ -251,15 +277,16 @@ impl Connection {
             self.server.dispatch(&disk, batch, place);
         }
         *disk.acknowledge.borrow_mut() = Some(self.bell.clone());
-        let frozen = self.server.over_share(&disk);
+        let window = disk.grant.get().of(self.server.window());
         let (resume_at, safe, credit) = {
             let mut stream = disk.stream.borrow_mut();
             let resume_at = stream.open(epoch);
-            (resume_at, stream.safe_in_epoch(), stream.credit(self.server.window(), frozen))
+            (resume_at, stream.safe_in_epoch(), stream.credit(window))
         };
         let (generation, compare) = disk.record.borrow().as_ref().map_or((0, Compare::No), |r| (r.generation, r.compare));
         tracing::info!(disk = %disk.label, epoch, resume_at, "agent sends this disk");
-        self.reply(ServerMessage::Opened { slot, generation, resume_at, safe, credit, compare });
+        let stands = disk.stands();
+        self.reply(ServerMessage::Opened { slot, generation, resume_at, safe, credit, compare, stands });
         let mut slots = self.slots.borrow_mut();
         if slots.len() <= slot as usize {
             slots.resize_with(slot as usize + 1, || None);
@@ -326,7 +353,7 @@ impl Connection {
 
     /// Sends replies and the newest positions; each position once, however often it changed.
     async fn answer(&self, write: &mut WriteHalf<TlsStream<TcpStream>>) -> Result<(), ConnectionError> {
-        let mut told_target: Option<Name> = None;
+        let (mut told_target, mut told_draining): (Option<Name>, bool) = (None, false);
         loop {
             let mut out: Vec<u8> = std::mem::take(&mut *self.replies.borrow_mut()).iter().flat_map(encode).collect();
             let target = self.server.target.borrow().clone().filter(|_| self.greeted.get());
@@ -334,6 +361,11 @@ impl Connection {
                 out.extend(encode(&ServerMessage::Target(name.clone())));
                 told_target = Some(name);
             }
+            let draining = self.server.draining.load(Ordering::Relaxed) && self.greeted.get();
+            if draining && !told_draining {
+                out.extend(encode(&ServerMessage::Draining));
+            }
+            told_draining = draining;
             self.add_acknowledgements(&mut out);
             if out.is_empty() {
                 let waited = tokio::time::timeout(ALIVE_EVERY, self.bell.notified()).await;
@@ -373,10 +405,10 @@ impl Connection {
             for verdict in slot.disk.verdicts.borrow_mut().drain(..) {
                 out.extend(encode(&ServerMessage::Verdict { slot: index as u32, verdict }));
             }
-            let frozen = self.server.over_share(&slot.disk);
+            let window = slot.disk.grant.get().of(self.server.window());
             let mut stream = slot.disk.stream.borrow_mut();
             let (cached, safe) = (stream.cached_in_epoch(), stream.safe_in_epoch());
-            let credit = stream.credit(self.server.window(), frozen);
+            let credit = stream.credit(window);
             if slot.told.replace((cached, safe, credit)) != (cached, safe, credit) {
                 let message = ServerMessage::Ack { slot: index as u32, epoch: stream.epoch(), cached, safe, credit };
                 out.extend(encode(&message));

@@ -63,6 +63,12 @@ impl Location {
         Self { segment: 0, offset: 0, body_len: 0 }
     }
 
+    /// The `n`-th of many places that are told apart by the bytes they take.
+    #[cfg(test)]
+    pub(crate) const fn for_tests(n: u64) -> Self {
+        Self { segment: n, offset: 0, body_len: (n * 4096) as u32 }
+    }
+
     /// Bytes of the segment the record takes.
     pub fn stored_bytes(&self) -> u64 {
         record_len(self.body_len as usize) as u64
@@ -339,6 +345,11 @@ impl<S: Storage> Log<S> {
     /// Bytes of records that were not released.
     pub fn live_bytes(&self) -> u64 {
         self.live_bytes.get()
+    }
+
+    /// Bytes of the segments that there are.
+    pub fn made_bytes(&self) -> u64 {
+        self.segments.borrow().len() as u64 * self.options.segment_bytes
     }
 
     /// Whether it would pay to call [`Log::prepare`] now.

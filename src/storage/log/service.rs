@@ -52,6 +52,8 @@ pub struct Figures {
     pub live_bytes: AtomicU64,
     /// Most bytes the log may hold.
     pub capacity_bytes: AtomicU64,
+    /// Bytes of the segments that there are.
+    pub made_bytes: AtomicU64,
     /// 1 after a storage failure.
     pub failed: AtomicU64,
     /// 1 while appends wait for space.
@@ -154,6 +156,7 @@ pub fn spawn<T: Send + 'static>(setup: Setup<T>) -> Result<Spawned<T>, LogError>
                 match Log::open(Uring::direct(), &setup.dir, setup.id, setup.options).await {
                     Ok((log, recovered)) => {
                         shared.live_bytes.store(log.live_bytes(), Ordering::Relaxed);
+                        shared.made_bytes.store(log.made_bytes(), Ordering::Relaxed);
                         let _ = opened_tx.send(Ok(recovered));
                         serve(Rc::new(log), append_rx, command_rx, setup.completions, shared, setup.observe_commit).await;
                     }
@@ -194,6 +197,7 @@ async fn serve<T: 'static>(
         };
         figures.full.store(0, Ordering::Relaxed);
         figures.live_bytes.store(log.live_bytes(), Ordering::Relaxed);
+        figures.made_bytes.store(log.made_bytes(), Ordering::Relaxed);
         let outcome = match result {
             Ok(placed) => {
                 observe_commit(clock::now().since(started));

@@ -1,5 +1,7 @@
 //! Which missing regions are compared with the replica, and what becomes of them.
 
+use std::rc::Rc;
+
 use super::Volume;
 use crate::agent::comparison::{Outcome, Task};
 use crate::clock::{self, Mono};
@@ -55,7 +57,7 @@ impl Volume {
     }
 
     /// What the replica says to a digest.
-    pub(in crate::agent::capture) fn judge(&self, verdict: &Verdict) {
+    pub(in crate::agent::capture) fn judge(self: &Rc<Self>, verdict: &Verdict) {
         if verdict.extent.len == 0 || !verdict.extent.fits(self.shared.size()) {
             return;
         }
@@ -65,8 +67,14 @@ impl Volume {
         if !inside || self.region_extent(region) != verdict.extent {
             return;
         }
-        let outcome = self.comparison.borrow_mut().verdict(region, verdict.at.sequence, verdict.differs.clone());
+        let number = self.shared.backlog().number(verdict.at.sequence);
+        if self.judge_scrub(verdict, region, number) {
+            return;
+        }
+        let outcome = self.comparison.borrow_mut().verdict(region, number, verdict.differs.clone());
         if outcome == Outcome::Same {
+            // As if it had been sent with the digest: clean when the master target has come that far.
+            self.regions.borrow_mut().captured(verdict.extent, number, clock::now());
             self.regions.borrow_mut().sent(region);
             self.agent.wake.ring();
         }

@@ -2,6 +2,9 @@
 
 mod compare;
 mod size;
+mod streams;
+
+pub(super) use self::streams::Restart;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
@@ -16,17 +19,18 @@ use bytes::Bytes;
 
 use super::gate::Gate;
 use super::local::Local;
-use crate::agent::backlog::Backlog;
+use crate::agent::backlog::{Backlog, Room};
 use crate::agent::comparison::Comparison;
 use crate::agent::dirty_map::DirtyMap;
 use crate::agent::locks::{RangeGuard, RangeLocks};
 use crate::agent::regions::Regions;
+use crate::agent::scrub::Scrub;
 use crate::agent::shared::{AgentShared, VolumeShared};
 use crate::clock::{self, Mono, micros};
 use crate::config::agent::{AgentSettings, Disk};
 use crate::config::units::show_size;
 use crate::model::change::{CHANGE_BYTES_MAX, ZERO_BYTES_MAX};
-use crate::model::{BLOCK, ChangeKind, DiskReport, Extent, RegionSet, ReplicationState, SECTOR};
+use crate::model::{BLOCK, ChangeKind, DiskReport, Extent, Name, ReplicationState, SECTOR};
 use crate::nbd::protocol::NbdError;
 use crate::nbd::server::{Allocation, Export, ExportInfo};
 use crate::observe::metrics;
@@ -62,7 +66,8 @@ pub(super) async fn open_parts(settings: &AgentSettings, disk: &Disk) -> io::Res
     let map_path = settings.state.join(format!("{}.dirty-map", disk.name));
     let map =
         DirtyMap::open(&Uring::direct(), &map_path, id, size, settings.dirty_map.region, origin(disk, &metadata)).await.map_err(named)?;
-    let backlog = Backlog::new(map.header().epoch, settings.backlog.memory_max);
+    let share = settings.backlog.log_max / settings.disk.len() as u64;
+    let backlog = Backlog::new(map.header().epoch, Room { memory: settings.backlog.memory_max, log: share });
     let shared = Arc::new(VolumeShared::new(id, &settings.machine, &disk.name, size, backlog));
     Ok(Parts { lock, shared, device: metadata.dev(), file, read_only: disk.read_only, map })
 }
@@ -90,6 +95,8 @@ pub(super) struct Volume {
     map: DirtyMap<UringFile>,
     regions: RefCell<Regions>,
     comparison: RefCell<Comparison>,
+    /// The comparison that never ends.
+    pub scrub: RefCell<Scrub>,
     /// The epoch for which it was decided what is compared.
     compared_epoch: Cell<u64>,
     sending: RefCell<HashSet<u64>>,
@@ -107,6 +114,8 @@ pub(super) struct Volume {
     /// A size that the map cannot cover, told once.
     too_large: Cell<u64>,
     broken: RefCell<Option<String>>,
+    /// The process server at which this epoch was opened.
+    carrier: RefCell<Option<Name>>,
 }
 
 impl Volume {
@@ -128,6 +137,7 @@ impl Volume {
         Self {
             regions: RefCell::new(Regions::new(header.region, parts.shared.size(), marked)),
             comparison: RefCell::default(),
+            scrub: RefCell::default(),
             compared_epoch: Cell::new(0),
             sending: RefCell::default(),
             shared: parts.shared,
@@ -145,52 +155,13 @@ impl Volume {
             shrunk_to: Cell::new(None),
             too_large: Cell::new(0),
             broken: RefCell::default(),
+            carrier: RefCell::default(),
         }
     }
 
     /// Bytes whose content is not in the stream.
     pub(super) fn missing_bytes(&self) -> u64 {
         self.regions.borrow().missing_bytes()
-    }
-
-    /// Starts a new epoch above `above` (and another generation), because the stream cannot go on. What the map marks is
-    /// missing from then on, and it marks everything that is not safe.
-    ///
-    /// # Errors
-    /// Those of the map's file; the old stream then stays as it is.
-    pub(super) async fn restart_stream(&self, above: u64, generation: Option<u64>, reason: &'static str) -> io::Result<u64> {
-        let _alone = self.changing.lock().await;
-        self.restarting.set(true);
-        let result = self.restart_marked(above, generation, reason).await;
-        self.restarting.set(false);
-        result
-    }
-
-    async fn restart_marked(&self, above: u64, generation: Option<u64>, reason: &'static str) -> io::Result<u64> {
-        if generation.is_some() {
-            self.map.mark_all().await?;
-        }
-        self.map
-            .update_header(|h| {
-                h.epoch = h.epoch.max(above) + 1;
-                if let Some(generation) = generation {
-                    h.generation = generation;
-                    h.initial = true;
-                }
-            })
-            .await?;
-        let epoch = self.map.header().epoch;
-        // No await from here on: a write captured between these steps would be in neither.
-        self.shared.backlog().restart(epoch);
-        // A new replica holds nothing, whatever the map says.
-        let marked = self.map.marked();
-        let missing = if generation.is_some() { RegionSet::full(marked.regions()) } else { marked };
-        self.comparison.borrow_mut().restart();
-        if self.regions.borrow_mut().restart(&missing) {
-            metrics::disk_count(metrics::RESYNCS, &self.shared.label, 1);
-        }
-        tracing::info!(disk = self.shared.label, epoch, reason, missing_bytes = self.missing_bytes(), "a new epoch of the stream begins");
-        Ok(epoch)
     }
 
     /// Whether the local disk has all of `extent` now.
@@ -252,6 +223,7 @@ impl Volume {
         }
         if self.read_only {
             // Nobody writes it; what is safe is clean.
+            self.note_cleaned().await?;
             for &region in &before {
                 self.regions.borrow_mut().cleaned(region);
             }
@@ -263,6 +235,7 @@ impl Volume {
             self.failed(&error);
             return Err(error);
         }
+        self.note_cleaned().await?;
         let mut clean = candidates();
         clean.retain(|region| before.binary_search(region).is_ok());
         if clean.is_empty() || self.restarting.get() {
@@ -325,6 +298,27 @@ impl Volume {
     /// Whether a region is missing.
     pub(super) fn is_missing(&self, region: u64) -> bool {
         self.regions.borrow().is_missing(region)
+    }
+
+    /// Regions of the disk.
+    pub(super) fn regions_count(&self) -> u64 {
+        self.regions.borrow().missing().regions()
+    }
+
+    /// There is something to send.
+    pub(super) fn ring(&self) {
+        self.agent.wake.ring();
+    }
+
+    /// Puts what stands here into the stream once more. The caller holds the range.
+    pub(super) fn send_again(&self, extent: Extent, change: ChangeKind) {
+        let now = clock::now();
+        let pushed = self.shared.backlog().push(change, now);
+        match pushed {
+            Ok(number) => self.regions.borrow_mut().captured(extent, number, now),
+            Err(_) => self.lose(extent, "backlog full"),
+        }
+        self.ring();
     }
 
     /// Bytes of a region.

@@ -1,0 +1,149 @@
+//! Losing a process server, its disk and all: the agent goes on at another one, from where the master target stands.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests may unwrap, and wait by the clock")]
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use support::known::Known;
+use support::writer::Writer;
+use support::{Cluster, Options, Rng, gateway_role};
+
+const SIZE: u64 = 64 << 20;
+
+fn options() -> Options {
+    Options { disk_bytes: SIZE, gateways: 2, cache: "writeback", format: "raw", ..Options::default() }
+}
+
+fn missing(cluster: &Cluster) -> u64 {
+    cluster.agent_disk(0)["missing_bytes"].as_u64().unwrap_or(u64::MAX)
+}
+
+fn gateway(cluster: &Cluster) -> String {
+    cluster.json("agent", &["status"])[0]["gateway"].as_str().unwrap_or_default().to_owned()
+}
+
+fn wait_for_gateway(cluster: &Cluster, name: &str) {
+    cluster.wait(&format!("the agent is at {name}"), Duration::from_secs(30), || {
+        gateway(cluster) == name && cluster.json("agent", &["status"])[0]["connected"] == true
+    });
+}
+
+/// Both are killed in turn, with all that they have on disk, while changes that only they have are on their way. Nothing is read
+/// from the source again, and points that were made in between are exact.
+#[test]
+fn a_process_server_that_dies_with_its_disk_costs_nothing_but_a_moment() {
+    let mut cluster = Cluster::start(options());
+    cluster.wait_for_delta();
+    let before = cluster.metric("agent", "tidegate_resynchronisations_total");
+    let writer = Writer::start(cluster.nbd(0), SIZE, 2, 20 << 20, 11);
+    let (mut known, mut rng, mut away) = (Known::default(), Rng::new(5), Vec::new());
+    for loss in 0..4 {
+        let (dies, stays) = (gateway_role(loss % 2), gateway_role((loss + 1) % 2));
+        wait_for_gateway(&cluster, &format!("gw{}", loss % 2 + 1));
+        std::thread::sleep(Duration::from_millis(300 + rng.below(500)));
+        // What it has cannot reach the master target any more: only it and the agent have it.
+        if loss == 1 {
+            cluster.kill("master-target");
+            std::thread::sleep(Duration::from_millis(700));
+        }
+        known.mark(&cluster, &writer, &format!("before-{loss}"));
+        cluster.kill(&dies);
+        std::fs::remove_dir_all(cluster.path(&dies)).unwrap();
+        let died = Instant::now();
+        known.mark(&cluster, &writer, &format!("after-{loss}"));
+        if loss == 1 {
+            cluster.start_role("master-target");
+        }
+        wait_for_gateway(&cluster, &format!("gw{}", (loss + 1) % 2 + 1));
+        cluster.wait("the disk is sent again", Duration::from_secs(30), || cluster.agent_disk(0)["state"] == "delta");
+        away.push(died.elapsed().as_secs_f64());
+        assert_eq!(missing(&cluster), 0, "nothing is read from the source again");
+        assert!(cluster.runs(&stays));
+        cluster.start_role(&dies);
+    }
+    let points = known.check(&cluster);
+    let resyncs = cluster.metric("agent", "tidegate_resynchronisations_total");
+    assert_eq!(resyncs, before, "no region was sent again");
+    let written = writer.stop();
+    cluster.wait_for_delta();
+    cluster.mark("end");
+    support::tool("qemu-img", &["compare", "-f", "raw", "-F", "raw", support::s(&cluster.disk(0)), support::s(&cluster.replica(0))]);
+    assert!(written.longest < Duration::from_secs(2), "{written:?}");
+    eprintln!(
+        "4 process servers lost with their disks, away {away:.1?} s, {} writes ({} MB), longest {:.0?}, {points} points materialised, 0 differences, 0 resynchronisations",
+        written.writes,
+        written.bytes / 1_000_000,
+        written.longest
+    );
+}
+
+/// The one that was thought dead wakes with changes that were sent elsewhere since: none of them is applied.
+#[test]
+fn one_that_wakes_late_is_fenced() {
+    let mut cluster = Cluster::start(options());
+    cluster.wait_for_delta();
+    let writer = Writer::start(cluster.nbd(0), SIZE, 2, 20 << 20, 12);
+    let mut known = Known::default();
+    for round in 0..3 {
+        let (sleeps, name) = (gateway_role(round % 2), format!("gw{}", (round + 1) % 2 + 1));
+        std::thread::sleep(Duration::from_millis(500));
+        signal(&cluster, &sleeps, "STOP");
+        known.mark(&cluster, &writer, &format!("asleep-{round}"));
+        // The connection is not closed by anybody: it is the silence that is noticed.
+        wait_for_gateway(&cluster, &name);
+        known.mark(&cluster, &writer, &format!("elsewhere-{round}"));
+        signal(&cluster, &sleeps, "CONT");
+        std::thread::sleep(Duration::from_millis(700));
+        known.mark(&cluster, &writer, &format!("awake-{round}"));
+        assert_eq!(gateway(&cluster), name, "nobody goes back to it");
+    }
+    let points = known.check(&cluster);
+    let fenced = cluster.metric("process-server", "tidegate_refused_total{reason=\"fenced\"}")
+        + cluster.metric("process-server-2", "tidegate_refused_total{reason=\"fenced\"}");
+    assert!(fenced >= 2.0, "{fenced}");
+    let written = writer.stop();
+    cluster.wait_for_delta();
+    cluster.mark("end");
+    support::tool("qemu-img", &["compare", "-f", "raw", "-F", "raw", support::s(&cluster.disk(0)), support::s(&cluster.replica(0))]);
+    eprintln!(
+        "3 process servers woken late, fenced {fenced} times, {} writes, {points} points materialised, 0 differences",
+        written.writes
+    );
+}
+
+/// Taken out of service for maintenance: agents go elsewhere at once, and come back when the other one is drained.
+#[test]
+fn a_process_server_is_drained_without_a_gap() {
+    let cluster = Cluster::start(options());
+    let mut cluster = cluster;
+    cluster.wait_for_delta();
+    let before = cluster.metric("agent", "tidegate_resynchronisations_total");
+    let writer = Writer::start(cluster.nbd(0), SIZE, 2, 20 << 20, 13);
+    let mut known = Known::default();
+    known.mark(&cluster, &writer, "before");
+    let drained = Instant::now();
+    let text = cluster.tidegate(&["gateway", "drain", "--control", &cluster.control("process-server")]);
+    let took = drained.elapsed();
+    assert!(text.contains("may be stopped"), "{text}");
+    wait_for_gateway(&cluster, "gw2");
+    known.mark(&cluster, &writer, "elsewhere");
+    // It stays so over a restart, until somebody says otherwise.
+    cluster.terminate("process-server");
+    cluster.start_role("process-server");
+    cluster.wait("it says that it is out of service", Duration::from_secs(20), || {
+        cluster.json("process-server", &["status"])[0]["reason"].as_str().is_some_and(|reason| reason.contains("out of service"))
+    });
+    cluster.tidegate(&["gateway", "resume", "--control", &cluster.control("process-server")]);
+    cluster.tidegate(&["gateway", "drain", "--control", &cluster.control("process-server-2")]);
+    wait_for_gateway(&cluster, "gw1");
+    known.mark(&cluster, &writer, "back");
+    let points = known.check(&cluster);
+    assert_eq!(cluster.metric("agent", "tidegate_resynchronisations_total"), before);
+    writer.stop();
+    eprintln!("drained in {:.1} s and back, {points} points materialised, 0 differences", took.as_secs_f64());
+}
+
+fn signal(cluster: &Cluster, role: &str, signal: &str) {
+    support::tool("kill", &[&format!("-{signal}"), &cluster.pid(role).to_string()]);
+}
