@@ -33,5 +33,6 @@ pub mod config;
 pub mod hook;
 pub mod model;
 pub mod priority;
+pub mod sabotage;
 
 pub mod cli;

@@ -185,7 +185,7 @@ proptest! {
                 _ => for (name, changes) in leaving.drain(..) {
                     log.next += 1;
                     // The place is only a name here: its length names the record.
-                    let place = Location::for_tests(log.next);
+                    let place = Location::of_length(log.next * 4096);
                     log.records.insert(place.stored_bytes(), (name, changes));
                     backlog.spilled(name, flag.then_some(place));
                 },

@@ -94,7 +94,7 @@ pub struct Cache {
     pub segment: u64,
     /// Share of the cache that one disk may fill, in percent, before it gets no more credit.
     pub disk_share_percent: u64,
-    /// Percent of the cache that are free when the levels of [`crate::process_server::pressure`] begin: `status` warns,
+    /// Percent of the cache that are free when `status` warns,
     pub warn_percent: u64,
     /// those who take most get less,
     pub shrink_percent: u64,

@@ -104,6 +104,11 @@ pub struct Effects {
     pub forgotten: Vec<u64>,
 }
 
+/// A process server that is none: certificates are issued to machines and servers under other names.
+fn nobody() -> Name {
+    "nobody.invalid".parse().expect("a legal name")
+}
+
 /// Digits, so that the table's order is that of the numbers.
 fn job_key(id: u64) -> Vec<u8> {
     format!("{id:020}").into_bytes()
@@ -165,6 +170,19 @@ impl Records {
         self.catalogue.write(|batch| {
             let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
             (record.epoch, record.carrier) = (record.epoch.max(epoch), Some(carrier.clone()));
+            batch.put(DISKS, disk.0.as_bytes(), &record)
+        })
+    }
+
+    /// No process server has a disk from now on: it takes a new epoch to send it, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue; nothing was changed then.
+    pub fn release_disk(&self, disk: DiskId) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
+            // Above every epoch that may have been in the journal.
+            (record.epoch, record.carrier) = (record.epoch.max(record.checkpoint.epoch) + 1, Some(nobody()));
             batch.put(DISKS, disk.0.as_bytes(), &record)
         })
     }

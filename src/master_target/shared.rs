@@ -134,6 +134,8 @@ pub struct DiskShared {
     pub tell: Notify,
     /// Changes when streams have to be opened again.
     pub openings: AtomicU64,
+    /// Changes when what was journaled is not there any more: streams go on behind the replica.
+    pub lives: AtomicU64,
     verdicts: Mutex<Vec<Verdict>>,
     compared: Mutex<BTreeMap<u64, u64>>,
     condition: Mutex<Condition>,
@@ -158,6 +160,7 @@ impl DiskShared {
             wanted: Mutex::new(Wanted::Run),
             tell: Notify::new(),
             openings: AtomicU64::new(0),
+            lives: AtomicU64::new(0),
             verdicts: Mutex::default(),
             compared: Mutex::default(),
             condition: Mutex::default(),
@@ -241,11 +244,10 @@ impl DiskShared {
         self.queued.notify_one();
     }
 
-    /// Forgets what waits to be applied, and gives back its places in the journal.
-    pub fn clear_queue(&self) -> Vec<Location> {
-        let gone: Vec<Item> = self.lock_queue().drain(..).collect();
+    /// Forgets what waits to be applied.
+    pub fn clear_queue(&self) -> Vec<Item> {
         self.queue_bytes.store(0, Ordering::Relaxed);
-        gone.into_iter().map(|item| item.location).collect()
+        self.lock_queue().drain(..).collect()
     }
 
     /// Queues a journaled batch.
@@ -323,6 +325,13 @@ impl TargetShared {
     /// Seconds this master target has run in all.
     pub fn clock(&self) -> u64 {
         self.clock_before + clock::now().since(self.started).as_secs()
+    }
+
+    /// Batches that will not be applied: their places in the journal.
+    pub fn drop_items(&self, items: Vec<Item>) -> Vec<Location> {
+        let bodies: u64 = items.iter().filter_map(|item| item.body.as_ref()).map(|(_, body)| body.len() as u64).sum();
+        self.body_bytes.fetch_sub(bodies, Ordering::Relaxed);
+        items.into_iter().map(|item| item.location).collect()
     }
 
     /// A disk by id.

@@ -71,6 +71,7 @@ declare! {
     RESENT_BATCHES = "tidegate_resent_batches_total", Counter, "disk", "Batches sent again after a reconnect";
     LINK_UP = "tidegate_link_up", Gauge, "", "1 while the process server is connected to the master target";
     LINK_MTU = "tidegate_link_mtu_bytes", Gauge, "", "UDP payload the link carries now; 1200 means that larger packets are lost on the way";
+    DAMAGED = "tidegate_damaged_total", Counter, "reason", "Damage found in what is kept, by where: cache, journal; what is lost is sent again";
     REFUSED = "tidegate_refused_total", Counter, "reason", "Connections, disks and messages refused";
     JOURNAL_BYTES = "tidegate_journal_bytes", Gauge, "", "Bytes in the journal of the master target, not yet in replicas";
     JOURNAL_COMMIT = "tidegate_journal_commit_seconds", Histogram, "", "Time to make a group of batches durable in the journal, seconds";

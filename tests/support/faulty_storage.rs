@@ -14,11 +14,65 @@ use super::Rng;
 
 /// Unit that a device writes as a whole.
 const SECTOR: usize = 512;
+const PAGE: usize = 4096;
+
+/// Bytes of a file; copies share what they have in common.
+#[derive(Clone, Default)]
+struct Content {
+    /// Absent ones are zeroes.
+    pages: Vec<Option<Rc<[u8; PAGE]>>>,
+    len: usize,
+}
+
+impl Content {
+    fn resize(&mut self, len: usize) {
+        if len < self.len
+            && !len.is_multiple_of(PAGE)
+            && let Some(page) = self.pages.get_mut(len / PAGE).and_then(Option::as_mut)
+        {
+            Rc::make_mut(page)[len % PAGE..].fill(0);
+        }
+        self.pages.resize(len.div_ceil(PAGE), None);
+        self.len = len;
+    }
+
+    fn put(&mut self, offset: u64, data: &[u8]) {
+        let (mut at, end) = (offset as usize, offset as usize + data.len());
+        if self.len < end {
+            self.resize(end);
+        }
+        let mut rest = data;
+        while !rest.is_empty() {
+            let within = at % PAGE;
+            let (now, later) = rest.split_at(rest.len().min(PAGE - within));
+            let page = self.pages[at / PAGE].get_or_insert_with(|| Rc::new([0; PAGE]));
+            Rc::make_mut(page)[within..within + now.len()].copy_from_slice(now);
+            (at, rest) = (at + now.len(), later);
+        }
+    }
+
+    fn read(&self, offset: usize, len: usize) -> Vec<u8> {
+        let mut data = Vec::with_capacity(len);
+        while data.len() < len {
+            let at = offset + data.len();
+            let (within, step) = (at % PAGE, (len - data.len()).min(PAGE - at % PAGE));
+            match &self.pages[at / PAGE] {
+                Some(page) => data.extend_from_slice(&page[within..within + step]),
+                None => data.resize(data.len() + step, 0),
+            }
+        }
+        data
+    }
+
+    fn whole(&self) -> Vec<u8> {
+        self.read(0, self.len)
+    }
+}
 
 #[derive(Default)]
 struct Inode {
-    durable: Vec<u8>,
-    live: Vec<u8>,
+    durable: Content,
+    live: Content,
     pending: Vec<(u64, Vec<u8>)>,
     closed: bool,
 }
@@ -79,11 +133,11 @@ impl Faulty {
             for (offset, data) in pending {
                 match rng.below(3) {
                     0 => {}
-                    1 => put(&mut content, offset, &data),
+                    1 => content.put(offset, &data),
                     _ => {
                         for (index, sector) in data.chunks(SECTOR).enumerate() {
                             if rng.below(2) == 0 {
-                                put(&mut content, offset + (index * SECTOR) as u64, sector);
+                                content.put(offset + (index * SECTOR) as u64, sector);
                             }
                         }
                     }
@@ -97,27 +151,48 @@ impl Faulty {
         disk.durable = survivors;
     }
 
+    /// Everything works again: space came back.
+    pub fn heal(&self) {
+        self.fault.set(None);
+    }
+
+    /// Another storage with the same files, just as after a loss of power: nothing is pending.
+    pub fn copy(&self) -> Self {
+        let files = |from: &BTreeMap<PathBuf, Rc<RefCell<Inode>>>| -> BTreeMap<PathBuf, Rc<RefCell<Inode>>> {
+            let copied = |inode: &Rc<RefCell<Inode>>| {
+                let (durable, live) = (inode.borrow().durable.clone(), inode.borrow().durable.clone());
+                Rc::new(RefCell::new(Inode { durable, live, ..Inode::default() }))
+            };
+            from.iter().map(|(path, inode)| (path.clone(), copied(inode))).collect()
+        };
+        let durable = files(&self.disk.borrow().durable);
+        let copy = Self { disk: Rc::new(RefCell::new(Disk { live: durable.clone(), durable })), ..Self::default() };
+        copy.lying.set(self.lying.get());
+        copy
+    }
+
     /// Flips one bit of a file, as bit rot does.
     pub fn rot(&self, path: &Path, at: usize, bit: u8) {
         let disk = self.disk.borrow();
         let mut inode = disk.live[path].borrow_mut();
-        inode.live[at] ^= 1 << bit;
+        let turned = inode.live.read(at, 1)[0] ^ 1 << bit;
+        inode.live.put(at as u64, &[turned]);
         inode.durable = inode.live.clone();
     }
 
     /// Length of a file and whether it exists.
     pub fn file_len(&self, path: &Path) -> Option<usize> {
-        self.disk.borrow().live.get(path).map(|i| i.borrow().live.len())
+        self.disk.borrow().live.get(path).map(|i| i.borrow().live.len)
     }
 
     /// Every file and its bytes as a program sees them now.
     pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
-        self.disk.borrow().live.iter().map(|(path, inode)| (path.clone(), inode.borrow().live.clone())).collect()
+        self.disk.borrow().live.iter().map(|(path, inode)| (path.clone(), inode.borrow().live.whole())).collect()
     }
 
     /// A file's bytes as a program sees them now.
     pub fn content(&self, path: &Path) -> Vec<u8> {
-        self.disk.borrow().live[path].borrow().live.clone()
+        self.disk.borrow().live[path].borrow().live.whole()
     }
 
     fn step(&self, allocates: bool) -> io::Result<()> {
@@ -132,14 +207,6 @@ impl Faulty {
     }
 }
 
-fn put(content: &mut Vec<u8>, offset: u64, data: &[u8]) {
-    let end = offset as usize + data.len();
-    if content.len() < end {
-        content.resize(end, 0);
-    }
-    content[offset as usize..end].copy_from_slice(data);
-}
-
 /// An open file.
 pub struct FaultyFile {
     storage: Faulty,
@@ -151,10 +218,10 @@ impl File for FaultyFile {
         self.storage.step(false)?;
         let inode = self.inode.borrow();
         let end = offset as usize + len;
-        if end > inode.live.len() {
+        if end > inode.live.len {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        Ok(AlignedBuf::copy_of(&inode.live[offset as usize..end]))
+        Ok(AlignedBuf::copy_of(&inode.live.read(offset as usize, len)))
     }
 
     async fn write_at(&self, offset: u64, data: Bytes) -> io::Result<()> {
@@ -163,7 +230,7 @@ impl File for FaultyFile {
         if inode.closed {
             return Err(closed_for_writing());
         }
-        put(&mut inode.live, offset, &data);
+        inode.live.put(offset, &data);
         inode.pending.push((offset, data.to_vec()));
         Ok(())
     }
@@ -178,11 +245,11 @@ impl File for FaultyFile {
         }
         let mut inode = self.inode.borrow_mut();
         if !self.storage.lying.get() {
-            let (pending, len) = (std::mem::take(&mut inode.pending), inode.live.len());
+            let (pending, len) = (std::mem::take(&mut inode.pending), inode.live.len);
             for (offset, data) in pending {
-                put(&mut inode.durable, offset, &data);
+                inode.durable.put(offset, &data);
             }
-            inode.durable.resize(len, 0);
+            inode.durable.resize(len);
         }
         Ok(())
     }
@@ -199,8 +266,8 @@ impl File for FaultyFile {
         self.storage.step(true)?;
         let mut inode = self.inode.borrow_mut();
         let end = (offset + len) as usize;
-        if inode.live.len() < end {
-            inode.live.resize(end, 0);
+        if inode.live.len < end {
+            inode.live.resize(end);
             let at = end as u64;
             inode.pending.push((at, Vec::new()));
         }
@@ -210,24 +277,24 @@ impl File for FaultyFile {
     async fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         self.storage.step(false)?;
         let mut inode = self.inode.borrow_mut();
-        let end = (offset + len).min(inode.live.len() as u64);
+        let end = (offset + len).min(inode.live.len as u64);
         if end > offset {
             let zeroes = vec![0; (end - offset) as usize];
-            put(&mut inode.live, offset, &zeroes);
+            inode.live.put(offset, &zeroes);
             inode.pending.push((offset, zeroes));
         }
         Ok(())
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.inode.borrow().live.len() as u64)
+        Ok(self.inode.borrow().live.len as u64)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.storage.step(false)?;
         let mut inode = self.inode.borrow_mut();
-        inode.live.resize(len as usize, 0);
-        if (len as usize) < inode.durable.len() {
+        inode.live.resize(len as usize);
+        if (len as usize) < inode.durable.len {
             // Kept simple: a cut is durable at once, and so is what was written before it.
             inode.durable = inode.live.clone();
             inode.pending.clear();
@@ -236,7 +303,7 @@ impl File for FaultyFile {
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
-        let len = self.inode.borrow().live.len() as u64;
+        let len = self.inode.borrow().live.len as u64;
         Ok((offset < len).then_some((offset, len)))
     }
 }

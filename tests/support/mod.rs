@@ -14,6 +14,7 @@ pub use rng::Rng;
 use serde_json::Value;
 use tempfile::TempDir;
 
+pub mod block_log;
 pub mod estate;
 pub mod faulty_storage;
 pub mod guest;
@@ -262,6 +263,26 @@ impl Cluster {
 
     /// Starts a role and waits until its control interface answers.
     pub fn start_role(&mut self, role: &str) {
+        self.spawn_role(role);
+        self.wait(&format!("{role} answers"), Duration::from_secs(30), || self.answers(role));
+    }
+
+    /// The same for one that may refuse to start: then why, as its log has it.
+    pub fn try_start_role(&mut self, role: &str, limit: Duration) -> Result<(), String> {
+        let before = self.log(role).len();
+        self.spawn_role(role);
+        let started = Instant::now();
+        while !self.answers(role) {
+            if !self.runs(role) || started.elapsed() > limit {
+                self.kill(role);
+                return Err(format!("{role} does not start: {}", tail(&self.log(role)[before..], 3)));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    fn spawn_role(&mut self, role: &str) {
         let log = File::options().create(true).append(true).open(self.path(&format!("{role}.log"))).expect("a log");
         let child = Command::new(env!("CARGO_BIN_EXE_tidegate"))
             .args([base_role(role), "--config", s(&self.config(role))])
@@ -271,9 +292,10 @@ impl Cluster {
             .spawn()
             .expect("the program starts");
         self.children.insert(role.to_owned(), child);
-        let status = ["status", "--json", "--control", &self.control(role)].map(str::to_owned);
-        let answered = || Command::new(env!("CARGO_BIN_EXE_tidegate")).args(&status).output().is_ok_and(|o| o.status.code() != Some(3));
-        self.wait(&format!("{role} answers"), Duration::from_secs(30), answered);
+    }
+
+    fn answers(&self, role: &str) -> bool {
+        self.try_tidegate(&["status", "--json", "--control", &self.control(role)]).status.code() != Some(3)
     }
 
     /// SIGKILL.
@@ -379,13 +401,28 @@ impl Cluster {
         self.tidegate(&["recover", "export", point, "--disk", &name, "--format", format, "--output", s(output), "--control", &control]);
     }
 
+    /// Where every role stands with every disk.
+    fn positions(&self) -> String {
+        let of = |role: &str| {
+            let status = self.json(role, &["status"]);
+            let machines = status[0]["machines"].as_array().cloned().unwrap_or_default();
+            let disks: Vec<Value> = machines.iter().flat_map(|m| m["disks"].as_array().cloned().unwrap_or_default()).collect();
+            disks
+                .iter()
+                .map(|d| format!("{role} {} {} {} {}", d["name"], d["state"], d["positions"], d["reason"]))
+                .collect::<Vec<_>>()
+                .join("\n")
+        };
+        ROLES.iter().filter(|role| self.children.contains_key(**role)).map(|role| of(role)).collect::<Vec<_>>().join("\n")
+    }
+
     /// Waits for something, or fails with what and the logs' ends.
     pub fn wait(&self, what: &str, limit: Duration, mut done: impl FnMut() -> bool) {
         let started = Instant::now();
         while !done() {
             if started.elapsed() > limit {
                 let ends: Vec<String> = ROLES.iter().map(|r| format!("--- {r}\n{}", tail(&self.log(r), 15))).collect();
-                panic!("waited {limit:?} for: {what}\n{}", ends.join("\n"));
+                panic!("waited {limit:?} for: {what}\n{}\n{}", ends.join("\n"), self.positions());
             }
             std::thread::sleep(Duration::from_millis(50));
         }

@@ -62,7 +62,7 @@ impl Drop for Mounted {
 }
 
 /// Unmounts what a test mounted. One that is frozen would stay so for ever.
-fn let_go(point: &Path) {
+pub fn let_go(point: &Path) {
     let _ = try_tool("fsfreeze", &["-u", s(point)]);
     for _ in 0..50 {
         let unmounted = try_tool("umount", &[s(point)]);

@@ -15,8 +15,6 @@ use crate::observe::metrics;
 const IDLE: Duration = Duration::from_millis(200);
 /// While the stream has no room, or verdicts are waited for.
 const NO_ROOM: Duration = Duration::from_millis(5);
-/// Between the end of a round and the next, at least.
-const REST: Duration = Duration::from_secs(600);
 
 /// Scrubs one disk until the agent ends. `rate` is in bytes a second; 0: only when somebody asks.
 pub(super) async fn run(volume: Rc<Volume>, rate: u64) {
@@ -27,7 +25,7 @@ pub(super) async fn run(volume: Rc<Volume>, rate: u64) {
             tokio::time::sleep(IDLE).await;
             continue;
         }
-        if rate > 0 && volume.scrub.borrow().round().is_none() && volume.scrub.borrow().last().is_none_or(|l| is_old(l.ended, now)) {
+        if rate > 0 && volume.scrub.borrow().round().is_none() {
             let regions = volume.regions_count();
             volume.scrub.borrow_mut().begin(regions, false, now);
         }
@@ -50,10 +48,6 @@ pub(super) async fn run(volume: Rc<Volume>, rate: u64) {
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
     }
-}
-
-fn is_old(ended: Option<Mono>, now: Mono) -> bool {
-    ended.is_none_or(|at| now.since(at) >= REST)
 }
 
 /// Puts a digest of one region into the stream. Writes to it wait for the length of one read.

@@ -22,6 +22,7 @@ use crate::master_target::shared::{Item, Newest};
 use crate::model::change::GROUP_SUBJECT;
 use crate::model::{Extent, Hold, Marker, PointId, Rung, Trailer, position::assert_ladder};
 use crate::observe::metrics;
+use crate::sabotage;
 use crate::storage::catalogue::CatalogueError;
 use crate::storage::log::LogError;
 use crate::storage::uring::is_full;
@@ -53,19 +54,41 @@ pub enum ApplyError {
     Io(#[from] io::Error),
 }
 
-/// Applies `items`, which continue the replica's checkpoint.
+impl ApplyError {
+    /// Whether a batch in the journal is not what was written there.
+    pub fn is_damaged_batch(&self) -> bool {
+        matches!(self, ApplyError::Journal(LogError::Damaged { .. }) | ApplyError::Batch(_) | ApplyError::Wire(_))
+    }
+}
+
+/// Opens the batches that are not in memory. Nothing is changed.
+///
+/// # Errors
+/// [`ApplyError`].
+pub async fn open_bodies(apply: &Apply, replica: &Replica, items: &mut [Item]) -> Result<(), ApplyError> {
+    for item in items {
+        replica.body(apply, item).await?;
+    }
+    Ok(())
+}
+
+/// Applies `items`, which continue the replica's checkpoint and were opened.
 ///
 /// # Errors
 /// [`ApplyError`]; the replica is left for the next start, which repeats the checkpoint.
 pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Result<(), ApplyError> {
-    for item in &mut items {
-        replica.body(apply, item).await?;
-    }
     let mut bodies = Vec::with_capacity(items.len());
     for item in &mut items {
-        let (header, body) = item.body.take().expect("read above");
+        let (header, body) = item.body.take().expect("opened before");
         apply.shared.body_bytes.fetch_sub(body.len() as u64, Ordering::Relaxed);
         bodies.push((header, body.freeze()));
+    }
+    if sabotage::is("swap-batches") {
+        bodies.reverse();
+    }
+    if sabotage::is("drop-batch") && bodies.len() > 3 {
+        bodies.remove(1);
+        items.remove(1);
     }
     let cuts = plan(bodies.iter().map(|(header, body)| (header, &body[..])))?;
     let mut arrivals: Vec<Arrival> = Vec::new();

@@ -5,14 +5,18 @@
 //! read, and a file system that fails, are no damage of the history: the reader is told, the points stay.
 
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::Apply;
+use super::checkpoint::ApplyError;
 use super::replica::Replica;
 use crate::master_target::bad;
 use crate::master_target::points::Book;
 use crate::master_target::retain::{Loss, RetainError};
+use crate::master_target::shared::Item;
 use crate::model::{DiskId, PointId, Position};
+use crate::observe::metrics;
 
 /// Work that is not urgent waits at most this long for each step while batches wait for the replica, so that it ends some
 /// day on a disk that is always busy.
@@ -40,6 +44,29 @@ pub(super) fn why_not_listed(book: &Book, point: PointId) -> String {
 }
 
 impl Apply {
+    /// A batch rotted in the journal before it was in the replica. It is never applied, nor what follows it; both were
+    /// acknowledged, so the agent is asked for more than it thinks is missing: the disk is in nobody's hands, and whoever takes it
+    /// over learns that the replica stands before what was acknowledged.
+    pub(super) async fn lose_journaled(&self, replica: &Replica, items: Vec<Item>, error: &ApplyError) -> Result<(), ApplyError> {
+        let disk = &replica.shared;
+        metrics::count_reason(metrics::DAMAGED, "journal");
+        let (records, id) = (self.records.clone(), disk.id);
+        let released = tokio::task::spawn_blocking(move || records.release_disk(id)).await;
+        released.map_err(|e| std::io::Error::other(e.to_string()))??;
+        let stands = disk.condition().checkpointed;
+        tracing::error!(disk = disk.label, %error, stands = %stands, "a batch in the journal is damaged: the disk is compared and sent again behind what the replica has. Check the storage of the journal");
+        // From here on nothing waits: what arrives from now on belongs to the next life.
+        disk.lives.fetch_add(1, Ordering::Relaxed);
+        let gone = self.shared.drop_items(items.into_iter().chain(disk.clear_queue()).collect());
+        {
+            let mut condition = disk.condition();
+            (condition.received, condition.journaled, condition.applied) = (stands, stands, stands);
+        }
+        disk.reopen_streams();
+        self.journal.release(gone).await;
+        Ok(())
+    }
+
     /// A reader of `point`, or a merge, met `error`. Returns when the points that need what was lost are off the list.
     pub(super) async fn judge(&self, replica: &Replica, error: &RetainError, point: Option<PointId>) {
         let Some(start) = error.damaged_interval() else { return };

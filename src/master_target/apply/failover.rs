@@ -171,7 +171,7 @@ impl Apply {
                 replica.last_marker.set(None);
                 replica.noted_marker.set(None);
                 replica.shared.condition().retained_bytes = replica.retention.bytes();
-                self.journal.release(replica.shared.clear_queue()).await;
+                self.journal.release(self.shared.drop_items(replica.shared.clear_queue())).await;
                 let _ = done.send(ended);
             }
             Order::Retire { done } => drop(done.send(self.retire(&replica).await)),

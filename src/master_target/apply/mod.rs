@@ -126,6 +126,8 @@ pub struct Prepared {
     pub epoch: u64,
     /// The process server that has it.
     pub carrier: Option<crate::model::Name>,
+    /// Which life of the journal that belongs to, see [`DiskShared::lives`].
+    pub life: u64,
     /// Everything through here is in the replica or the journal.
     pub journaled: Position,
     /// Whether the disk is compared with the replica before it is sent.
@@ -405,7 +407,14 @@ impl Apply {
             if disk.condition().hold >= Hold::Standing {
                 continue;
             }
-            let items = disk.take(2 * bytes);
+            let mut items = disk.take(2 * bytes);
+            match checkpoint::open_bodies(self, replica, &mut items).await {
+                Err(error) if error.is_damaged_batch() => {
+                    self.lose_journaled(replica, items, &error).await?;
+                    continue;
+                }
+                other => other?,
+            }
             checkpoint::run(self, replica, items).await?;
             crate::observe::metrics::observe(crate::observe::metrics::CHECKPOINT, clock::now().since(last));
         }

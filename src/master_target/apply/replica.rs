@@ -241,8 +241,9 @@ impl Apply {
             });
         }
         let record = self.records.replica(id).ok().flatten();
-        let journaled = disk.condition().journaled;
+        let (journaled, life) = (disk.condition().journaled, disk.lives.load(Ordering::Relaxed));
         Ok(Prepared {
+            life,
             generation: replica.generation,
             key: replica.key.clone(),
             size: replica.image.size(),

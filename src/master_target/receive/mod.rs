@@ -8,6 +8,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use quinn::{Endpoint, Incoming};
@@ -53,6 +54,8 @@ pub struct IncomingDisk {
     pub order: RefCell<Option<Order>>,
     /// The history of the replica that it belongs to.
     pub generation: Cell<u64>,
+    /// Which life of its journal, see [`crate::master_target::shared::DiskShared::lives`].
+    pub life: Cell<u64>,
     /// The highest epoch stored.
     pub epoch: Cell<u64>,
     /// The process server that has it in this epoch.
@@ -80,6 +83,7 @@ impl Receiver {
             Rc::new(IncomingDisk {
                 order: RefCell::default(),
                 generation: Cell::new(0),
+                life: Cell::new(0),
                 epoch: Cell::new(0),
                 carrier: RefCell::default(),
                 claiming: tokio::sync::Mutex::new(()),
@@ -110,6 +114,7 @@ impl Receiver {
 /// Takes results of the journal: hands batches to the apply thread and rings for acknowledgements.
 pub async fn take_completions(receiver: Rc<Receiver>, mut completions: Completions) {
     while let Some(group) = completions.recv().await {
+        let mut unneeded = Vec::new();
         for appended in group {
             let id = appended.tag.disk;
             let (Some(disk), Some(shared)) = (receiver.disks.get(&id), receiver.shared.disk(id)) else { continue };
@@ -117,6 +122,12 @@ pub async fn take_completions(receiver: Rc<Receiver>, mut completions: Completio
                 Ok((location, _)) => {
                     let mut order = disk.order.borrow_mut();
                     let Some(order) = order.as_mut() else { continue };
+                    let lost = disk.life.get() != shared.lives.load(Ordering::Relaxed);
+                    if lost || !order.awaits(appended.tag.number) {
+                        // Behind something that was lost, or of a history that is over: nobody may apply it.
+                        unneeded.push(location);
+                        continue;
+                    }
                     let ready = order.journaled(appended.tag.number, location);
                     // Before the batches are handed over: applied must never be seen above journaled.
                     (shared.condition().received, shared.condition().journaled) = order.positions();
@@ -127,6 +138,9 @@ pub async fn take_completions(receiver: Rc<Receiver>, mut completions: Completio
                 Err(error) => *disk.failed.borrow_mut() = Some(error.to_string()),
             }
             disk.journaled.notify_one();
+        }
+        if !unneeded.is_empty() {
+            receiver.journal.release(unneeded).await;
         }
     }
 }

@@ -51,6 +51,11 @@ impl Order {
         Self { received: journaled, journaled, ..Self::default() }
     }
 
+    /// Another stream in the place of this one. What is under way of this one is nobody's from then on: numbers are not used twice.
+    pub fn replaced(&self, journaled: Position) -> Self {
+        Self { next_number: self.next_number, ..Self::new(journaled) }
+    }
+
     /// Judges a batch.
     ///
     /// # Errors
@@ -89,6 +94,11 @@ impl Order {
         ready
     }
 
+    /// Whether a batch with this number is on its way to the journal.
+    pub fn awaits(&self, number: u64) -> bool {
+        self.waiting.iter().any(|w| w.number == number)
+    }
+
     /// Received and durable.
     pub fn positions(&self) -> (Position, Position) {
         (self.received, self.journaled)
@@ -109,5 +119,17 @@ mod tests {
         assert!(order.judge(2, 12, 15).is_err());
         assert_eq!(order.judge(3, 1, 5), Ok(Verdict::Next));
         assert!(order.judge(3, 2, 5).is_err());
+    }
+
+    #[test]
+    fn what_was_under_way_of_a_stream_that_was_replaced_is_nobodys() {
+        let item = || Item { first: 1, end: Position::new(1, 5), location: Location::nowhere(), marked: false, body: None, travel: None };
+        let mut order = Order::new(Position::default());
+        let old = order.received(Position::new(1, 5), item);
+        let mut order = order.replaced(Position::default());
+        let new = order.received(Position::new(2, 5), item);
+        assert!(!order.awaits(old) && order.awaits(new));
+        assert!(order.journaled(old, Location::nowhere()).is_empty());
+        assert_eq!(order.journaled(new, Location::nowhere()).len(), 1);
     }
 }

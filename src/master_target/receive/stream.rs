@@ -19,6 +19,7 @@ use crate::master_target::journal::Tag;
 use crate::master_target::shared::{DiskShared, Item, Travel};
 use crate::model::{Compare, DiskReport, Hold, Name, Position, Trailer};
 use crate::observe::metrics;
+use crate::sabotage;
 use crate::storage::AlignedBuf;
 use crate::storage::catalogue::CatalogueError;
 use crate::storage::log::Location;
@@ -150,11 +151,13 @@ async fn claim(
     who: &Name,
 ) -> Result<u64, StreamError> {
     let _one_at_a_time = disk.claiming.lock().await;
-    if disk.generation.replace(prepared.generation) != prepared.generation {
-        // Another history: nothing of the older one is under way any more.
+    let same_life = disk.life.replace(prepared.life) == prepared.life;
+    if disk.generation.replace(prepared.generation) != prepared.generation || !same_life {
+        // Another history, or a journal that lost something: nothing of what was before is under way any more.
         disk.epoch.set(prepared.epoch);
         disk.carrier.replace(prepared.carrier.clone());
-        *disk.order.borrow_mut() = Some(Order::new(prepared.journaled));
+        let replaced = disk.order.borrow().as_ref().map_or_else(|| Order::new(prepared.journaled), |o| o.replaced(prepared.journaled));
+        *disk.order.borrow_mut() = Some(replaced);
     }
     disk.order.borrow_mut().get_or_insert_with(|| Order::new(prepared.journaled));
     disk.epoch.set(disk.epoch.get().max(prepared.epoch));
@@ -236,7 +239,8 @@ async fn acknowledge(disk: &Rc<IncomingDisk>, shared: &DiskShared, owner: u64, s
         if let Some(reason) = disk.failed.borrow().clone() {
             return Err(StreamError::Refused { retry: false, message: format!("the journal is closed for writing: {reason}") });
         }
-        let journaled = disk.order.borrow().as_ref().map(|o| o.positions().1);
+        let journaled =
+            disk.order.borrow().as_ref().map(|o| if sabotage::is("acknowledge-early") { o.positions().0 } else { o.positions().1 });
         if let Some(position) = journaled.filter(|p| told != Some(*p)) {
             told = Some(position);
             write_reply(send, &Reply::Journaled(position)).await?;

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use super::server::Server;
 use crate::clock;
-use crate::config::limits::HANDSHAKE_SECONDS;
+use crate::config::limits::{HANDSHAKE_SECONDS, SILENCE_SECONDS};
 use crate::crypto::pki::Role;
 use crate::crypto::{quic, tls};
 use crate::observe::metrics;
@@ -78,15 +78,28 @@ async fn serve(server: &Rc<Server>, connection: &quinn::Connection) -> String {
     for disk in server.disks.values() {
         tasks.spawn_local(stream::run(server.clone(), disk.clone(), connection.clone()));
     }
-    let figures = async {
+    // What is received only says that the other side sends; that it hears us is said by its acknowledgements, which the keep-alives
+    // draw every few seconds.
+    let watch = async {
+        let (mut acknowledged, mut heard_us) = (0, clock::now());
         loop {
-            metrics::disk_gauge(metrics::LINK_MTU, "", f64::from(connection.stats().path.current_mtu));
+            let stats = connection.stats();
+            metrics::disk_gauge(metrics::LINK_MTU, "", f64::from(stats.path.current_mtu));
+            if std::mem::replace(&mut acknowledged, stats.frame_rx.acks) != stats.frame_rx.acks {
+                heard_us = clock::now();
+            }
+            if clock::now().since(heard_us) >= Duration::from_secs(SILENCE_SECONDS) {
+                return format!("it has acknowledged nothing for {SILENCE_SECONDS} s");
+            }
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
     };
     tokio::select! {
         reason = connection.closed() => reason.to_string(),
-        () = figures => String::new(),
+        reason = watch => {
+            connection.close(0u32.into(), reason.as_bytes());
+            reason
+        }
     }
     // Dropping the set ends the tasks; what they had under way is sent again on the next connection.
 }

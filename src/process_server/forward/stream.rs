@@ -16,6 +16,7 @@ use crate::process_server::adoption::{Adoption, Here, Known, There, judge};
 use crate::process_server::catalogue::DiskRecord;
 use crate::process_server::disk::{Disk, NotReady};
 use crate::process_server::server::Server;
+use crate::process_server::stream::Queued;
 use crate::storage::catalogue::CatalogueError;
 use crate::storage::log::LogError;
 use crate::storage::log::format::RECORD_HEADER_LEN;
@@ -244,7 +245,11 @@ async fn send_items(server: &Server, disk: &Disk, send: &mut quinn::SendStream, 
         };
         let sealed = match sealed {
             Some(sealed) => sealed,
-            None => server.cache.read(batch.location).await?.slice(RECORD_HEADER_LEN..),
+            None => match server.cache.read(batch.location).await {
+                Ok(record) => record.slice(RECORD_HEADER_LEN..),
+                Err(error @ LogError::Damaged { .. }) => return lose_cached(server, disk, &batch, &error),
+                Err(error) => return Err(error.into()),
+            },
         };
         let age_us = micros(clock::now().since(batch.captured));
         let prefix = Prefix { kind: ItemType::Batch, len: sealed.len() as u32, age_us };
@@ -255,6 +260,20 @@ async fn send_items(server: &Server, disk: &Disk, send: &mut quinn::SendStream, 
         }
         send.write_all_chunks(&mut [Bytes::copy_from_slice(&prefix.encode()), sealed]).await.map_err(quic)?;
     }
+}
+
+/// A batch rotted in the cache: it is never sent, nor what follows it. The agent has both still, or its dirty map; it opens the
+/// disk again, behind what the master target has.
+fn lose_cached(server: &Server, disk: &Disk, batch: &Queued, error: &LogError) -> Result<(), StreamError> {
+    let stands = disk.stream.borrow().acknowledged();
+    metrics::count_reason(metrics::DAMAGED, "cache");
+    tracing::error!(disk = %disk.label, batch = %batch.end, %error, stands = %stands, "a batch in the cache is damaged: the agent sends again what the master target does not have. Check the storage of the cache");
+    disk.batcher.borrow_mut().close();
+    disk.owner.set(server.new_owner());
+    let gone = disk.stream.borrow_mut().reset(stands);
+    disk.give_up(gone);
+    disk.tell_agent();
+    Ok(())
 }
 
 async fn take_replies(disk: &Disk, receive: &mut quinn::RecvStream) -> Result<(), StreamError> {

@@ -1,0 +1,507 @@
+//! Agent, two process servers, master target, networks and disks in one thread, from a seed: the product's own machines and storage,
+//! while power goes, disks fail, links are cut, agents move and a process server burns with all it has.
+//!
+//! The oracles: every write that was answered is in the replica once faults have stopped; every point that is ever listed is what
+//! all disks of the machine held at its marker, also after every crash; nothing acknowledged is ahead of what is journaled; every
+//! ladder holds after every event (the machines assert that); and when faults stop everything becomes safe.
+//!
+//! `TIDEGATE_SEEDS=1000..2000` runs those, `TIDEGATE_SEED=7` one, with its story. A seed that ever failed stands in
+//! `tests/museum/seeds.txt` and is run first. Rounds of groups have an exhaustive exploration of their own, `tests/rounds.rs`.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests may unwrap, and wait by the clock")]
+
+#[path = "simulation/agent.rs"]
+mod agent;
+#[path = "simulation/gateway.rs"]
+mod gateway;
+mod support;
+#[path = "simulation/target.rs"]
+mod target;
+
+use std::collections::HashMap;
+
+use agent::Agent;
+use gateway::Gateway;
+use support::Rng;
+use support::faulty_storage::Fault;
+use target::Target;
+use tidegate::agent::backlog::Room;
+use tidegate::model::{DiskId, Extent, MachineId, PointId};
+use tidegate::wire::ingest::{AgentMessage, Refusal, ServerMessage};
+use uuid::Uuid;
+
+/// Bytes of each disk, and of a region.
+pub const DISK_BYTES: u64 = 256 << 10;
+/// See above.
+pub const REGION: u64 = 16 << 10;
+const DISKS: usize = 2;
+const STEPS: u64 = 260;
+/// Steps after which everything must be safe once faults have stopped.
+const HEAL_STEPS: u64 = 4000;
+
+/// What an agent sends.
+pub enum Wire {
+    Control(AgentMessage),
+    Change(Vec<u8>),
+}
+
+/// What a run did.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    writes: u64,
+    points: u64,
+    materialised: u64,
+    crashes: u64,
+    faults: u64,
+    moves: u64,
+    burnt: u64,
+    resyncs: u64,
+    fenced: u64,
+    messages: u64,
+}
+
+struct World {
+    seed: u64,
+    rng: Rng,
+    agent: Agent,
+    gateways: Vec<Gateway>,
+    target: Target,
+    ids: Vec<DiskId>,
+    models: HashMap<PointId, Vec<Vec<u8>>>,
+    /// Which link is cut: to each process server, and from each to the master target.
+    cut: [[bool; 2]; 2],
+    faults: bool,
+    room: Room,
+    tally: Tally,
+    story: bool,
+}
+
+impl World {
+    async fn new(seed: u64, story: bool) -> Self {
+        let mut rng = Rng::new(seed);
+        let ids: Vec<DiskId> = (0..DISKS).map(|n| DiskId(Uuid::from_u128(n as u128 + 10))).collect();
+        // Small rooms, so that they are full again and again.
+        let room =
+            Room { memory: [300 << 10, 600 << 10, 4 << 20][rng.below(3) as usize], log: [0, 512 << 10, 8 << 20][rng.below(3) as usize] };
+        let agent = Agent::start(MachineId(Uuid::from_u128(1)), &ids, room).await;
+        let mut gateways = vec![Gateway::new("gw1", &ids, 1), Gateway::new("gw2", &ids, 2)];
+        for gateway in &mut gateways {
+            gateway.start().await;
+        }
+        let mut target = Target::new(&ids).await;
+        target.start().await;
+        Self {
+            seed,
+            rng,
+            agent,
+            gateways,
+            target,
+            ids,
+            models: HashMap::new(),
+            cut: [[false; 2]; 2],
+            faults: true,
+            room,
+            tally: Tally::default(),
+            story,
+        }
+    }
+
+    fn tell(&self, what: impl FnOnce() -> String) {
+        if self.story {
+            eprintln!("  {}", what());
+        }
+    }
+
+    fn fail(&self, what: &str) -> String {
+        format!("seed {}: {what}; TIDEGATE_SEED={} tests/run simulation tells the story", self.seed, self.seed)
+    }
+
+    async fn step(&mut self) -> Result<(), String> {
+        let kinds = if self.faults { 24 } else { 16 };
+        match self.rng.below(kinds) {
+            0..=2 if self.faults => self.write().await,
+            3 if self.faults => self.mark(),
+            16 => self.cut_something(),
+            17 => self.crash_something().await,
+            18 => self.fail_something(),
+            19 => self.move_agent(),
+            20 if self.rng.below(12) == 0 => self.burn().await,
+            21 => self.check_one().await?,
+            22 if !self.target.thin(&mut self.rng).await => self.crash_target(),
+            _ => {}
+        }
+        self.work().await
+    }
+
+    /// A little of everything that goes on by itself.
+    async fn work(&mut self) -> Result<(), String> {
+        let most = 1 + self.rng.below(8) as usize;
+        for gateway in &mut self.gateways {
+            gateway.now += 1000;
+        }
+        match self.rng.below(10) {
+            0 => self.restart_what_is_down().await,
+            1 => self.agent.resynchronise(most),
+            2 => self.agent.clean().await,
+            3 => {
+                let fails = self.faults && self.rng.below(10) == 0;
+                self.agent.spill(fails);
+            }
+            4 => self.gateways.iter_mut().for_each(Gateway::release),
+            5 => self.gateways.iter_mut().for_each(Gateway::close_batches),
+            _ => {}
+        }
+        if self.agent.connection.is_none() && self.rng.below(4) == 0 {
+            self.connect(self.rng_gateway());
+        }
+        self.agent.send(most).await;
+        self.between_agent_and_gateway(most).await;
+        for n in 0..2 {
+            if self.rng.below(2) == 0 && !self.gateways[n].commit().await {
+                self.crash_gateway(n);
+            }
+            self.gateways[n].forward(most).await;
+        }
+        self.between_gateways_and_target(most)?;
+        if self.rng.below(2) == 0 {
+            match self.target.commit().await {
+                Some(told) => {
+                    for (id, gateway, position) in told {
+                        if let Some(link) = self.gateways[gateway].links.get_mut(&id).filter(|link| link.open) {
+                            link.down.push_back(gateway::Down::Journaled(position));
+                        }
+                    }
+                }
+                None => self.crash_target(),
+            }
+        }
+        let batches = 1 + self.rng.below(12) as usize;
+        if self.rng.below(4) == 0 && !self.target.checkpoint(batches).await {
+            self.crash_target();
+        }
+        self.check_across()
+    }
+
+    fn rng_gateway(&mut self) -> usize {
+        self.rng.below(2) as usize
+    }
+
+    async fn write(&mut self) {
+        let disk = self.rng.below(DISKS as u64) as usize;
+        let sectors = DISK_BYTES / 512;
+        let len = 1 + self.rng.below(24);
+        let extent = Extent::new(self.rng.below(sectors - len) * 512, len * 512);
+        let fill = (self.rng.below(8) > 0).then(|| 1 + self.rng.below(250) as u8);
+        if self.agent.write(disk, extent, fill).await {
+            self.tally.writes += 1;
+        } else {
+            self.tell(|| "the map failed: the agent is started again".to_owned());
+            self.crash_agent().await;
+        }
+    }
+
+    fn mark(&mut self) {
+        let point = PointId(Uuid::from_u128(u128::from(self.seed) << 64 | u128::from(self.tally.points) + 1000));
+        if let Some(content) = self.agent.mark(point) {
+            self.tally.points += 1;
+            self.models.insert(point, content);
+        }
+    }
+
+    fn connect(&mut self, gateway: usize) {
+        if let Some(before) = self.agent.connection.take() {
+            self.gateways[before.gateway].agent_left();
+        }
+        if self.gateways[gateway].is_up() && !self.cut[0][gateway] {
+            let name = self.gateways[gateway].name.clone();
+            self.agent.connect(gateway, name);
+        }
+    }
+
+    fn move_agent(&mut self) {
+        let gateway = self.rng_gateway();
+        self.tell(|| format!("the agent goes to gw{}", gateway + 1));
+        self.tally.moves += 1;
+        self.connect(gateway);
+    }
+
+    fn disconnect_from(&mut self, gateway: usize) {
+        if self.agent.connection.as_ref().is_some_and(|c| c.gateway == gateway) {
+            self.agent.connection = None;
+            self.gateways[gateway].agent_left();
+        }
+    }
+
+    fn cut_something(&mut self) {
+        let (link, gateway, cut) = (self.rng.below(2) as usize, self.rng_gateway(), self.rng.below(2) == 0);
+        self.cut[link][gateway] = cut;
+        self.tell(|| format!("{} {} gw{}: {}", ["agent", "master target"][link], "and", gateway + 1, if cut { "cut" } else { "healed" }));
+        if cut && link == 0 {
+            self.disconnect_from(gateway);
+        }
+        if cut && link == 1 {
+            self.gateways[gateway].links.clear();
+        }
+    }
+
+    async fn crash_agent(&mut self) {
+        if let Some(connection) = &self.agent.connection {
+            self.gateways[connection.gateway].agent_left();
+        }
+        self.agent.crash(&mut self.rng, self.room).await;
+    }
+
+    fn crash_gateway(&mut self, n: usize) {
+        self.tell(|| format!("gw{} loses power", n + 1));
+        self.disconnect_from(n);
+        self.gateways[n].crash(&mut self.rng);
+    }
+
+    fn crash_target(&mut self) {
+        self.tell(|| "the master target loses power".to_owned());
+        self.target.crash(&mut self.rng);
+        self.gateways.iter_mut().for_each(|g| g.links.clear());
+    }
+
+    async fn crash_something(&mut self) {
+        self.tally.crashes += 1;
+        match self.rng.below(5) {
+            0 => self.crash_agent().await,
+            1 => self.crash_gateway(0),
+            2 => self.crash_gateway(1),
+            _ => self.crash_target(),
+        }
+    }
+
+    fn fail_something(&mut self) {
+        self.tally.faults += 1;
+        let fault = [Fault::Dead, Fault::Once, Fault::Full][self.rng.below(3) as usize];
+        let n = 1 + self.rng.below(40);
+        let storages = [&self.agent.storage, &self.gateways[0].storage, &self.gateways[1].storage, &self.target.storage];
+        // An agent whose map is full or dead stays down for long; it has its turn less often.
+        let which = [0, 1, 2, 3, 1, 2, 3, 3][self.rng.below(8) as usize];
+        storages[which].fail_at(n, fault);
+        self.tell(|| format!("operation {n} of {} fails: {fault:?}", ["the agent", "gw1", "gw2", "the master target"][which]));
+    }
+
+    async fn burn(&mut self) {
+        let n = self.rng_gateway();
+        self.tally.burnt += 1;
+        self.tell(|| format!("gw{} burns", n + 1));
+        self.disconnect_from(n);
+        self.gateways[n].burn();
+    }
+
+    async fn restart_what_is_down(&mut self) {
+        for n in 0..2 {
+            if !self.gateways[n].is_up() {
+                self.gateways[n].start().await;
+                if !self.gateways[n].is_up() {
+                    // A second crash, in the recovery from the first.
+                    self.gateways[n].crash(&mut self.rng);
+                }
+            }
+        }
+        if !self.target.is_up() {
+            self.target.start().await;
+            if !self.target.is_up() {
+                self.target.crash(&mut self.rng);
+            }
+        }
+    }
+
+    async fn between_agent_and_gateway(&mut self, most: usize) {
+        let Some(gateway) = self.agent.connection.as_ref().map(|c| c.gateway) else { return };
+        for _ in 0..most * 4 {
+            let Some(message) = self.agent.connection.as_mut().and_then(|c| c.up.pop_front()) else { break };
+            self.tally.messages += 1;
+            match self.gateways[gateway].hear(message) {
+                Ok(answers) => self.agent.connection.as_mut().expect("it spoke").down.extend(answers),
+                Err(_) => return self.disconnect_from(gateway),
+            }
+        }
+        if self.rng.below(3) == 0 {
+            let told = self.gateways[gateway].acknowledgements();
+            self.agent.connection.as_mut().expect("it is there").down.extend(told);
+        }
+        for _ in 0..most * 2 {
+            if let Err(error) = self.agent.hear().await {
+                self.tell(|| format!("the agent: {error}"));
+                self.crash_agent().await;
+                return;
+            }
+        }
+    }
+
+    fn between_gateways_and_target(&mut self, most: usize) -> Result<(), String> {
+        for n in 0..2 {
+            for id in self.ids.clone() {
+                if self.cut[1][n] || !self.target.is_up() {
+                    self.gateways[n].links.clear();
+                    continue;
+                }
+                let name = self.gateways[n].name.clone();
+                for _ in 0..most {
+                    let Some(message) = self.gateways[n].links.get_mut(&id).and_then(|l| l.up.pop_front()) else { break };
+                    // An opening is answered when what was received before is journaled.
+                    let again = match &message {
+                        gateway::Up::Open { epoch } if !self.target.is_settled(id) => Some(*epoch),
+                        _ => None,
+                    };
+                    self.tally.messages += 1;
+                    match self.target.hear(n, &name, id, message) {
+                        Ok(answer) => {
+                            if let Some(link) = self.gateways[n].links.get_mut(&id) {
+                                link.down.extend(answer);
+                            }
+                        }
+                        Err(_) if again.is_some() => {
+                            if let (Some(link), Some(epoch)) = (self.gateways[n].links.get_mut(&id), again) {
+                                link.up.push_front(gateway::Up::Open { epoch });
+                            }
+                            break;
+                        }
+                        // A gap: the stream is opened again.
+                        Err(_) => {
+                            self.gateways[n].links.remove(&id);
+                        }
+                    }
+                }
+                for _ in 0..most {
+                    if let Some(slot) = self.gateways[n].hear_target(id)
+                        && let Some(connection) = self.agent.connection.as_mut().filter(|c| c.gateway == n)
+                    {
+                        connection.down.push_back(ServerMessage::Refused { slot, reason: Refusal::NotReady, message: String::new() });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing that an agent takes for safe is ahead of the journal.
+    fn check_across(&self) -> Result<(), String> {
+        for volume in &self.agent.volumes {
+            let safe = volume.backlog.safe_position();
+            if self.target.journaled(volume.id).is_some_and(|journaled| journaled < safe) {
+                return Err(
+                    self.fail(&format!("{safe} counts as safe, {} is journaled", self.target.journaled(volume.id).expect("it is up")))
+                );
+            }
+        }
+        Ok(())
+    }
+
+    async fn check_one(&mut self) -> Result<(), String> {
+        let points = self.target.points();
+        if points.is_empty() || !self.target.is_up() {
+            return Ok(());
+        }
+        let point = &points[self.rng.below(points.len() as u64) as usize];
+        self.check_point(point, false).await
+    }
+
+    async fn check_point(&mut self, point: &tidegate::model::RecoveryPoint, whole: bool) -> Result<(), String> {
+        let model = self.models.get(&point.id).ok_or_else(|| self.fail("a point that nobody made is listed"))?;
+        for (n, expected) in model.iter().enumerate() {
+            match self.target.materialise(point, n).await {
+                Some(Ok(found)) if found == *expected => {}
+                Some(Ok(found)) => {
+                    let at = found.iter().zip(expected).position(|(a, b)| a != b).unwrap_or(0);
+                    return Err(self.fail(&format!("point {} differs on disk {n} at byte {at}", point.id)));
+                }
+                // Its storage fails just now.
+                Some(Err(error)) if whole => return Err(self.fail(&format!("point {} cannot be read: {error}", point.id))),
+                _ => return Ok(()),
+            }
+        }
+        self.tally.materialised += 1;
+        Ok(())
+    }
+
+    /// Faults stop: everything becomes safe and applied, every point is exact, and the replicas are their sources.
+    async fn heal(&mut self) -> Result<(), String> {
+        self.faults = false;
+        self.cut = [[false; 2]; 2];
+        for storage in [&self.agent.storage, &self.gateways[0].storage, &self.gateways[1].storage, &self.target.storage] {
+            storage.heal();
+        }
+        // What failed under them is noticed by a restart at the latest.
+        self.crash_gateway(0);
+        self.crash_gateway(1);
+        self.crash_target();
+        self.restart_what_is_down().await;
+        let mut steps = 0;
+        while !(self.agent.is_safe() && self.target.is_applied()) {
+            self.step().await?;
+            steps += 1;
+            if steps > HEAL_STEPS {
+                return Err(self.fail("faults have stopped, and not everything becomes safe"));
+            }
+        }
+        for point in self.target.points() {
+            self.check_point(&point, true).await?;
+        }
+        for n in 0..DISKS {
+            if self.target.replica(n).await != self.agent.volumes[n].content {
+                return Err(self.fail(&format!("disk {n}: a write that was answered is not in the replica")));
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn run_seed(seed: u64, story: bool) -> Result<Tally, String> {
+    let mut world = World::new(seed, story).await;
+    for _ in 0..STEPS {
+        world.step().await?;
+    }
+    world.heal().await?;
+    world.tally.fenced = world.target.fenced;
+    world.tally.resyncs = world.agent.volumes.iter().map(|v| v.resyncs).sum();
+    Ok(world.tally)
+}
+
+fn run_one(seed: u64, story: bool) -> Result<Tally, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    runtime.block_on(run_seed(seed, story))
+}
+
+fn seeds() -> Vec<u64> {
+    let number = |text: &str| text.parse().expect("a number");
+    if let Ok(seed) = std::env::var("TIDEGATE_SEED") {
+        return vec![number(&seed)];
+    }
+    let kept = include_str!("museum/seeds.txt").lines().filter(|l| !l.starts_with('#')).filter_map(|l| l.split_whitespace().next());
+    let range = std::env::var("TIDEGATE_SEEDS").unwrap_or_else(|_| "0..500".to_owned());
+    let (from, to) = range.split_once("..").expect("FROM..TO");
+    kept.map(number).chain(number(from)..number(to)).collect()
+}
+
+#[test]
+fn whatever_fails_no_answered_write_is_lost_and_no_listed_point_is_wrong() {
+    let (seeds, story) = (seeds(), std::env::var("TIDEGATE_SEED").is_ok());
+    let mut sum = Tally::default();
+    for &seed in &seeds {
+        let tally = match std::panic::catch_unwind(|| run_one(seed, story)) {
+            Ok(Ok(tally)) => tally,
+            Ok(Err(error)) => panic!("{error}"),
+            Err(_) => panic!("seed {seed}: an assertion of the product failed; TIDEGATE_SEED={seed} tests/run simulation tells the story"),
+        };
+        for (sum, more) in [
+            (&mut sum.writes, tally.writes),
+            (&mut sum.points, tally.points),
+            (&mut sum.materialised, tally.materialised),
+            (&mut sum.crashes, tally.crashes),
+            (&mut sum.faults, tally.faults),
+            (&mut sum.moves, tally.moves),
+            (&mut sum.burnt, tally.burnt),
+            (&mut sum.resyncs, tally.resyncs),
+            (&mut sum.fenced, tally.fenced),
+            (&mut sum.messages, tally.messages),
+        ] {
+            *sum += more;
+        }
+    }
+    eprintln!("{} seeds, 0 violations: {sum:?}", seeds.len());
+    assert!(seeds.len() < 100 || sum.materialised > 1000 && sum.fenced > 50 && sum.burnt > 50, "the runs are too tame");
+}

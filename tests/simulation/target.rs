@@ -1,0 +1,364 @@
+//! The master target in the simulation: the product's claims, order, journal, plan, image, retention journal and book of points,
+//! driven as its network and apply threads do it. Its catalogue is what transactions left behind.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use tidegate::crypto::keyring::DataKey;
+use tidegate::crypto::seal::{Opener, Purpose};
+use tidegate::disk::{Disk as _, Format, Image};
+use tidegate::master_target::apply::plan::{plan, writes};
+use tidegate::master_target::journal::replay;
+use tidegate::master_target::points::{Book, Pending};
+use tidegate::master_target::receive::claim::{self, Claim};
+use tidegate::master_target::receive::order::{Order, Verdict};
+use tidegate::master_target::retain::{Retention, Subject};
+use tidegate::master_target::shared::Item;
+use tidegate::model::{DiskId, Extent, Name, PointId, Position, RecoveryPoint, Trailer};
+use tidegate::process_server::adoption::There;
+use tidegate::storage::AlignedBuf;
+use tidegate::storage::log::format::RECORD_HEADER_LEN;
+use tidegate::storage::log::{Location, Log, Options};
+use tidegate::wire::batch::{BATCH_BYTES_MAX, BatchHeader, parse_entries};
+use uuid::Uuid;
+
+use super::DISK_BYTES;
+use super::gateway::{Down, Up};
+use super::support::Rng;
+use super::support::faulty_storage::{Faulty, FaultyFile};
+
+const OPTIONS: Options = Options { segment_bytes: 2 << 20, segments_max: 16, body_bytes_max: BATCH_BYTES_MAX };
+
+#[derive(Clone)]
+struct Record {
+    generation: u64,
+    key: DataKey,
+    epoch: u64,
+    carrier: Option<Name>,
+    checkpoint: Position,
+    last_marker: Option<Position>,
+    intervals: BTreeMap<Position, u64>,
+}
+
+/// What its catalogue has.
+#[derive(Clone, Default)]
+struct Catalogue {
+    disks: HashMap<DiskId, Record>,
+    listed: BTreeMap<PointId, RecoveryPoint>,
+    pending: BTreeMap<PointId, Pending>,
+}
+
+struct Disk {
+    order: Order,
+    queue: VecDeque<Item>,
+    image: Image<FaultyFile>,
+    retention: Retention<Faulty>,
+    opener: Opener,
+    last_marker: Option<Position>,
+    /// Which process server's stream may send.
+    owner: Option<usize>,
+}
+
+struct Running {
+    log: Log<Faulty>,
+    disks: HashMap<DiskId, Disk>,
+    writes: Vec<(DiskId, u64, AlignedBuf)>,
+}
+
+/// The master target.
+pub struct Target {
+    pub storage: Faulty,
+    ids: Vec<DiskId>,
+    catalogue: Catalogue,
+    running: Option<Running>,
+    pub fenced: u64,
+}
+
+fn image_path(n: usize) -> PathBuf {
+    PathBuf::from(format!("/replica/{n}"))
+}
+
+fn retain_path(n: usize) -> PathBuf {
+    PathBuf::from(format!("/retain{n}"))
+}
+
+impl Target {
+    pub async fn new(ids: &[DiskId]) -> Self {
+        let storage = Faulty::default();
+        let mut catalogue = Catalogue::default();
+        for (n, id) in ids.iter().enumerate() {
+            Image::create(&storage, &image_path(n), Format::Raw, DISK_BYTES).await.expect("a fresh storage");
+            let record = Record {
+                generation: 77,
+                key: DataKey::from_bytes([n as u8; 32]),
+                epoch: 0,
+                carrier: None,
+                checkpoint: Position::default(),
+                last_marker: None,
+                intervals: BTreeMap::new(),
+            };
+            catalogue.disks.insert(*id, record);
+        }
+        Self { storage, ids: ids.to_vec(), catalogue, running: None, fenced: 0 }
+    }
+
+    pub fn is_up(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Starts on what is there. Stays down if its storage fails.
+    pub async fn start(&mut self) {
+        let Ok((log, found)) = Log::open(self.storage.clone(), std::path::Path::new("/journal"), Uuid::from_u128(99), OPTIONS).await else {
+            return;
+        };
+        let mut by_disk: HashMap<DiskId, Vec<Item>> = HashMap::new();
+        for record in found {
+            match BatchHeader::decode(&record.head) {
+                Ok(header) => by_disk.entry(header.disk).or_default().push(Item::recovered(&header, record.location)),
+                Err(_) => log.release(record.location),
+            }
+        }
+        let mut disks = HashMap::new();
+        for (n, id) in self.ids.iter().enumerate() {
+            let record = self.catalogue.disks[id].clone();
+            let (queue, unneeded) = replay(record.checkpoint, by_disk.remove(id).unwrap_or_default());
+            unneeded.into_iter().for_each(|at| log.release(at));
+            let subject = Subject { disk: *id, generation: record.generation, key: record.key.clone() };
+            let Ok(image) = Image::open(&self.storage, &image_path(n), Format::Raw).await else { return };
+            let opened = Retention::open_noted(self.storage.clone(), &retain_path(n), subject, record.last_marker, &record.intervals).await;
+            let Ok(retention) = opened else { return };
+            let journaled = queue.last().map_or(record.checkpoint, |item| item.end);
+            let disk = Disk {
+                order: Order::new(journaled),
+                queue: queue.into(),
+                image,
+                retention,
+                opener: Opener::new(record.key.clone(), Purpose::Stream, *id, record.generation),
+                last_marker: record.last_marker,
+                owner: None,
+            };
+            disks.insert(*id, disk);
+        }
+        self.running = Some(Running { log, disks, writes: Vec::new() });
+    }
+
+    /// Power goes.
+    pub fn crash(&mut self, rng: &mut Rng) {
+        self.running = None;
+        self.storage.crash(rng);
+    }
+
+    /// Hears a process server once, on one disk's stream.
+    pub fn hear(&mut self, gateway: usize, name: &Name, id: DiskId, message: Up) -> Result<Option<Down>, String> {
+        let Some(running) = &mut self.running else { return Ok(None) };
+        let disk = running.disks.get_mut(&id).expect("registered");
+        let record = self.catalogue.disks.get_mut(&id).expect("registered");
+        match message {
+            Up::Open { epoch } => match claim::judge(record.epoch, record.carrier.as_ref(), epoch, name) {
+                Err(fenced) => {
+                    self.fenced += 1;
+                    Ok(Some(Down::Fenced(fenced.obeyed)))
+                }
+                Ok(claimed) => {
+                    if claimed == Claim::TakesOver {
+                        (record.epoch, record.carrier) = (epoch, Some(name.clone()));
+                    }
+                    disk.owner = Some(gateway);
+                    // Answered when what was received is journaled, see `settle`.
+                    let (received, journaled) = disk.order.positions();
+                    if received != journaled {
+                        return Err("not settled".to_owned());
+                    }
+                    let there = There { generation: record.generation, epoch: record.epoch, journaled };
+                    Ok(Some(Down::Opened { there, key: record.key.clone(), asked: epoch }))
+                }
+            },
+            Up::Batch(sealed) => {
+                if disk.owner != Some(gateway) {
+                    return Ok(Some(Down::Fenced(record.epoch)).filter(|_| record.carrier.as_ref() != Some(name)));
+                }
+                let header = BatchHeader::decode(&sealed).map_err(|e| e.to_string())?;
+                if header.epoch < record.epoch {
+                    self.fenced += 1;
+                    return Ok(Some(Down::Fenced(record.epoch)));
+                }
+                match disk.order.judge(header.epoch, header.first, header.last) {
+                    Err(gap) => return Err(gap.to_string()),
+                    Ok(Verdict::Known) => return Ok(Some(Down::Journaled(disk.order.positions().1))),
+                    Ok(Verdict::Next) => {}
+                }
+                let (header, body) = disk.opener.open(&sealed).map_err(|e| e.to_string())?;
+                for entry in parse_entries(&header, &body).map_err(|e| e.to_string())? {
+                    assert!(entry.extent.fits(DISK_BYTES));
+                }
+                record.epoch = record.epoch.max(header.epoch);
+                let number = disk.order.received(header.end(), || Item::recovered(&header, Location::nowhere()));
+                let mut bytes = AlignedBuf::with_capacity(RECORD_HEADER_LEN + sealed.len());
+                bytes.pad_to(RECORD_HEADER_LEN);
+                bytes.extend(&sealed);
+                running.writes.push((id, number, bytes));
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether what was received of a disk is journaled.
+    pub fn is_settled(&self, id: DiskId) -> bool {
+        self.running.as_ref().is_none_or(|r| r.disks[&id].order.positions().0 == r.disks[&id].order.positions().1)
+    }
+
+    /// Makes what was received durable; who is told. `None` if its storage failed.
+    pub async fn commit(&mut self) -> Option<Vec<(DiskId, usize, Position)>> {
+        let Some(running) = &mut self.running else { return Some(vec![]) };
+        let (tags, mut records): (Vec<_>, Vec<_>) = running.writes.drain(..).map(|(id, number, record)| ((id, number), record)).unzip();
+        if records.is_empty() {
+            return Some(vec![]);
+        }
+        let placed = running.log.append(&mut records).await.ok()?;
+        let mut told = Vec::new();
+        for ((id, number), (location, _)) in tags.into_iter().zip(placed) {
+            let disk = running.disks.get_mut(&id).expect("registered");
+            disk.queue.extend(disk.order.journaled(number, location));
+            told.extend(disk.owner.map(|gateway| (id, gateway, disk.order.positions().1)));
+        }
+        Some(told)
+    }
+
+    /// Applies up to `most` batches of each disk. False if its storage failed.
+    pub async fn checkpoint(&mut self, most: usize) -> bool {
+        for n in 0..self.ids.len() {
+            if self.checkpoint_disk(n, most).await.is_err() {
+                return false;
+            }
+        }
+        true
+    }
+
+    async fn checkpoint_disk(&mut self, n: usize, most: usize) -> Result<(), String> {
+        let id = self.ids[n];
+        let Some(running) = &mut self.running else { return Ok(()) };
+        let disk = running.disks.get_mut(&id).expect("registered");
+        let items: Vec<Item> = disk.queue.drain(..most.min(disk.queue.len())).collect();
+        let Some(end) = items.last().map(|item| item.end) else { return Ok(()) };
+        let mut bodies: Vec<(BatchHeader, Bytes)> = Vec::new();
+        for item in &items {
+            let record = running.log.read(item.location).await.map_err(|e| e.to_string())?;
+            let (header, body) = disk.opener.open(&record[RECORD_HEADER_LEN..]).map_err(|e| e.to_string())?;
+            bodies.push((header, body.freeze()));
+        }
+        let cuts = plan(bodies.iter().map(|(header, body)| (header, &body[..]))).map_err(|e| e.to_string())?;
+        let mut arrivals = Vec::new();
+        for cut in &cuts {
+            let extents: Vec<_> = writes(cut).collect();
+            disk.retention.preserve(&disk.image, extents.iter().map(|(extent, _)| *extent)).await.map_err(|e| e.to_string())?;
+            for (extent, content) in extents {
+                let written = match content.data_at {
+                    Some(at) => {
+                        disk.image.write(extent.offset, bodies[content.batch].1.slice(at as usize..at as usize + extent.len as usize)).await
+                    }
+                    None => disk.image.zero(extent).await,
+                };
+                written.map_err(|e| e.to_string())?;
+            }
+            if let Some((position, Trailer::Mark(marker), _)) = &cut.end {
+                disk.retention.begin(*position).await.map_err(|e| e.to_string())?;
+                disk.last_marker = Some(*position);
+                arrivals.push((*position, marker.clone()));
+            }
+        }
+        disk.image.barrier().await.map_err(|e| e.to_string())?;
+        // One transaction.
+        let record = self.catalogue.disks.get_mut(&id).expect("registered");
+        (record.checkpoint, record.last_marker) = (end, disk.last_marker);
+        record.intervals.extend(disk.retention.take_grown());
+        let mut book = Book::load(
+            self.catalogue.listed.values().cloned().collect(),
+            self.catalogue.pending.clone().into_iter().collect(),
+            vec![],
+            vec![],
+        );
+        for (position, marker) in arrivals {
+            let changes = book.arrive(id, position, &marker, &self.ids, 0);
+            book.commit(changes.clone());
+            changes.forget.iter().for_each(|id| drop(self.catalogue.pending.remove(id)));
+            self.catalogue.pending.extend(changes.pending);
+            self.catalogue.listed.extend(changes.listed.map(|point| (point.id, point)));
+        }
+        items.iter().for_each(|item| running.log.release(item.location));
+        Ok(())
+    }
+
+    /// Drops a listed point, as the policy does. False if its storage failed.
+    pub async fn thin(&mut self, rng: &mut Rng) -> bool {
+        let Some(running) = &mut self.running else { return true };
+        if self.catalogue.listed.len() < 6 {
+            return true;
+        }
+        let which = *self.catalogue.listed.keys().nth(rng.below(self.catalogue.listed.len() as u64) as usize).expect("one of them");
+        self.catalogue.listed.remove(&which);
+        for id in &self.ids {
+            let disk = running.disks.get_mut(id).expect("registered");
+            let record = self.catalogue.disks.get_mut(id).expect("registered");
+            let listed = self.catalogue.listed.values().filter_map(|p| p.disks.get(id).copied());
+            let waiting = self.catalogue.pending.values().filter_map(|p| p.arrived.get(id).copied());
+            let needed: std::collections::BTreeSet<Position> = listed.chain(waiting).collect();
+            let Some(noted) = record.last_marker else { continue };
+            let oldest = Some(needed.first().map_or(noted, |first| noted.min(*first)));
+            for gone in disk.retention.unneeded(oldest) {
+                record.intervals.remove(&gone);
+            }
+            if disk.retention.forget_before(oldest).is_err() {
+                return false;
+            }
+            loop {
+                let forgotten = std::cell::RefCell::new(Vec::new());
+                let merged = disk
+                    .retention
+                    .merge_some(&needed, Some(noted), async |starts: Vec<Position>| {
+                        forgotten.borrow_mut().extend(starts);
+                        true
+                    })
+                    .await;
+                forgotten.take().iter().for_each(|start| drop(record.intervals.remove(start)));
+                match merged {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(_) => return false,
+                }
+            }
+        }
+        true
+    }
+
+    /// Listed points.
+    pub fn points(&self) -> Vec<RecoveryPoint> {
+        self.catalogue.listed.values().cloned().collect()
+    }
+
+    /// What a disk held at a point. `None` while it is down.
+    pub async fn materialise(&self, point: &RecoveryPoint, n: usize) -> Option<Result<Vec<u8>, String>> {
+        let disk = &self.running.as_ref()?.disks[&self.ids[n]];
+        let content = async {
+            let view = disk.retention.view(point.disks[&self.ids[n]]).await.map_err(|e| e.to_string())?;
+            view.read(&disk.image, Extent::new(0, DISK_BYTES)).await.map(|c| c.to_vec()).map_err(|e| e.to_string())
+        };
+        Some(content.await)
+    }
+
+    /// What the replica holds now.
+    pub async fn replica(&self, n: usize) -> Vec<u8> {
+        let disk = &self.running.as_ref().expect("it is up").disks[&self.ids[n]];
+        disk.image.read(Extent::new(0, DISK_BYTES)).await.expect("no faults are left").to_vec()
+    }
+
+    /// Everything received is in the replicas.
+    pub fn is_applied(&self) -> bool {
+        self.running.as_ref().is_some_and(|r| r.writes.is_empty() && r.disks.values().all(|d| d.queue.is_empty()))
+    }
+
+    /// Everything through here is durable.
+    pub fn journaled(&self, id: DiskId) -> Option<Position> {
+        self.running.as_ref().map(|r| r.disks[&id].order.positions().1)
+    }
+}
