@@ -30,7 +30,7 @@ fn cached(cluster: &Cluster, disk: usize) -> f64 {
 
 #[test]
 fn one_that_takes_too_much_waits_and_the_others_do_not_notice() {
-    let cache = "[cache]\nsegment = \"4MiB\"\nsize_max = \"64MiB\"\ndisk_share_percent = 95\n".to_owned();
+    let cache = "[cache]\nsegment = \"4MiB\"\nsize_max = \"256MiB\"\ndisk_share_percent = 95\n".to_owned();
     let mut cluster = Cluster::start(Options {
         disk_bytes: SIZE,
         disks: 3,
@@ -60,7 +60,9 @@ fn one_that_takes_too_much_waits_and_the_others_do_not_notice() {
     assert!(level(&cluster) < 4.0, "the cache is not full");
     let figures = noisy.stop();
     assert!(figures.longest < Duration::from_secs(1), "its application does not wait: {figures:?}");
-    quiet.into_iter().for_each(|w| drop(w.stop()));
+    for writer in quiet {
+        writer.stop();
+    }
     cluster.start_role("master-target");
     cluster.wait_for_delta();
     cluster.mark("end");
@@ -70,7 +72,7 @@ fn one_that_takes_too_much_waits_and_the_others_do_not_notice() {
     assert_eq!(cluster.metric("agent", "tidegate_resynchronisations_total"), before, "what waited kept its order");
     cluster.wait("the cache is in order again", Duration::from_secs(20), || level(&cluster) == 0.0);
     eprintln!(
-        "noisy disk: {} MB written, held at {:.0} MB of a cache of 67 MB ({}); quiet disks at most {worst} changes behind, {:.1} MB cached; 0 resynchronisations",
+        "noisy disk: {} MB written, held at {:.0} MB of a cache of 268 MB ({}); quiet disks at most {worst} changes behind, {:.1} MB cached; 0 resynchronisations",
         figures.bytes / 1_000_000,
         big / 1e6,
         held["reason"].as_str().unwrap_or("-"),
@@ -153,7 +155,7 @@ fn a_full_file_system_damages_nothing_and_empties_by_itself() {
         known.mark(&cluster, &writer, &format!("filling-{n}"));
     }
     // Somebody else takes the rest of the file system.
-    cluster.wait("the cache has most of it", Duration::from_secs(60), || cached(&cluster, 0) > 70e6);
+    cluster.wait("the cache has most of it", Duration::from_secs(60), || cached(&cluster, 0) > 50e6);
     let _ = support::try_tool("dd", &["if=/dev/zero", &format!("of={}", s(&small.0.join("hog"))), "bs=1M", "status=none"]);
     std::thread::sleep(Duration::from_secs(2));
     known.mark(&cluster, &writer, "full");

@@ -25,6 +25,7 @@ use support::Rng;
 use support::faulty_storage::Fault;
 use target::Target;
 use tidegate::agent::backlog::Room;
+use tidegate::model::digest::DIGEST_BLOCK;
 use tidegate::model::{DiskId, Extent, MachineId, PointId};
 use tidegate::wire::ingest::{AgentMessage, Refusal, ServerMessage};
 use uuid::Uuid;
@@ -56,6 +57,7 @@ struct Tally {
     burnt: u64,
     resyncs: u64,
     fenced: u64,
+    compared: u64,
     messages: u64,
 }
 
@@ -148,10 +150,15 @@ impl World {
             }
             4 => self.gateways.iter_mut().for_each(Gateway::release),
             5 => self.gateways.iter_mut().for_each(Gateway::close_batches),
+            6 if self.faults => {
+                let (disk, block) = (self.rng.below(DISKS as u64) as usize, self.rng.below(DISK_BYTES / DIGEST_BLOCK));
+                self.agent.scrub(disk, block);
+            }
             _ => {}
         }
         if self.agent.connection.is_none() && self.rng.below(4) == 0 {
-            self.connect(self.rng_gateway());
+            let gateway = self.rng_gateway();
+            self.connect(gateway);
         }
         self.agent.send(most).await;
         self.between_agent_and_gateway(most).await;
@@ -429,13 +436,20 @@ impl World {
         self.crash_gateway(0);
         self.crash_gateway(1);
         self.crash_target();
+        if self.agent.map_failed {
+            self.crash_agent().await;
+        }
         self.restart_what_is_down().await;
         let mut steps = 0;
         while !(self.agent.is_safe() && self.target.is_applied()) {
             self.step().await?;
             steps += 1;
             if steps > HEAL_STEPS {
-                return Err(self.fail("faults have stopped, and not everything becomes safe"));
+                let agent: Vec<String> = self.agent.volumes.iter().map(|v| format!("{:?}", v.backlog.rungs())).collect();
+                let target: Vec<_> = self.ids.iter().map(|id| self.target.journaled(*id)).collect();
+                return Err(
+                    self.fail(&format!("faults have stopped, and not everything becomes safe: agent {agent:?}, journaled {target:?}"))
+                );
             }
         }
         for point in self.target.points() {
@@ -457,6 +471,7 @@ async fn run_seed(seed: u64, story: bool) -> Result<Tally, String> {
     }
     world.heal().await?;
     world.tally.fenced = world.target.fenced;
+    world.tally.compared = world.target.compared;
     world.tally.resyncs = world.agent.volumes.iter().map(|v| v.resyncs).sum();
     Ok(world.tally)
 }
@@ -497,6 +512,7 @@ fn whatever_fails_no_answered_write_is_lost_and_no_listed_point_is_wrong() {
             (&mut sum.burnt, tally.burnt),
             (&mut sum.resyncs, tally.resyncs),
             (&mut sum.fenced, tally.fenced),
+            (&mut sum.compared, tally.compared),
             (&mut sum.messages, tally.messages),
         ] {
             *sum += more;

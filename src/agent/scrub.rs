@@ -109,6 +109,11 @@ impl Scrub {
         ours
     }
 
+    /// Whether a verdict is waited for that can still come.
+    pub fn awaits(&self, now: Mono) -> bool {
+        self.awaiting.values().any(|(_, at)| now.since(*at) < VERDICT_LIMIT)
+    }
+
     /// The round under way.
     pub fn round(&self) -> Option<&Round> {
         self.round.as_ref()

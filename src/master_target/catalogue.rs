@@ -12,7 +12,7 @@ use super::policy::SetValues;
 use super::verify::{ScrubState, Verification};
 use crate::crypto::keyring::{DataKey, KeyEncryptionKey};
 use crate::disk::Format;
-use crate::model::{DiskId, Job, MachineId, Name, PointId, Position, RecoveryPoint};
+use crate::model::{DiskId, Extent, Job, MachineId, Name, PointId, Position, RecoveryPoint};
 use crate::storage::catalogue::{Catalogue, CatalogueError, Table};
 use crate::storage::log::random_u64;
 
@@ -56,6 +56,17 @@ pub struct ReplicaRecord {
     pub path: Option<PathBuf>,
     /// What is known of its content.
     pub content: Content,
+    /// Damage that a comparison with the source found, and that was not overwritten by the checkpoint.
+    pub damage: Damage,
+}
+
+/// Damage of a replica.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Damage {
+    /// Where, one unit each: points that are made while it is there have it.
+    pub open: Vec<Extent>,
+    /// Places of markers whose points have it, to be taken off the list.
+    pub touched: Vec<Position>,
 }
 
 impl ReplicaRecord {
@@ -71,6 +82,7 @@ impl ReplicaRecord {
             checkpoint: Position::default(),
             last_marker: None,
             content: Content::Unconfirmed,
+            damage: Damage::default(),
             ..self.clone()
         }
     }
@@ -320,6 +332,7 @@ impl Records {
         disk: DiskId,
         checkpoint: Position,
         last_marker: Option<Position>,
+        damage: &Damage,
         intervals: &[(Position, u64)],
         changes: &[Changes],
         clock: u64,
@@ -328,6 +341,7 @@ impl Records {
             let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
             record.checkpoint = checkpoint;
             record.last_marker = last_marker;
+            record.damage = damage.clone();
             record.epoch = record.epoch.max(checkpoint.epoch);
             batch.put(DISKS, disk.0.as_bytes(), &record)?;
             batch.put(SERVER, b"clock", &clock)?;

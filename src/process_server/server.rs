@@ -356,8 +356,7 @@ async fn release(server: Rc<Server>) {
 
 async fn publish(server: Rc<Server>) {
     loop {
-        let figures = &server.cache.figures;
-        let (used, capacity) = (figures.live_bytes.load(Ordering::Relaxed), figures.capacity_bytes.load(Ordering::Relaxed));
+        let used = server.cache.figures.live_bytes.load(Ordering::Relaxed);
         let mut memory = 0;
         let mut disks = Vec::new();
         for disk in server.disks.values() {
@@ -386,7 +385,7 @@ async fn publish(server: Rc<Server>) {
         server.queue_memory.set(memory);
         {
             let mut view = server.view.lock().unwrap_or_else(PoisonError::into_inner);
-            (view.cache_used_bytes, view.cache_capacity_bytes, view.agents, view.disks) = (used, capacity, server.agents.get(), disks);
+            (view.cache_used_bytes, view.agents, view.disks) = (used, server.agents.get(), disks);
             view.draining = server.draining.load(Ordering::Relaxed);
         }
         tokio::time::sleep(FIGURES_EVERY).await;

@@ -12,6 +12,8 @@ use crate::clock;
 use crate::observe::metrics;
 
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// A cache cannot work in fewer: a file system that has less than this counts as full.
+const LEAST_SEGMENTS: u64 = 4;
 /// The rate of sending is that of about the last ten seconds.
 const RATE_OVER: f64 = 10.0;
 
@@ -40,11 +42,15 @@ async fn look(server: &Server, thresholds: &Thresholds, rate: f64) {
     let figures = &server.cache.figures;
     let used = figures.live_bytes.load(Ordering::Relaxed);
     let made = figures.made_bytes.load(Ordering::Relaxed);
-    let capacity = figures.capacity_bytes.load(Ordering::Relaxed);
     // Of the file system only what new segments could take; segments that were made are used again.
     let available = server.reserve.available().unwrap_or(u64::MAX);
-    let growth = available.saturating_sub(server.settings.cache.reserve).min(capacity.saturating_sub(made));
-    let free = (made.saturating_sub(used) + growth).min(capacity.saturating_sub(used));
+    let growth = available.saturating_sub(server.settings.cache.reserve);
+    // The cache is as large as its bound, or as its file system lets it become: otherwise a bound above what the file system has
+    // would count as a full cache from the start.
+    let bound = figures.capacity_bytes.load(Ordering::Relaxed);
+    let least = bound.min(LEAST_SEGMENTS * server.settings.cache.segment);
+    let capacity = bound.min(made.saturating_add(growth)).max(least);
+    let free = (made.saturating_sub(used).saturating_add(growth)).min(capacity.saturating_sub(used));
     let drain = (rate > 1.0).then(|| Duration::from_secs_f64((used as f64 / rate).min(1e9)));
     let space = Space { capacity, free, drain };
     let before = server.level.get();
@@ -75,5 +81,6 @@ async fn look(server: &Server, thresholds: &Thresholds, rate: f64) {
     metrics::disk_gauge(metrics::CACHE_LEVEL, "", f64::from(now as u8));
     metrics::disk_gauge(metrics::CACHE_HELD, "", held as f64);
     let mut view = server.view.lock().unwrap_or_else(PoisonError::into_inner);
-    (view.level, view.cache_free_bytes, view.drain_seconds) = (now, free, drain.map(|d| d.as_secs_f64()));
+    (view.level, view.cache_capacity_bytes, view.cache_free_bytes, view.drain_seconds) =
+        (now, capacity, free, drain.map(|d| d.as_secs_f64()));
 }

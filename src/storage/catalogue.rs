@@ -29,6 +29,23 @@ pub struct Catalogue {
     path: Arc<PathBuf>,
 }
 
+/// Makes an empty catalogue under its name at once: power that goes in between leaves none, not one that does not open.
+fn make(path: &Path) -> Result<(), redb::Error> {
+    let mut new = path.to_owned().into_os_string();
+    new.push(".new");
+    match std::fs::remove_file(&new) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+        _ => {}
+    }
+    let db = Database::create(&new)?;
+    let transaction = db.begin_write()?;
+    transaction.commit()?;
+    drop(db);
+    std::fs::File::open(&new)?.sync_all()?;
+    std::fs::rename(&new, path)?;
+    Ok(crate::storage::uring::sync_dir(path.parent().unwrap_or(Path::new(".")))?)
+}
+
 impl Catalogue {
     /// Opens or makes the file, and makes `tables`.
     ///
@@ -42,10 +59,10 @@ impl Catalogue {
             };
             CatalogueError { path: path.to_owned(), message: format!("{e}{hint}") }
         };
-        let db = Database::create(path).map_err(|e| failed(e.into()))?;
-        if let Some(dir) = path.parent() {
-            crate::storage::uring::sync_dir(dir).map_err(|e| failed(e.into()))?;
+        if !path.exists() {
+            make(path).map_err(failed)?;
         }
+        let db = Database::create(path).map_err(|e| failed(e.into()))?;
         let catalogue = Self { db: Arc::new(db), path: Arc::new(path.to_owned()) };
         catalogue.write(|batch| tables.iter().try_for_each(|table| batch.touch(*table)))?;
         Ok(catalogue)

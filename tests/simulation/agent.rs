@@ -10,7 +10,9 @@ use tidegate::agent::backlog::{Backlog, Held, Room, SegmentName};
 use tidegate::agent::dirty_map::DirtyMap;
 use tidegate::agent::regions::Regions;
 use tidegate::clock::Mono;
-use tidegate::model::{ChangeKind, Compare, DiskId, Extent, MachineId, Marker, Name, PointId, PointKind, Position, RegionSet};
+use tidegate::model::digest::DIGEST_BLOCK;
+use tidegate::model::{ChangeKind, Compare, Digest, DiskId, Extent, MachineId, Marker, Name, PointId, PointKind, Position, RegionSet};
+use tidegate::storage::digest::hash_blocks;
 use tidegate::storage::log::Location;
 use tidegate::wire::ingest::{AgentMessage, Refusal, ServerMessage, change_cost, encode_change};
 
@@ -55,6 +57,8 @@ pub struct Agent {
     pub volumes: Vec<Volume>,
     pub connection: Option<Connection>,
     pub now: u64,
+    /// A map takes no more writes: the agent is to be started again.
+    pub map_failed: bool,
 }
 
 async fn open_map(storage: &Faulty, n: usize, id: DiskId) -> std::io::Result<DirtyMap<FaultyFile>> {
@@ -87,12 +91,12 @@ impl Agent {
             let map = open_map(&storage, n, *id).await.expect("a fresh storage");
             volumes.push(volume(*id, vec![0; DISK_BYTES as usize], map, room));
         }
-        Self { storage, machine, volumes, connection: None, now: 1 }
+        Self { storage, machine, volumes, connection: None, now: 1, map_failed: false }
     }
 
     /// Power goes and comes back: what was answered is on the disks, the maps say what may not be in the stream.
     pub async fn crash(&mut self, rng: &mut Rng, room: Room) {
-        self.connection = None;
+        (self.connection, self.map_failed) = (None, false);
         let old: Vec<(DiskId, Vec<u8>)> = self.volumes.drain(..).map(|v| (v.id, v.content)).collect();
         self.storage.crash(rng);
         for (n, (id, content)) in old.into_iter().enumerate() {
@@ -175,6 +179,7 @@ impl Agent {
         for (slot, volume) in self.volumes.iter_mut().enumerate() {
             if !volume.open && !volume.asked {
                 if volume.carry(&connection.name, None).await.is_err() {
+                    self.map_failed = true;
                     continue;
                 }
                 volume.asked = true;
@@ -215,6 +220,17 @@ impl Agent {
         }
     }
 
+    /// Puts a digest of a block into the stream, to be compared with the replica there.
+    pub fn scrub(&mut self, disk: usize, block: u64) {
+        let now = self.tick();
+        let volume = &mut self.volumes[disk];
+        let extent = Extent::new(block * DIGEST_BLOCK, DIGEST_BLOCK);
+        if volume.open && volume.regions.missing_bytes() == 0 {
+            let hashes = hash_blocks(&volume.content[extent.offset as usize..extent.end() as usize]);
+            let _ = volume.backlog.push(ChangeKind::Digest(Box::new(Digest { extent, hashes, scrub: true })), now);
+        }
+    }
+
     /// Marks clean what is safe.
     pub async fn clean(&mut self) {
         let now = self.tick();
@@ -224,10 +240,11 @@ impl Agent {
             if clean.is_empty()
                 || safe > volume.map.header().cleaned && volume.map.update_header(|h| h.cleaned = h.cleaned.max(safe)).await.is_err()
             {
+                self.map_failed |= !clean.is_empty();
                 continue;
             }
             clean.iter().for_each(|region| volume.regions.cleaned(*region));
-            let _ = volume.map.clear(&clean).await;
+            self.map_failed |= volume.map.clear(&clean).await.is_err();
         }
     }
 

@@ -18,6 +18,7 @@ use tidegate::master_target::shared::Item;
 use tidegate::model::{DiskId, Extent, Name, PointId, Position, RecoveryPoint, Trailer};
 use tidegate::process_server::adoption::There;
 use tidegate::storage::AlignedBuf;
+use tidegate::storage::digest::hash_blocks;
 use tidegate::storage::log::format::RECORD_HEADER_LEN;
 use tidegate::storage::log::{Location, Log, Options};
 use tidegate::wire::batch::{BATCH_BYTES_MAX, BatchHeader, parse_entries};
@@ -56,6 +57,7 @@ struct Disk {
     retention: Retention<Faulty>,
     opener: Opener,
     last_marker: Option<Position>,
+    blind_until: Position,
     /// Which process server's stream may send.
     owner: Option<usize>,
 }
@@ -73,6 +75,8 @@ pub struct Target {
     catalogue: Catalogue,
     running: Option<Running>,
     pub fenced: u64,
+    /// Digests that were compared.
+    pub compared: u64,
 }
 
 fn image_path(n: usize) -> PathBuf {
@@ -100,7 +104,7 @@ impl Target {
             };
             catalogue.disks.insert(*id, record);
         }
-        Self { storage, ids: ids.to_vec(), catalogue, running: None, fenced: 0 }
+        Self { storage, ids: ids.to_vec(), catalogue, running: None, fenced: 0, compared: 0 }
     }
 
     pub fn is_up(&self) -> bool {
@@ -136,6 +140,7 @@ impl Target {
                 retention,
                 opener: Opener::new(record.key.clone(), Purpose::Stream, *id, record.generation),
                 last_marker: record.last_marker,
+                blind_until: journaled,
                 owner: None,
             };
             disks.insert(*id, disk);
@@ -228,7 +233,10 @@ impl Target {
     /// Applies up to `most` batches of each disk. False if its storage failed.
     pub async fn checkpoint(&mut self, most: usize) -> bool {
         for n in 0..self.ids.len() {
-            if self.checkpoint_disk(n, most).await.is_err() {
+            if let Err(error) = self.checkpoint_disk(n, most).await {
+                if std::env::var("TIDEGATE_SEED").is_ok() {
+                    eprintln!("  the master target: {error}");
+                }
                 return false;
             }
         }
@@ -260,6 +268,14 @@ impl Target {
                     None => disk.image.zero(extent).await,
                 };
                 written.map_err(|e| e.to_string())?;
+            }
+            // Until the replica is past what it may have had of its future at the start.
+            if let Some((position, Trailer::Digest(digest), _)) = &cut.end
+                && *position > disk.blind_until
+            {
+                let ours = hash_blocks(&disk.image.read(digest.extent).await.map_err(|e| e.to_string())?);
+                assert!(digest.differs(&ours).is_empty(), "a scrub takes a good replica for a damaged one");
+                self.compared += 1;
             }
             if let Some((position, Trailer::Mark(marker), _)) = &cut.end {
                 disk.retention.begin(*position).await.map_err(|e| e.to_string())?;

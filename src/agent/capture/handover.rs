@@ -94,7 +94,8 @@ impl Capture {
         // Regions that are not in the stream come first; the capture thread serves reads meanwhile.
         tokio::task::spawn_local(async move {
             while capture.final_point.get() == Some(point) && capture.is_handed_over() {
-                if capture.is_consistent() {
+                // A difference that a scrub still finds is sent again before the point, too.
+                if capture.is_consistent() && capture.volumes.iter().all(|v| v.scrub_rests()) {
                     let _one_at_a_time = capture.marking.lock().await;
                     match capture.insert(Mark { point, ..Mark::plain(Some(LABEL.to_owned()), PointKind::Crash) }, clock::now()) {
                         Ok(point) => return tracing::info!(machine = %capture.shared.machine, %point, "the final point is in the stream"),

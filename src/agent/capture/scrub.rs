@@ -64,6 +64,11 @@ async fn compare(volume: &Volume, region: u64) -> std::io::Result<()> {
         volume.scrub.borrow_mut().put_back(region);
         return Ok(());
     }
+    // The machine was handed over meanwhile: nothing may follow its final point.
+    if !volume.may_scrub() {
+        volume.scrub.borrow_mut().put_back(region);
+        return Ok(());
+    }
     let digest = Digest { extent, hashes, scrub: true };
     let pushed = volume.shared.backlog().push(ChangeKind::Digest(Box::new(digest)), now);
     match pushed {
@@ -78,7 +83,12 @@ async fn compare(volume: &Volume, region: u64) -> std::io::Result<()> {
 impl Volume {
     /// Whether source and replica are the same at every place of the stream, so that a difference is damage.
     fn may_scrub(&self) -> bool {
-        self.missing_bytes() == 0 && !self.is_short() && self.shared.open.load(Ordering::Relaxed)
+        self.missing_bytes() == 0 && !self.is_short() && !self.gate.is_closed() && self.shared.open.load(Ordering::Relaxed)
+    }
+
+    /// Whether no scrub of this disk puts anything more into the stream while the gate is closed.
+    pub(super) fn scrub_rests(&self) -> bool {
+        !self.scrub.borrow().awaits(clock::now()) && self.healing.get() == 0
     }
 
     /// Takes a verdict of a scrub. False if it is another one's.
@@ -94,6 +104,7 @@ impl Volume {
                 disk = self.shared.label, at = %verdict.at, offset = first.offset, bytes = differing,
                 "source and replica differ: the storage of one of them is damaged. What differs is sent again; points that have it are taken off the list at the master target"
             );
+            self.healing.set(self.healing.get() + 1);
             tokio::task::spawn_local(heal(self.clone(), verdict.differs.clone()));
         }
         true
@@ -115,4 +126,5 @@ async fn heal(volume: Rc<Volume>, differs: Vec<Extent>) {
             volume.send_again(extent, change);
         }
     }
+    volume.healing.set(volume.healing.get() - 1);
 }

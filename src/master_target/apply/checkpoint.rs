@@ -92,11 +92,12 @@ pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Resu
     }
     let cuts = plan(bodies.iter().map(|(header, body)| (header, &body[..])))?;
     let mut arrivals: Vec<Arrival> = Vec::new();
+    let mut verdicts = Vec::new();
     for cut in &cuts {
         apply_cut(replica, cut, &bodies).await?;
         if let Some((position, Trailer::Digest(digest), _)) = &cut.end {
             let passed: Vec<_> = arrivals.iter().map(|(position, ..)| *position).collect();
-            super::compare::answer(apply, replica, *position, digest, &passed).await?;
+            verdicts.extend(super::compare::answer(apply, replica, *position, digest, &passed).await?);
         }
         if let Some((position, Trailer::Mark(marker), index)) = &cut.end {
             patiently(replica, async || Ok(replica.retention.begin(*position).await?)).await?;
@@ -112,6 +113,7 @@ pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Resu
     replica.image.barrier().await?;
     note(apply, replica, end, arrivals).await?;
     super::compare::settle(apply, replica).await?;
+    verdicts.into_iter().for_each(|verdict| replica.shared.tell_verdict(verdict));
     let locations: Vec<_> = items.iter().map(|item| item.location).collect();
     let bytes = locations.iter().map(|l| l.stored_bytes()).sum::<u64>();
     replica.shared.queue_bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -213,8 +215,8 @@ async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arr
         }
     }
     let (records, id, last_marker, batch) = (apply.records.clone(), disk.id, replica.last_marker.get(), changes.clone());
-    let grown = replica.retention.take_grown();
-    let noted = tokio::task::spawn_blocking(move || records.checkpoint(id, end, last_marker, &grown, &batch, clock_now)).await;
+    let (grown, damage) = (replica.retention.take_grown(), replica.wounds.noted());
+    let noted = tokio::task::spawn_blocking(move || records.checkpoint(id, end, last_marker, &damage, &grown, &batch, clock_now)).await;
     noted.map_err(|e| io::Error::other(e.to_string()))??;
     replica.noted_marker.set(last_marker);
     let now = clock::now();

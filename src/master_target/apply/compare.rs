@@ -11,48 +11,66 @@ use super::checkpoint::ApplyError;
 use super::replica::Replica;
 use crate::disk::Disk;
 use crate::master_target::bad;
+use crate::master_target::catalogue::Damage;
 use crate::model::{Digest, Extent, OverlayMap, PointId, Position, Verdict};
 use crate::observe::metrics;
 use crate::storage::digest::{hash_blocks, hash_zeroes};
 
 /// Damage that was found in a replica and not overwritten since.
-#[derive(Default)]
-pub struct Wounds {
-    /// Where, one unit each.
-    open: RefCell<Vec<Extent>>,
-    /// Places of markers whose points have it, to be taken off the list when they are noted.
-    touched: RefCell<Vec<Position>>,
-}
+pub struct Wounds(RefCell<Damage>);
 
 impl Wounds {
+    /// As it was noted with the last checkpoint.
+    pub fn new(damage: Damage) -> Self {
+        Self(RefCell::new(damage))
+    }
+
+    /// To be noted with a checkpoint.
+    pub fn noted(&self) -> Damage {
+        self.0.borrow().clone()
+    }
+
     /// An extent is overwritten.
     pub fn overwritten(&self, extent: Extent) {
-        if self.open.borrow().is_empty() {
+        let mut damage = self.0.borrow_mut();
+        if damage.open.is_empty() {
             return;
         }
         let mut left = Vec::new();
-        for wound in self.open.borrow_mut().drain(..) {
+        for wound in damage.open.drain(..) {
             let mut map = OverlayMap::default();
             map.insert(wound, false);
             map.insert(extent, true);
             left.extend(map.overlapping(wound).into_iter().filter(|p| !p.source).map(|p| p.extent));
         }
-        *self.open.borrow_mut() = left;
+        damage.open = left;
     }
 
     /// A marker stands here.
     pub fn marked(&self, at: Position) {
-        if !self.open.borrow().is_empty() {
-            self.touched.borrow_mut().push(at);
+        let mut damage = self.0.borrow_mut();
+        if !damage.open.is_empty() {
+            damage.touched.push(at);
         }
     }
 }
 
-/// Compares and tells. `arrived` are markers that came since the last checkpoint was noted.
+/// Compares. `arrived` are markers that came since the last checkpoint was noted. The verdict of a scrub is returned, for the agent
+/// once what it means is durable: the agent sends what differs only once. None if the replica cannot be judged here; the
+/// agent asks again.
 ///
 /// # Errors
 /// [`ApplyError::Replica`]; the replica cannot be read.
-pub async fn answer(apply: &Apply, replica: &Replica, at: Position, digest: &Digest, arrived: &[Position]) -> Result<(), ApplyError> {
+pub async fn answer(
+    apply: &Apply,
+    replica: &Replica,
+    at: Position,
+    digest: &Digest,
+    arrived: &[Position],
+) -> Result<Option<Verdict>, ApplyError> {
+    if digest.scrub && at <= replica.blind_until.get() {
+        return Ok(None);
+    }
     let extent = digest.extent;
     // Checked when it was received; a replica never shrinks.
     let data = replica.image.next_data(extent.offset)?.filter(|d| d.offset < extent.end());
@@ -68,11 +86,10 @@ pub async fn answer(apply: &Apply, replica: &Replica, at: Position, digest: &Dig
     let verdict = Verdict { at, extent, differs: digest.differs(&ours) };
     if digest.scrub {
         wound(apply, replica, &verdict, arrived).await;
-        replica.shared.tell_verdict(verdict);
-    } else {
-        replica.shared.add_verdict(verdict);
+        return Ok(Some(verdict));
     }
-    Ok(())
+    replica.shared.add_verdict(verdict);
+    Ok(None)
 }
 
 /// Notes damage, and finds the points that have it: content of a point is in the replica where no interval from it on has it, so
@@ -101,8 +118,9 @@ async fn wound(apply: &Apply, replica: &Replica, verdict: &Verdict, arrived: &[P
         disk = replica.shared.label, at = %verdict.at, offset = verdict.differs[0].offset, bytes, points = places.len() - low,
         "the replica is not what its source has: the storage of one of them is damaged. It is sent again; the points that have it are taken off the list"
     );
-    replica.wounds.touched.borrow_mut().extend(&places[low..]);
-    replica.wounds.open.borrow_mut().extend(&verdict.differs);
+    let mut damage = replica.wounds.0.borrow_mut();
+    damage.touched.extend(&places[low..]);
+    damage.open.extend(&verdict.differs);
 }
 
 /// Takes the points off the list that have damage, once their markers are noted.
@@ -110,7 +128,8 @@ async fn wound(apply: &Apply, replica: &Replica, verdict: &Verdict, arrived: &[P
 /// # Errors
 /// Those of the catalogue.
 pub async fn settle(apply: &Apply, replica: &Replica) -> Result<(), ApplyError> {
-    let touched = std::mem::take(&mut *replica.wounds.touched.borrow_mut());
+    // They stay in the note until the next checkpoint: taking them off twice changes nothing.
+    let touched = std::mem::take(&mut replica.wounds.0.borrow_mut().touched);
     if touched.is_empty() {
         return Ok(());
     }

@@ -8,12 +8,13 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::compare::Wounds;
 use super::{Apply, Prepared, Refusal};
 use crate::config::units::show_size;
 use crate::crypto::keyring::DataKey;
 use crate::crypto::seal::{Opener, Purpose};
 use crate::disk::{Disk, DiskError, Format, Image};
-use crate::master_target::catalogue::{Content, ReplicaRecord};
+use crate::master_target::catalogue::{Content, Damage, ReplicaRecord};
 use crate::master_target::journal::{self, Found};
 use crate::master_target::retain::{Retention, Subject};
 use crate::master_target::shared::{DiskShared, Item, Travel};
@@ -57,7 +58,10 @@ pub struct Replica {
     /// Held as long as the image is open.
     _lock: Vec<std::fs::File>,
     /// Damage that a comparison with the source found.
-    pub wounds: super::compare::Wounds,
+    pub wounds: Wounds,
+    /// Through here the image may hold what comes later in the stream: an end that was not orderly left a checkpoint half done. A
+    /// comparison there would take it for damage.
+    pub blind_until: Cell<Position>,
     /// Begins of intervals whose damage was judged.
     pub judged: tokio::sync::Mutex<BTreeSet<Position>>,
     key: DataKey,
@@ -119,6 +123,7 @@ impl Apply {
         self.journal.release(unneeded).await;
         let replica = self.assemble(disk, image, lock, key, &record).await.map_err(stop)?;
         let journaled = queue.last().map_or(record.checkpoint, |item| item.end);
+        replica.blind_until.set(journaled);
         tracing::info!(disk = disk.label, checkpoint = %record.checkpoint, %journaled, "replica opened");
         {
             let mut condition = disk.condition();
@@ -164,7 +169,8 @@ impl Apply {
             path: self.image_path(disk, record),
             format: record.format,
             _lock: lock,
-            wounds: Default::default(),
+            wounds: Wounds::new(record.damage.clone()),
+            blind_until: Cell::default(),
             judged: tokio::sync::Mutex::default(),
             key,
             generation: record.generation,
@@ -284,6 +290,7 @@ impl Apply {
             last_marker: None,
             path: None,
             content: Content::Made,
+            damage: Damage::default(),
         };
         let path = self.image_path(disk, &record);
         let dir = path.parent().map(PathBuf::from).unwrap_or_default();
@@ -321,6 +328,7 @@ impl Apply {
             last_marker: None,
             path: Some(path.clone()),
             content: Content::Unconfirmed,
+            damage: Damage::default(),
         };
         let lock = lock_image(&path, disk.format).await?;
         let image = Image::open(&self.storage, &path, disk.format).await.map_err(|e| e.to_string())?;

@@ -97,11 +97,13 @@ pub(super) struct Volume {
     comparison: RefCell<Comparison>,
     /// The comparison that never ends.
     pub scrub: RefCell<Scrub>,
+    /// Differences that a scrub found and that are not sent again yet.
+    pub healing: Cell<usize>,
     /// The epoch for which it was decided what is compared.
     compared_epoch: Cell<u64>,
     sending: RefCell<HashSet<u64>>,
     locks: Rc<RangeLocks>,
-    gate: Rc<Gate>,
+    pub(super) gate: Rc<Gate>,
     captured_bytes: Cell<u64>,
     /// Writes may be copied into the page cache on this thread: see [`Volume::new`].
     on_the_spot: bool,
@@ -138,6 +140,7 @@ impl Volume {
             regions: RefCell::new(Regions::new(header.region, parts.shared.size(), marked)),
             comparison: RefCell::default(),
             scrub: RefCell::default(),
+            healing: Cell::default(),
             compared_epoch: Cell::new(0),
             sending: RefCell::default(),
             shared: parts.shared,
