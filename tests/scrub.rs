@@ -194,6 +194,8 @@ fn damage_in_the_journal_is_never_applied_and_the_replica_is_made_whole() {
     // A marker brings a checkpoint.
     cluster.mark_unlisted("behind");
     cluster.wait("it is noticed", Duration::from_secs(60), || cluster.log("master-target").contains("a batch in the journal is damaged"));
+    // A marker before that would be of the stream that ends here.
+    cluster.wait("the agent sends again", Duration::from_secs(60), || cluster.log("agent").contains("is not held any more"));
     cluster.wait_for_delta();
     let mut known = Known::default();
     known.mark_at_rest(&cluster, "after");

@@ -7,7 +7,7 @@
 //!
 //! `TIDEGATE_SEEDS=1000..2000` runs those, `TIDEGATE_SEED=7` one, with its story. A seed that ever failed stands in
 //! `tests/museum/seeds.txt` and is run first. Rounds of groups have an exhaustive exploration of their own, `tests/rounds.rs`.
-#![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "tests may unwrap, and wait by the clock")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::disallowed_methods, reason = "tests may unwrap, and wait by the clock")]
 
 #[path = "simulation/agent.rs"]
 mod agent;
@@ -31,17 +31,19 @@ use tidegate::wire::ingest::{AgentMessage, Refusal, ServerMessage};
 use uuid::Uuid;
 
 /// Bytes of each disk, and of a region.
-pub const DISK_BYTES: u64 = 256 << 10;
+pub(crate) const DISK_BYTES: u64 = 256 << 10;
 /// See above.
-pub const REGION: u64 = 16 << 10;
+pub(crate) const REGION: u64 = 16 << 10;
 const DISKS: usize = 2;
 const STEPS: u64 = 260;
 /// Steps after which everything must be safe once faults have stopped.
 const HEAL_STEPS: u64 = 4000;
 
 /// What an agent sends.
-pub enum Wire {
+pub(crate) enum Wire {
+    /// As it is.
     Control(AgentMessage),
+    /// One change, encoded.
     Change(Vec<u8>),
 }
 

@@ -1,4 +1,12 @@
 //! The agent in the simulation: the product's backlog, regions and dirty map, driven as its capture thread and session do it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::disallowed_methods,
+    unreachable_pub,
+    missing_docs,
+    reason = "a part of the tests"
+)]
 
 use std::collections::HashMap;
 use std::collections::VecDeque;
@@ -253,6 +261,9 @@ impl Agent {
         for volume in &mut self.volumes {
             while let Some((name, changes)) = volume.backlog.spill() {
                 volume.spilled.put(&mut volume.backlog, name, changes, fails);
+                if fails {
+                    break;
+                }
             }
             for gone in volume.backlog.take_given_up() {
                 volume.spilled.0.remove(&gone.stored_bytes());

@@ -1,5 +1,13 @@
 //! A process server in the simulation: the product's stream, batcher, folding, seal, log and decisions, driven as its network
 //! thread does it. Its catalogue is what transactions left behind.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::disallowed_methods,
+    unreachable_pub,
+    missing_docs,
+    reason = "a part of the tests"
+)]
 
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;

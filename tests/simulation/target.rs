@@ -1,5 +1,13 @@
 //! The master target in the simulation: the product's claims, order, journal, plan, image, retention journal and book of points,
 //! driven as its network and apply threads do it. Its catalogue is what transactions left behind.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::disallowed_methods,
+    unreachable_pub,
+    missing_docs,
+    reason = "a part of the tests"
+)]
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::PathBuf;
@@ -336,7 +344,9 @@ impl Target {
                         true
                     })
                     .await;
-                forgotten.take().iter().for_each(|start| drop(record.intervals.remove(start)));
+                for start in forgotten.take() {
+                    record.intervals.remove(&start);
+                }
                 match merged {
                     Ok(true) => {}
                     Ok(false) => break,
