@@ -195,7 +195,12 @@ fn damage_in_the_journal_is_never_applied_and_the_replica_is_made_whole() {
     cluster.mark_unlisted("behind");
     cluster.wait("it is noticed", Duration::from_secs(60), || cluster.log("master-target").contains("a batch in the journal is damaged"));
     // A marker before that would be of the stream that ends here.
-    cluster.wait("the agent sends again", Duration::from_secs(60), || cluster.log("agent").contains("is not held any more"));
+    let sent_again = |cluster: &Cluster, times: usize| {
+        cluster.wait("the agent sends again", Duration::from_secs(60), || {
+            cluster.log("agent").matches("is not held any more").count() >= times
+        });
+    };
+    sent_again(&cluster, 1);
     cluster.wait_for_delta();
     let mut known = Known::default();
     known.mark_at_rest(&cluster, "after");
@@ -210,6 +215,7 @@ fn damage_in_the_journal_is_never_applied_and_the_replica_is_made_whole() {
     let newest = std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap()).max_by_key(|e| e.metadata().unwrap().modified().unwrap()).unwrap();
     rot(&newest.path(), 4096 + 100_000);
     cluster.start_role("master-target");
+    sent_again(&cluster, 2);
     cluster.wait_for_delta();
     known.mark_at_rest(&cluster, "after-restart");
     known.check(&cluster);
