@@ -320,9 +320,11 @@ impl Site {
             let dropped: u64 = LINKS.iter().map(|link| site.wire.heal(*link)).sum();
             assert!(dropped > 0, "the cut cut nothing");
             let who = ["the agent its process server", "the process server its agent", "the process server its master target"];
-            let hearing = if way == Way::Forth { NOTICE_LIMIT } else { NOTICE_LIMIT };
-            for ((who, noticed), limit) in who.iter().zip(noticed).zip([NOTICE_LIMIT, NOTICE_LIMIT, hearing]) {
-                assert!(noticed.is_some_and(|after| after <= limit), "{way:?}: {who} after {noticed:?}, not within {limit:?}");
+            for (who, noticed) in who.iter().zip(noticed) {
+                assert!(
+                    noticed.is_some_and(|after| after <= NOTICE_LIMIT),
+                    "{way:?}: {who} after {noticed:?}, not within {NOTICE_LIMIT:?}"
+                );
             }
             let told: Vec<String> = noticed.iter().flatten().map(|after| format!("{:.1}", after.as_secs_f64())).collect();
             format!("agent, process server and link noticed after {} s, {dropped} packets lost", told.join(", "))

@@ -209,7 +209,7 @@ impl World {
     }
 
     fn mark(&mut self) {
-        let point = PointId(Uuid::from_u128(u128::from(self.seed) << 64 | u128::from(self.tally.points) + 1000));
+        let point = PointId(Uuid::from_u128((u128::from(self.seed) << 64) | (u128::from(self.tally.points) + 1000)));
         if let Some(content) = self.agent.mark(point) {
             self.tally.points += 1;
             self.models.insert(point, content);

@@ -32,11 +32,19 @@ pub(super) fn run(command: GatewayCommand) -> anyhow::Result<()> {
         GatewayCommand::Drain { no_wait, ask: args } => drain(&args, no_wait),
         GatewayCommand::Resume(args) => {
             let view: DrainView = ask(&args.control, &Request::Drain { on: Some(false) })?;
-            if args.json { output::json(&view) } else { Ok(println!("it takes agents again; those that left stay where they are")) }
+            if args.json {
+                return output::json(&view);
+            }
+            println!("it takes agents again; those that left stay where they are");
+            Ok(())
         }
         GatewayCommand::Show(args) => {
             let view: DrainView = ask(&args.control, &Request::Drain { on: None })?;
-            if args.json { output::json(&view) } else { Ok(println!("{}", sentence(&view))) }
+            if args.json {
+                return output::json(&view);
+            }
+            println!("{}", sentence(&view));
+            Ok(())
         }
     }
 }

@@ -60,6 +60,19 @@ pub struct ReplicaRecord {
     pub damage: Damage,
 }
 
+/// Where a replica stands after a checkpoint.
+#[derive(Clone, Debug)]
+pub struct Stand {
+    /// Everything through here is durable in it.
+    pub checkpoint: Position,
+    /// The newest marker within.
+    pub last_marker: Option<Position>,
+    /// Damage that is left.
+    pub damage: Damage,
+    /// Intervals of old content that grew: begin and durable length.
+    pub grown: Vec<(Position, u64)>,
+}
+
 /// Damage of a replica.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Damage {
@@ -327,25 +340,16 @@ impl Records {
     ///
     /// # Errors
     /// Those of the catalogue; nothing was changed then.
-    pub fn checkpoint(
-        &self,
-        disk: DiskId,
-        checkpoint: Position,
-        last_marker: Option<Position>,
-        damage: &Damage,
-        intervals: &[(Position, u64)],
-        changes: &[Changes],
-        clock: u64,
-    ) -> Result<(), CatalogueError> {
+    pub fn checkpoint(&self, disk: DiskId, stand: &Stand, changes: &[Changes], clock: u64) -> Result<(), CatalogueError> {
         self.catalogue.write(|batch| {
             let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
-            record.checkpoint = checkpoint;
-            record.last_marker = last_marker;
-            record.damage = damage.clone();
-            record.epoch = record.epoch.max(checkpoint.epoch);
+            record.checkpoint = stand.checkpoint;
+            record.last_marker = stand.last_marker;
+            record.damage = stand.damage.clone();
+            record.epoch = record.epoch.max(stand.checkpoint.epoch);
             batch.put(DISKS, disk.0.as_bytes(), &record)?;
             batch.put(SERVER, b"clock", &clock)?;
-            intervals.iter().try_for_each(|(start, end)| batch.put(INTERVALS, &interval_key(disk, *start), &(disk, *start, *end)))?;
+            stand.grown.iter().try_for_each(|(start, end)| batch.put(INTERVALS, &interval_key(disk, *start), &(disk, *start, *end)))?;
             for change in changes {
                 if let Some((id, pending)) = &change.pending {
                     batch.put(PENDING, id.0.as_bytes(), pending)?;

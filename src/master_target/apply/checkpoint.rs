@@ -16,6 +16,7 @@ use crate::config::limits::APPLY_DEPTH;
 use crate::crypto::pki::Role;
 use crate::crypto::seal::OpenError;
 use crate::disk::{Disk, DiskError};
+use crate::master_target::catalogue::Stand;
 use crate::master_target::points::Changes;
 use crate::master_target::retain::RetainError;
 use crate::master_target::shared::{Item, Newest};
@@ -215,8 +216,8 @@ async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arr
         }
     }
     let (records, id, last_marker, batch) = (apply.records.clone(), disk.id, replica.last_marker.get(), changes.clone());
-    let (grown, damage) = (replica.retention.take_grown(), replica.wounds.noted());
-    let noted = tokio::task::spawn_blocking(move || records.checkpoint(id, end, last_marker, &damage, &grown, &batch, clock_now)).await;
+    let stand = Stand { checkpoint: end, last_marker, damage: replica.wounds.noted(), grown: replica.retention.take_grown() };
+    let noted = tokio::task::spawn_blocking(move || records.checkpoint(id, &stand, &batch, clock_now)).await;
     noted.map_err(|e| io::Error::other(e.to_string()))??;
     replica.noted_marker.set(last_marker);
     let now = clock::now();
