@@ -3,6 +3,9 @@
 
 mod support;
 
+use std::net::UdpSocket;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use support::known::Known;
@@ -110,6 +113,120 @@ fn one_that_wakes_late_is_fenced() {
         "3 process servers woken late, fenced {fenced} times, {} writes, {points} points materialised, 0 differences",
         written.writes
     );
+}
+
+/// It lives, and so does its cache; only its way to the master target is cut. The agent goes where there is a way, and the one that
+/// was cut off is fenced when it is back. With both cut off, nobody moves.
+#[test]
+fn one_that_is_cut_off_from_the_master_target_is_left() {
+    let mut cluster = Cluster::prepare(options());
+    let ways: Vec<Way> = [gateway_role(0), gateway_role(1)]
+        .iter()
+        .map(|role| {
+            let way = Way::to(cluster.forward_port());
+            let text = std::fs::read_to_string(cluster.config(role)).unwrap();
+            let (from, to) = (
+                format!("master_target = \"127.0.0.1:{}\"", cluster.forward_port()),
+                format!("master_target = \"127.0.0.1:{}\"", way.port),
+            );
+            assert!(text.contains(&from));
+            std::fs::write(cluster.config(role), text.replace(&from, &to)).unwrap();
+            way
+        })
+        .collect();
+    for role in ["master-target", "process-server", "process-server-2", "agent"] {
+        cluster.start_role(role);
+    }
+    cluster.wait_for_delta();
+    let before = cluster.metric("agent", "tidegate_resynchronisations_total");
+    let writer = Writer::start(cluster.nbd(0), SIZE, 2, 20 << 20, 14);
+    let mut known = Known::default();
+    known.mark(&cluster, &writer, "whole");
+    ways[0].cut(true);
+    let cut = Instant::now();
+    known.mark(&cluster, &writer, "cut");
+    // The silence of the link is noticed, the other one is asked and is given time to be no better.
+    cluster.wait("the agent goes to gw2", Duration::from_secs(60), || gateway(&cluster) == "gw2");
+    cluster.wait("the disk is sent from there", Duration::from_secs(30), || cluster.agent_disk(0)["state"] == "delta");
+    let took = cut.elapsed().as_secs_f64();
+    known.mark(&cluster, &writer, "elsewhere");
+    // Points that were made meanwhile arrive by the other way, before the first is back.
+    cluster.wait("the points are listed", Duration::from_secs(30), || {
+        let points = cluster.points();
+        known.0.iter().all(|(id, _)| points.iter().any(|p| p["id"] == id.as_str()))
+    });
+    ways[1].cut(true);
+    cluster.wait("the agent says why nothing goes on", Duration::from_secs(60), || {
+        cluster.json("agent", &["status"])[0]["reason"].as_str().is_some_and(|reason| reason.contains("no process server reaches"))
+    });
+    assert_eq!(gateway(&cluster), "gw2", "there is nothing better");
+    ways.iter().for_each(|way| way.cut(false));
+    known.mark(&cluster, &writer, "healed");
+    let points = known.check(&cluster);
+    assert_eq!(cluster.metric("agent", "tidegate_resynchronisations_total"), before, "no region was sent again");
+    let written = writer.stop();
+    cluster.wait_for_delta();
+    cluster.mark("end");
+    support::tool("qemu-img", &["compare", "-f", "raw", "-F", "raw", support::s(&cluster.disk(0)), support::s(&cluster.replica(0))]);
+    assert!(written.longest < Duration::from_secs(2), "{written:?}");
+    eprintln!(
+        "a process server cut off, left after {took:.1} s, then both cut off; {} writes, longest {:.0?}, {points} points materialised, 0 differences, 0 resynchronisations",
+        written.writes, written.longest
+    );
+}
+
+/// A way for datagrams that can be cut.
+struct Way {
+    port: u16,
+    cut: Arc<AtomicBool>,
+    over: Arc<AtomicBool>,
+}
+
+impl Way {
+    fn to(port: u16) -> Self {
+        let (front, back) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+        back.connect(("127.0.0.1", port)).unwrap();
+        let way = Self { port: front.local_addr().unwrap().port(), cut: Arc::default(), over: Arc::default() };
+        let client = Arc::new(Mutex::new(None));
+        for there in [true, false] {
+            let (front, back) = (front.try_clone().unwrap(), back.try_clone().unwrap());
+            let (cut, over, client) = (way.cut.clone(), way.over.clone(), client.clone());
+            front.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+            back.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+            std::thread::spawn(move || {
+                let mut packet = [0; 65536];
+                while !over.load(Ordering::Relaxed) {
+                    let got = if there {
+                        front.recv_from(&mut packet).map(|(len, from)| (len, Some(from)))
+                    } else {
+                        back.recv(&mut packet).map(|len| (len, None))
+                    };
+                    // An error is a timeout, or a port that nobody listens on just now.
+                    let Ok((len, from)) = got else { continue };
+                    let to = {
+                        let mut client = client.lock().unwrap();
+                        *client = from.or(*client);
+                        *client
+                    };
+                    if cut.load(Ordering::Relaxed) {
+                        continue;
+                    }
+                    let _ = if there { back.send(&packet[..len]) } else { to.map_or(Ok(0), |to| front.send_to(&packet[..len], to)) };
+                }
+            });
+        }
+        way
+    }
+
+    fn cut(&self, cut: bool) {
+        self.cut.store(cut, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Way {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Taken out of service for maintenance: agents go elsewhere at once, and come back when the other one is drained.

@@ -1,18 +1,23 @@
-//! Agent, two process servers, master target, networks and disks in one thread, from a seed: the product's own machines and storage,
-//! while power goes, disks fail, links are cut, agents move and a process server burns with all it has.
+//! Agents of three machines, two process servers, a master target, a coordinator, networks and disks in one thread, from a seed:
+//! the product's own machines and storage, while power goes, disks fail, links are cut, agents move and a process server burns with
+//! all it has.
 //!
 //! The oracles: every write that was answered is in the replica once faults have stopped; every point that is ever listed is what
-//! all disks of the machine held at its marker, also after every crash; nothing acknowledged is ahead of what is journaled; every
-//! ladder holds after every event (the machines assert that); and when faults stop everything becomes safe.
+//! all disks of the machine held at its marker, also after every crash; every part of a group's point is what its machine held at
+//! the one moment at which the point was decided; no machine is held longer than its own limit; nothing acknowledged is ahead of
+//! what is journaled; every ladder holds after every event (the machines assert that); and when faults stop everything becomes
+//! safe, and the group makes a point of all its machines.
 //!
 //! `TIDEGATE_SEEDS=1000..2000` runs those, `TIDEGATE_SEED=7` one, with its story. A seed that ever failed stands in
-//! `tests/museum/seeds.txt` and is run first. Rounds of groups have an exhaustive exploration of their own, `tests/rounds.rs`.
+//! `tests/museum/seeds.txt` and is run first. Rounds of groups have an exhaustive exploration beside it, `tests/rounds.rs`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::disallowed_methods, reason = "tests may unwrap, and wait by the clock")]
 
 #[path = "simulation/agent.rs"]
 mod agent;
 #[path = "simulation/gateway.rs"]
 mod gateway;
+#[path = "simulation/group.rs"]
+mod group;
 mod support;
 #[path = "simulation/target.rs"]
 mod target;
@@ -21,12 +26,14 @@ use std::collections::HashMap;
 
 use agent::Agent;
 use gateway::Gateway;
+use group::{Content, Group};
 use support::Rng;
 use support::faulty_storage::Fault;
 use target::Target;
 use tidegate::agent::backlog::Room;
+use tidegate::master_target::groups::Groups;
 use tidegate::model::digest::DIGEST_BLOCK;
-use tidegate::model::{DiskId, Extent, MachineId, PointId};
+use tidegate::model::{DiskId, Extent, MachineId, PointId, PointKind, RecoveryPoint};
 use tidegate::wire::ingest::{AgentMessage, Refusal, ServerMessage};
 use uuid::Uuid;
 
@@ -34,7 +41,8 @@ use uuid::Uuid;
 pub(crate) const DISK_BYTES: u64 = 256 << 10;
 /// See above.
 pub(crate) const REGION: u64 = 16 << 10;
-const DISKS: usize = 2;
+/// Disks of each machine.
+const MACHINES: [usize; 3] = [2, 1, 1];
 const STEPS: u64 = 260;
 /// Steps after which everything must be safe once faults have stopped.
 const HEAL_STEPS: u64 = 4000;
@@ -60,20 +68,27 @@ struct Tally {
     resyncs: u64,
     fenced: u64,
     compared: u64,
+    rounds: u64,
+    group_points: u64,
     messages: u64,
 }
 
 struct World {
     seed: u64,
     rng: Rng,
-    agent: Agent,
+    agents: Vec<Agent>,
+    group: Group,
     gateways: Vec<Gateway>,
     target: Target,
     ids: Vec<DiskId>,
-    models: HashMap<PointId, Vec<Vec<u8>>>,
+    models: HashMap<PointId, Content>,
     /// Which link is cut: to each process server, and from each to the master target.
     cut: [[bool; 2]; 2],
+    /// Whose link to the coordinator is open.
+    ways: [bool; MACHINES.len()],
     faults: bool,
+    /// Full points of the group that were made while there were faults.
+    full_before_healing: usize,
     room: Room,
     tally: Tally,
     story: bool,
@@ -82,27 +97,37 @@ struct World {
 impl World {
     async fn new(seed: u64, story: bool) -> Self {
         let mut rng = Rng::new(seed);
-        let ids: Vec<DiskId> = (0..DISKS).map(|n| DiskId(Uuid::from_u128(n as u128 + 10))).collect();
+        let disk = |machine: usize, n: usize| DiskId(Uuid::from_u128((machine * 10 + n) as u128 + 10));
+        let machine = |n: usize| (MachineId(Uuid::from_u128(n as u128 + 1)), (0..MACHINES[n]).map(|d| disk(n, d)).collect());
+        let machines: Vec<(MachineId, Vec<DiskId>)> = (0..MACHINES.len()).map(machine).collect();
+        let ids: Vec<DiskId> = machines.iter().flat_map(|(_, ids)| ids.clone()).collect();
         // Small rooms, so that they are full again and again.
         let room =
             Room { memory: [300 << 10, 600 << 10, 4 << 20][rng.below(3) as usize], log: [0, 512 << 10, 8 << 20][rng.below(3) as usize] };
-        let agent = Agent::start(MachineId(Uuid::from_u128(1)), &ids, room).await;
+        let mut agents = Vec::new();
+        for (machine, disks) in &machines {
+            agents.push(Agent::start(*machine, disks, room).await);
+        }
+        let group = Group::new(machines.iter().map(|(id, _)| *id).collect(), seed);
         let mut gateways = vec![Gateway::new("gw1", &ids, 1), Gateway::new("gw2", &ids, 2)];
         for gateway in &mut gateways {
             gateway.start().await;
         }
-        let mut target = Target::new(&ids).await;
+        let mut target = Target::new(&machines).await;
         target.start().await;
         Self {
             seed,
             rng,
-            agent,
+            agents,
+            group,
             gateways,
             target,
             ids,
             models: HashMap::new(),
             cut: [[false; 2]; 2],
+            ways: [true; MACHINES.len()],
             faults: true,
+            full_before_healing: 0,
             room,
             tally: Tally::default(),
             story,
@@ -120,10 +145,10 @@ impl World {
     }
 
     async fn step(&mut self) -> Result<(), String> {
-        let kinds = if self.faults { 24 } else { 16 };
+        let kinds = if self.faults { 26 } else { 16 };
         match self.rng.below(kinds) {
-            0..=2 if self.faults => self.write().await,
-            3 if self.faults => self.mark(),
+            0..=4 if self.faults => self.write().await,
+            5 if self.faults => self.mark(),
             16 => self.cut_something(),
             17 => self.crash_something().await,
             18 => self.fail_something(),
@@ -131,6 +156,7 @@ impl World {
             20 if self.rng.below(12) == 0 => self.burn().await,
             21 => self.check_one().await?,
             22 if !self.target.thin(&mut self.rng).await => self.crash_target(),
+            24 => self.trouble_the_group(),
             _ => {}
         }
         self.work().await
@@ -144,26 +170,35 @@ impl World {
         }
         match self.rng.below(10) {
             0 => self.restart_what_is_down().await,
-            1 => self.agent.resynchronise(most),
-            2 => self.agent.clean().await,
+            1 => self.agents.iter_mut().for_each(|agent| agent.resynchronise(most)),
+            2 => {
+                for agent in &mut self.agents {
+                    agent.clean().await;
+                }
+            }
             3 => {
                 let fails = self.faults && self.rng.below(10) == 0;
-                self.agent.spill(fails);
+                self.agents.iter_mut().for_each(|agent| agent.spill(fails));
             }
             4 => self.gateways.iter_mut().for_each(Gateway::release),
             5 => self.gateways.iter_mut().for_each(Gateway::close_batches),
             6 if self.faults => {
-                let (disk, block) = (self.rng.below(DISKS as u64) as usize, self.rng.below(DISK_BYTES / DIGEST_BLOCK));
-                self.agent.scrub(disk, block);
+                let ((machine, disk), block) = (self.some_disk(), self.rng.below(DISK_BYTES / DIGEST_BLOCK));
+                self.agents[machine].scrub(disk, block);
             }
             _ => {}
         }
-        if self.agent.connection.is_none() && self.rng.below(4) == 0 {
-            let gateway = self.rng_gateway();
-            self.connect(gateway);
+        let wanted = self.faults || self.group.full.len() == self.full_before_healing;
+        self.group.work(&mut self.rng, &mut self.agents, &self.ways, wanted);
+        self.models.extend(self.group.marked.drain(..));
+        for machine in 0..MACHINES.len() {
+            if self.agents[machine].connection.is_none() && self.rng.below(4) == 0 {
+                let gateway = self.rng_gateway();
+                self.connect(machine, gateway);
+            }
+            self.agents[machine].send(most).await;
+            self.between_agent_and_gateway(machine, most).await;
         }
-        self.agent.send(most).await;
-        self.between_agent_and_gateway(most).await;
         for n in 0..2 {
             if self.rng.below(2) == 0 && !self.gateways[n].commit().await {
                 self.crash_gateway(n);
@@ -194,49 +229,84 @@ impl World {
         self.rng.below(2) as usize
     }
 
+    fn some_machine(&mut self) -> usize {
+        self.rng.below(MACHINES.len() as u64) as usize
+    }
+
+    fn some_disk(&mut self) -> (usize, usize) {
+        let machine = self.some_machine();
+        (machine, self.rng.below(MACHINES[machine] as u64) as usize)
+    }
+
     async fn write(&mut self) {
-        let disk = self.rng.below(DISKS as u64) as usize;
+        let (machine, disk) = self.some_disk();
+        if self.group.holds(machine) {
+            return;
+        }
         let sectors = DISK_BYTES / 512;
         let len = 1 + self.rng.below(24);
         let extent = Extent::new(self.rng.below(sectors - len) * 512, len * 512);
         let fill = (self.rng.below(8) > 0).then(|| 1 + self.rng.below(250) as u8);
-        if self.agent.write(disk, extent, fill).await {
+        if self.agents[machine].write(disk, extent, fill).await {
             self.tally.writes += 1;
         } else {
-            self.tell(|| "the map failed: the agent is started again".to_owned());
-            self.crash_agent().await;
+            self.tell(|| "a map failed: the agent is started again".to_owned());
+            self.crash_agent(machine).await;
         }
     }
 
     fn mark(&mut self) {
         let point = PointId(Uuid::from_u128((u128::from(self.seed) << 64) | (u128::from(self.tally.points) + 1000)));
-        if let Some(content) = self.agent.mark(point) {
+        let machine = self.some_machine();
+        if let Some(content) = self.agents[machine].mark(point, PointKind::Crash, None) {
             self.tally.points += 1;
             self.models.insert(point, content);
         }
     }
 
-    fn connect(&mut self, gateway: usize) {
-        if let Some(before) = self.agent.connection.take() {
-            self.gateways[before.gateway].agent_left();
+    /// A machine's agent has no connection any more.
+    fn disconnect(&mut self, machine: usize) {
+        if let Some(before) = self.agents[machine].connection.take() {
+            self.gateways[before.gateway].agent_left(&self.agents[machine].disks());
         }
+    }
+
+    fn connect(&mut self, machine: usize, gateway: usize) {
+        self.disconnect(machine);
         if self.gateways[gateway].is_up() && !self.cut[0][gateway] {
             let name = self.gateways[gateway].name.clone();
-            self.agent.connect(gateway, name);
+            self.agents[machine].connect(gateway, name);
         }
     }
 
     fn move_agent(&mut self) {
-        let gateway = self.rng_gateway();
-        self.tell(|| format!("the agent goes to gw{}", gateway + 1));
+        let (machine, gateway) = (self.some_machine(), self.rng_gateway());
+        self.tell(|| format!("agent {machine} goes to gw{}", gateway + 1));
         self.tally.moves += 1;
-        self.connect(gateway);
+        self.connect(machine, gateway);
     }
 
     fn disconnect_from(&mut self, gateway: usize) {
-        if self.agent.connection.as_ref().is_some_and(|c| c.gateway == gateway) {
-            self.agent.connection = None;
-            self.gateways[gateway].agent_left();
+        for machine in 0..MACHINES.len() {
+            if self.agents[machine].connection.as_ref().is_some_and(|c| c.gateway == gateway) {
+                self.disconnect(machine);
+            }
+        }
+    }
+
+    fn trouble_the_group(&mut self) {
+        let machine = self.some_machine();
+        match self.rng.below(4) {
+            0 => {
+                self.tell(|| "the coordinator loses power".to_owned());
+                self.group.crash();
+            }
+            1 => {
+                self.ways[machine] = !self.ways[machine];
+                self.tell(|| format!("agent {machine} and the coordinator: {}", if self.ways[machine] { "healed" } else { "cut" }));
+                self.group.cut(machine);
+            }
+            _ => self.group.cut(machine),
         }
     }
 
@@ -252,11 +322,10 @@ impl World {
         }
     }
 
-    async fn crash_agent(&mut self) {
-        if let Some(connection) = &self.agent.connection {
-            self.gateways[connection.gateway].agent_left();
-        }
-        self.agent.crash(&mut self.rng, self.room).await;
+    async fn crash_agent(&mut self, machine: usize) {
+        self.disconnect(machine);
+        self.group.machine_crashed(machine);
+        self.agents[machine].crash(&mut self.rng, self.room).await;
     }
 
     fn crash_gateway(&mut self, n: usize) {
@@ -274,7 +343,10 @@ impl World {
     async fn crash_something(&mut self) {
         self.tally.crashes += 1;
         match self.rng.below(5) {
-            0 => self.crash_agent().await,
+            0 => {
+                let machine = self.some_machine();
+                self.crash_agent(machine).await;
+            }
             1 => self.crash_gateway(0),
             2 => self.crash_gateway(1),
             _ => self.crash_target(),
@@ -285,11 +357,12 @@ impl World {
         self.tally.faults += 1;
         let fault = [Fault::Dead, Fault::Once, Fault::Full][self.rng.below(3) as usize];
         let n = 1 + self.rng.below(40);
-        let storages = [&self.agent.storage, &self.gateways[0].storage, &self.gateways[1].storage, &self.target.storage];
+        let agent = self.some_machine();
+        let storages = [&self.agents[agent].storage, &self.gateways[0].storage, &self.gateways[1].storage, &self.target.storage];
         // An agent whose map is full or dead stays down for long; it has its turn less often.
         let which = [0, 1, 2, 3, 1, 2, 3, 3][self.rng.below(8) as usize];
         storages[which].fail_at(n, fault);
-        self.tell(|| format!("operation {n} of {} fails: {fault:?}", ["the agent", "gw1", "gw2", "the master target"][which]));
+        self.tell(|| format!("operation {n} of {} fails: {fault:?}", ["an agent", "gw1", "gw2", "the master target"][which]));
     }
 
     async fn burn(&mut self) {
@@ -318,24 +391,25 @@ impl World {
         }
     }
 
-    async fn between_agent_and_gateway(&mut self, most: usize) {
-        let Some(gateway) = self.agent.connection.as_ref().map(|c| c.gateway) else { return };
+    async fn between_agent_and_gateway(&mut self, machine: usize, most: usize) {
+        let Some(gateway) = self.agents[machine].connection.as_ref().map(|c| c.gateway) else { return };
+        let disks = self.agents[machine].disks();
         for _ in 0..most * 4 {
-            let Some(message) = self.agent.connection.as_mut().and_then(|c| c.up.pop_front()) else { break };
+            let Some(message) = self.agents[machine].connection.as_mut().and_then(|c| c.up.pop_front()) else { break };
             self.tally.messages += 1;
-            match self.gateways[gateway].hear(message) {
-                Ok(answers) => self.agent.connection.as_mut().expect("it spoke").down.extend(answers),
-                Err(_) => return self.disconnect_from(gateway),
+            match self.gateways[gateway].hear(&disks, message) {
+                Ok(answers) => self.agents[machine].connection.as_mut().expect("it spoke").down.extend(answers),
+                Err(_) => return self.disconnect(machine),
             }
         }
         if self.rng.below(3) == 0 {
-            let told = self.gateways[gateway].acknowledgements();
-            self.agent.connection.as_mut().expect("it is there").down.extend(told);
+            let told = self.gateways[gateway].acknowledgements(&disks);
+            self.agents[machine].connection.as_mut().expect("it is there").down.extend(told);
         }
         for _ in 0..most * 2 {
-            if let Err(error) = self.agent.hear().await {
-                self.tell(|| format!("the agent: {error}"));
-                self.crash_agent().await;
+            if let Err(error) = self.agents[machine].hear().await {
+                self.tell(|| format!("agent {machine}: {error}"));
+                self.crash_agent(machine).await;
                 return;
             }
         }
@@ -376,8 +450,9 @@ impl World {
                     }
                 }
                 for _ in 0..most {
+                    let agent = self.agents.iter_mut().find(|agent| agent.disks().contains(&id)).expect("registered");
                     if let Some(slot) = self.gateways[n].hear_target(id)
-                        && let Some(connection) = self.agent.connection.as_mut().filter(|c| c.gateway == n)
+                        && let Some(connection) = agent.connection.as_mut().filter(|c| c.gateway == n)
                     {
                         connection.down.push_back(ServerMessage::Refused { slot, reason: Refusal::NotReady, message: String::new() });
                     }
@@ -389,7 +464,7 @@ impl World {
 
     /// Nothing that an agent takes for safe is ahead of the journal.
     fn check_across(&self) -> Result<(), String> {
-        for volume in &self.agent.volumes {
+        for volume in self.agents.iter().flat_map(|agent| &agent.volumes) {
             let safe = volume.backlog.safe_position();
             if self.target.journaled(volume.id).is_some_and(|journaled| journaled < safe) {
                 return Err(
@@ -409,10 +484,16 @@ impl World {
         self.check_point(point, false).await
     }
 
-    async fn check_point(&mut self, point: &tidegate::model::RecoveryPoint, whole: bool) -> Result<(), String> {
+    async fn check_point(&mut self, point: &RecoveryPoint, whole: bool) -> Result<(), String> {
         let model = self.models.get(&point.id).ok_or_else(|| self.fail("a point that nobody made is listed"))?;
-        for (n, expected) in model.iter().enumerate() {
-            match self.target.materialise(point, n).await {
+        if let Some(part) = &point.group {
+            let moment = self.group.moments.get(&part.point).ok_or_else(|| self.fail("a group's point that nobody decided is listed"))?;
+            if model.iter().any(|(disk, content)| moment.get(disk) != Some(content)) {
+                return Err(self.fail(&format!("part {} of a group's point is not of the moment of the others", point.id)));
+            }
+        }
+        for (n, expected) in model {
+            match self.target.materialise(point, *n).await {
                 Some(Ok(found)) if found == *expected => {}
                 Some(Ok(found)) => {
                     let at = found.iter().zip(expected).position(|(a, b)| a != b).unwrap_or(0);
@@ -430,39 +511,62 @@ impl World {
     /// Faults stop: everything becomes safe and applied, every point is exact, and the replicas are their sources.
     async fn heal(&mut self) -> Result<(), String> {
         self.faults = false;
-        self.cut = [[false; 2]; 2];
-        for storage in [&self.agent.storage, &self.gateways[0].storage, &self.gateways[1].storage, &self.target.storage] {
+        (self.cut, self.ways) = ([[false; 2]; 2], [true; MACHINES.len()]);
+        self.full_before_healing = self.group.full.len();
+        for storage in [&self.gateways[0].storage, &self.gateways[1].storage, &self.target.storage] {
             storage.heal();
         }
+        self.agents.iter().for_each(|agent| agent.storage.heal());
         // What failed under them is noticed by a restart at the latest.
         self.crash_gateway(0);
         self.crash_gateway(1);
         self.crash_target();
-        if self.agent.map_failed {
-            self.crash_agent().await;
+        for machine in 0..MACHINES.len() {
+            if self.agents[machine].map_failed {
+                self.crash_agent(machine).await;
+            }
         }
         self.restart_what_is_down().await;
         let mut steps = 0;
-        while !(self.agent.is_safe() && self.target.is_applied()) {
+        while !(self.agents.iter().all(Agent::is_safe) && self.target.is_applied() && self.is_group_whole()) {
             self.step().await?;
             steps += 1;
             if steps > HEAL_STEPS {
-                let agent: Vec<String> = self.agent.volumes.iter().map(|v| format!("{:?}", v.backlog.rungs())).collect();
+                let volumes = self.agents.iter().flat_map(|agent| &agent.volumes);
+                let agent: Vec<String> = volumes.map(|v| format!("{:?}", v.backlog.rungs())).collect();
                 let target: Vec<_> = self.ids.iter().map(|id| self.target.journaled(*id)).collect();
                 return Err(
-                    self.fail(&format!("faults have stopped, and not everything becomes safe: agent {agent:?}, journaled {target:?}"))
+                    self.fail(&format!("faults have stopped, and not everything becomes safe: agents {agent:?}, journaled {target:?}, {} full points of the group", self.group.full.len()))
                 );
             }
         }
         for point in self.target.points() {
             self.check_point(&point, true).await?;
         }
-        for n in 0..DISKS {
-            if self.target.replica(n).await != self.agent.volumes[n].content {
-                return Err(self.fail(&format!("disk {n}: a write that was answered is not in the replica")));
+        for volume in self.agents.iter().flat_map(|agent| &agent.volumes) {
+            if self.target.replica(volume.id).await != volume.content {
+                return Err(self.fail(&format!("disk {}: a write that was answered is not in the replica", volume.id)));
             }
         }
+        let (groups, listed) = self.groups();
+        self.tally.group_points = groups.all().filter(|entry| entry.is_whole()).count() as u64;
+        if groups.conflicts() > 0 {
+            return Err(self.fail(&format!("parts of group points contradict each other, among {listed}")));
+        }
         Ok(())
+    }
+
+    /// What the listed points make of the group.
+    fn groups(&self) -> (Groups, usize) {
+        let (mut groups, points) = (Groups::default(), self.target.points());
+        points.iter().for_each(|point| groups.add(point));
+        (groups, points.len())
+    }
+
+    /// A point of all machines that was made after the faults is listed with every part.
+    fn is_group_whole(&self) -> bool {
+        let Some(made) = self.group.full.get(self.full_before_healing) else { return false };
+        self.groups().0.entry(*made).is_some_and(|entry| entry.is_whole())
     }
 }
 
@@ -474,7 +578,8 @@ async fn run_seed(seed: u64, story: bool) -> Result<Tally, String> {
     world.heal().await?;
     world.tally.fenced = world.target.fenced;
     world.tally.compared = world.target.compared;
-    world.tally.resyncs = world.agent.volumes.iter().map(|v| v.resyncs).sum();
+    world.tally.resyncs = world.agents.iter().flat_map(|agent| &agent.volumes).map(|v| v.resyncs).sum();
+    world.tally.rounds = world.group.rounds;
     Ok(world.tally)
 }
 
@@ -515,11 +620,16 @@ fn whatever_fails_no_answered_write_is_lost_and_no_listed_point_is_wrong() {
             (&mut sum.resyncs, tally.resyncs),
             (&mut sum.fenced, tally.fenced),
             (&mut sum.compared, tally.compared),
+            (&mut sum.rounds, tally.rounds),
+            (&mut sum.group_points, tally.group_points),
             (&mut sum.messages, tally.messages),
         ] {
             *sum += more;
         }
     }
     eprintln!("{} seeds, 0 violations: {sum:?}", seeds.len());
-    assert!(seeds.len() < 100 || sum.materialised > 1000 && sum.fenced > 50 && sum.burnt > 50, "the runs are too tame");
+    assert!(
+        seeds.len() < 100 || sum.materialised > 1000 && sum.fenced > 50 && sum.burnt > 50 && sum.group_points > 500,
+        "the runs are too tame"
+    );
 }

@@ -36,6 +36,18 @@ impl Choice {
         self.current
     }
 
+    /// The others, in the order in which they would be tried.
+    pub fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let (current, count) = (self.current, self.left.len());
+        (1..count).map(move |step| (current + step) % count)
+    }
+
+    /// Another one was found to serve better.
+    pub fn go_to(&mut self, better: usize) -> Duration {
+        (self.current, self.since, self.backoff) = (better, None, BACKOFF_FIRST);
+        Duration::ZERO
+    }
+
     /// The current one is to be taken out of service, and nobody else could be found.
     pub fn is_last_resort(&self, now: Mono) -> bool {
         self.left[self.current].is_some_and(|at| now.since(at) < LEFT_FOR)
@@ -104,6 +116,8 @@ mod tests {
         choice.failed(at(112));
         choice.failed(at(117));
         assert_eq!(choice.current(), 0, "round and round");
+        choice.go_to(2);
+        assert_eq!((choice.current(), choice.others().collect::<Vec<_>>()), (2, vec![0, 1]));
     }
 
     #[test]

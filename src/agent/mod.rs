@@ -22,6 +22,7 @@ pub mod comparison;
 pub mod consistency;
 pub mod control;
 pub mod dirty_map;
+mod greeting;
 pub mod locks;
 pub mod regions;
 pub mod rest;

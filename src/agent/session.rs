@@ -7,25 +7,23 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use thiserror::Error;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc, oneshot};
-use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::choice::Choice;
+use super::greeting::{self, SessionError, read_message};
 use super::shared::{AgentShared, Command, VolumeShared};
-use super::spill::{Spill, SpillError};
+use super::spill::Spill;
 use crate::clock::{self, Mono, micros};
 use crate::config::agent::AgentSettings;
 use crate::config::limits::{HANDSHAKE_SECONDS, SILENCE_SECONDS};
-use crate::crypto::pki::{PkiError, Role};
-use crate::crypto::tls::{ALPN_INGEST, Credentials, TlsError, peer_identity, server_name};
+use crate::crypto::tls::Credentials;
 use crate::model::{Compare, Name, Position};
 use crate::observe::metrics;
-use crate::wire::ingest::{AgentMessage, FRAME_LEN, Frame, FrameType, Refusal, ServerMessage, change_cost, control_frame, encode_change};
-use crate::wire::{WireError, decode_control};
+use crate::wire::WireError;
+use crate::wire::ingest::{AgentMessage, Refusal, ServerMessage, change_cost, control_frame, encode_change};
 
 /// Bytes given to TLS at once.
 const STAGING_BYTES: usize = 512 << 10;
@@ -35,36 +33,11 @@ const POLLS_BEFORE_SLEEP: u32 = 50;
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// A process server that is there says something within this.
 const SPEAKS: Duration = Duration::from_secs(3);
-
-#[derive(Debug, Error)]
-enum SessionError {
-    #[error("cannot reach the process server at {0}: {1}")]
-    Connect(String, io::Error),
-    #[error("the process server at {0} did not answer in time")]
-    Timeout(String),
-    #[error("TLS with the process server failed ({0}): check that both certificates come from one CA and have not expired")]
-    Handshake(io::Error),
-    #[error(transparent)]
-    Tls(#[from] TlsError),
-    #[error(transparent)]
-    Identity(#[from] PkiError),
-    #[error("connection lost: {0}")]
-    Io(#[from] io::Error),
-    #[error(transparent)]
-    Wire(#[from] WireError),
-    #[error("the process server said nothing for {SILENCE_SECONDS} s")]
-    Silent,
-    #[error("the process server ended the connection: {0}")]
-    Goodbye(String),
-    #[error("no disk was taken by the process server at {0} for too long")]
-    NotServed(String),
-    #[error("the process server is to be taken out of service")]
-    Draining,
-    #[error("the agent's log: {0}")]
-    Spill(#[from] SpillError),
-    #[error("the capture thread has ended")]
-    Stopped,
-}
+/// Others are asked at least this often whether they reach the master target.
+const SEEK_MAX: Duration = Duration::from_secs(60);
+/// A master target that comes back is found by one process server this much sooner than by another.
+const RECONNECTS: Duration = Duration::from_secs(6);
+const CUT_OFF: &str = "no process server reaches the master target: changes are safe in the cache of the one that serves, and wait there";
 
 /// What the session needs of the agent.
 pub struct Parts {
@@ -94,7 +67,9 @@ async fn reconnect(parts: Rc<Parts>) {
     while !shared.stopping.load(Ordering::Relaxed) {
         let started = clock::now();
         let served = Cell::new(None);
-        let attempt = Attempt { address: &addresses[choice.current()], last_resort: choice.is_last_resort(started), served: &served };
+        let others = choice.others().map(|other| (other, addresses[other].as_str())).collect();
+        let attempt =
+            Attempt { address: &addresses[choice.current()], others, last_resort: choice.is_last_resort(started), served: &served };
         let result = connect_and_run(&parts, &attempt).await;
         shared.connected.store(false, Ordering::Relaxed);
         for volume in &shared.volumes {
@@ -118,6 +93,7 @@ async fn reconnect(parts: Rc<Parts>) {
         }
         let wait = match error {
             SessionError::Draining => choice.leave(now),
+            SessionError::CutOff(better) => choice.go_to(better),
             _ => choice.failed(now),
         };
         let jitter = Duration::from_micros(crate::storage::log::random_u64() % micros(wait).max(1) / 2);
@@ -143,6 +119,8 @@ struct Link {
     report_now: Cell<bool>,
     /// When the process server said something last.
     heard: Cell<Mono>,
+    /// Since when it does not reach the master target, if so.
+    cut_off: Cell<Option<Mono>>,
 }
 
 #[derive(Default)]
@@ -161,6 +139,7 @@ struct Slot {
 /// One attempt at one process server.
 struct Attempt<'a> {
     address: &'a str,
+    others: Vec<(usize, &'a str)>,
     last_resort: bool,
     /// When it served a disk last.
     served: &'a Cell<Option<Mono>>,
@@ -174,24 +153,7 @@ async fn connect_and_run(parts: &Parts, attempt: &Attempt<'_>) -> Result<(), Ses
     } else {
         parts.settings.process_server.switch_after.clamp(SPEAKS, whole)
     };
-    let connect = async {
-        let tcp = TcpStream::connect(address).await.map_err(|e| SessionError::Connect(address.to_owned(), e))?;
-        tcp.set_nodelay(true)?;
-        let connector = TlsConnector::from(Arc::new(parts.credentials.client(ALPN_INGEST)?));
-        let mut tls = connector.connect(server_name(Role::ProcessServer), tcp).await.map_err(SessionError::Handshake)?;
-        let identity = peer_identity(tls.get_ref().1.peer_certificates(), Role::ProcessServer)?;
-        tls.get_mut().1.set_buffer_limit(Some(1 << 20));
-        let hello = control_frame(&AgentMessage::Hello { machine: shared.machine_id })?;
-        tls.write_all(&hello).await?;
-        let mut buffer = Vec::new();
-        match read_message(&mut tls, &mut buffer).await? {
-            ServerMessage::Welcome => Ok((tls, identity.name)),
-            ServerMessage::Draining => Err(SessionError::Draining),
-            ServerMessage::Goodbye { message } => Err(SessionError::Goodbye(message)),
-            _ => Err(WireError::Illegal("first message of the process server").into()),
-        }
-    };
-    let (tls, carrier) = tokio::time::timeout(limit, connect).await.map_err(|_| SessionError::Timeout(address.to_owned()))??;
+    let (tls, carrier) = greeting::greet(&parts.credentials, shared.machine_id, address, limit).await?;
     tracing::info!(address, process_server = %carrier, "connected to the process server");
     shared.connected.store(true, Ordering::Relaxed);
     *shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
@@ -208,6 +170,7 @@ async fn connect_and_run(parts: &Parts, attempt: &Attempt<'_>) -> Result<(), Ses
         work: Notify::new(),
         report_now: Cell::new(false),
         heard: Cell::new(clock::now()),
+        cut_off: Cell::new(None),
         reopen: RefCell::new((0..shared.volumes.len()).map(|i| (i, Duration::ZERO)).collect()),
     });
     tokio::select! {
@@ -217,22 +180,8 @@ async fn connect_and_run(parts: &Parts, attempt: &Attempt<'_>) -> Result<(), Ses
             true => SessionError::NotServed(address.to_owned()),
             false => SessionError::Stopped,
         }),
+        better = link.seek(parts, &attempt.others) => Err(SessionError::CutOff(better)),
     }
-}
-
-async fn read_message<R: tokio::io::AsyncRead + Unpin>(read: &mut R, buffer: &mut Vec<u8>) -> Result<ServerMessage, SessionError> {
-    let mut header = [0; FRAME_LEN];
-    read.read_exact(&mut header).await?;
-    let frame = Frame::decode(&header)?;
-    if frame.kind != FrameType::Control {
-        return Err(WireError::Illegal("frame from the process server").into());
-    }
-    buffer.resize(frame.payload_len as usize, 0);
-    read.read_exact(buffer).await?;
-    if crc32c::crc32c(buffer) != frame.payload_crc {
-        return Err(WireError::Checksum("message").into());
-    }
-    Ok(decode_control(buffer)?)
 }
 
 async fn receive(link: Rc<Link>, mut read: ReadHalf<TlsStream<TcpStream>>) -> Result<(), SessionError> {
@@ -271,6 +220,7 @@ async fn receive(link: Rc<Link>, mut read: ReadHalf<TlsStream<TcpStream>>) -> Re
             ServerMessage::Target(name) => {
                 *link.shared.target.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(name);
             }
+            ServerMessage::Link { up } => link.reaches(up),
             ServerMessage::Draining if link.may_leave && !link.last_resort => return Err(SessionError::Draining),
             ServerMessage::Alive | ServerMessage::Draining => {}
             ServerMessage::Goodbye { message } => return Err(SessionError::Goodbye(message)),
@@ -353,6 +303,46 @@ impl Link {
             if self.may_leave && now.since(last) > switch_after.max(SPEAKS) {
                 return true;
             }
+        }
+    }
+
+    fn reaches(&self, up: bool) {
+        if up {
+            self.cut_off.set(None);
+            let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if last.as_deref() == Some(CUT_OFF) {
+                *last = None;
+            }
+        } else if self.cut_off.get().is_none() {
+            self.cut_off.set(Some(clock::now()));
+        }
+    }
+
+    /// Ends with another process server that reaches the master target, when this one has not for `switch_after`. When none does
+    /// the master target is gone, and nothing is gained by moving: here at least everything is durable.
+    async fn seek(&self, parts: &Parts, others: &[(usize, &str)]) -> usize {
+        let settings = &parts.settings.process_server;
+        let mut pause = settings.switch_after;
+        loop {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            if self.cut_off.get().is_none_or(|since| clock::now().since(since) < settings.switch_after) {
+                pause = settings.switch_after;
+                continue;
+            }
+            for (other, address) in others {
+                if greeting::is_better(&parts.credentials, self.shared.machine_id, address, SPEAKS).await {
+                    tokio::time::sleep(RECONNECTS).await;
+                    if self.cut_off.get().is_some() {
+                        return *other;
+                    }
+                }
+            }
+            if self.cut_off.get().is_some() {
+                let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                last.get_or_insert_with(|| CUT_OFF.to_owned());
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(SEEK_MAX);
         }
     }
 

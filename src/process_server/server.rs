@@ -70,6 +70,8 @@ pub struct Server {
     pub reserve: Reserve,
     /// How full the cache is.
     pub level: Cell<Level>,
+    /// It is connected.
+    pub link_up: Cell<bool>,
     /// The master target, by its certificate, once it was reached.
     pub target: RefCell<Option<Name>>,
     next_owner: Cell<u64>,
@@ -153,6 +155,7 @@ async fn open(
         draining,
         reserve,
         level: Cell::default(),
+        link_up: Cell::new(false),
         target: RefCell::default(),
         next_owner: Cell::new(0),
         settings,

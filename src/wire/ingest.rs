@@ -289,6 +289,11 @@ pub enum ServerMessage {
     },
     /// The master target that the changes go to, by its certificate; when it is known, and when it changes.
     Target(Name),
+    /// Whether the process server reaches the master target; after the welcome, and when it changes.
+    Link {
+        /// It does.
+        up: bool,
+    },
     /// A disk may not send.
     Refused {
         /// Which disk.

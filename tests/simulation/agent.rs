@@ -19,11 +19,14 @@ use tidegate::agent::dirty_map::DirtyMap;
 use tidegate::agent::regions::Regions;
 use tidegate::clock::Mono;
 use tidegate::model::digest::DIGEST_BLOCK;
-use tidegate::model::{ChangeKind, Compare, Digest, DiskId, Extent, MachineId, Marker, Name, PointId, PointKind, Position, RegionSet};
+use tidegate::model::{
+    ChangeKind, Compare, Digest, DiskId, Extent, GroupPart, MachineId, Marker, Name, PointId, PointKind, Position, RegionSet,
+};
 use tidegate::storage::digest::hash_blocks;
 use tidegate::storage::log::Location;
 use tidegate::wire::ingest::{AgentMessage, Refusal, ServerMessage, change_cost, encode_change};
 
+use super::group::Content;
 use super::support::Rng;
 use super::support::faulty_storage::{Faulty, FaultyFile};
 use super::{DISK_BYTES, REGION, Wire};
@@ -148,8 +151,18 @@ impl Agent {
         true
     }
 
+    /// Its disks.
+    pub fn disks(&self) -> Vec<DiskId> {
+        self.volumes.iter().map(|v| v.id).collect()
+    }
+
+    /// What its disks hold.
+    pub fn content(&self) -> Content {
+        self.volumes.iter().map(|v| (v.id, v.content.clone())).collect()
+    }
+
     /// A point of all disks, if it can be made now: what they hold.
-    pub fn mark(&mut self, point: PointId) -> Option<Vec<Vec<u8>>> {
+    pub fn mark(&mut self, point: PointId, kind: PointKind, group: Option<GroupPart>) -> Option<Content> {
         let now = self.tick();
         if !self.volumes.iter().all(|v| v.regions.missing_bytes() == 0 && v.backlog.has_room_for_marker()) {
             return None;
@@ -157,20 +170,20 @@ impl Agent {
         let marker = Marker {
             point,
             machine: self.machine,
-            kind: PointKind::Crash,
+            kind,
             disks: self.volumes.iter().map(|v| v.id).collect(),
             sizes: vec![DISK_BYTES; self.volumes.len()],
             label: None,
             wall_ms: 0,
             hold_us: 0,
-            group: None,
+            group,
             proof: vec![],
             remark: None,
         };
         for volume in &mut self.volumes {
             volume.backlog.push(ChangeKind::Mark(Box::new(marker.clone())), now).expect("markers always fit");
         }
-        Some(self.volumes.iter().map(|v| v.content.clone()).collect())
+        Some(self.content())
     }
 
     /// Connects to a process server.

@@ -178,18 +178,18 @@ impl Gateway {
     }
 
     /// An agent has gone.
-    pub fn agent_left(&mut self) {
+    pub fn agent_left(&mut self, disks: &[DiskId]) {
         if let Some(running) = &mut self.running {
-            running.disks.values_mut().for_each(|d| d.owned = false);
+            running.disks.iter_mut().filter(|(id, _)| disks.contains(id)).for_each(|(_, d)| d.owned = false);
         }
     }
 
-    /// Hears its agent once; what it answers at once.
-    pub fn hear(&mut self, message: Wire) -> Result<Vec<ServerMessage>, String> {
+    /// Hears the agent of these disks once; what it answers at once.
+    pub fn hear(&mut self, disks: &[DiskId], message: Wire) -> Result<Vec<ServerMessage>, String> {
         match message {
             Wire::Control(AgentMessage::Open { slot, disk, epoch, takes_over, .. }) => Ok(vec![self.open(slot, disk, epoch, takes_over)]),
             Wire::Control(_) => Ok(vec![]),
-            Wire::Change(bytes) => self.change(&bytes).map(|()| vec![]),
+            Wire::Change(bytes) => self.change(disks, &bytes).map(|()| vec![]),
         }
     }
 
@@ -229,11 +229,13 @@ impl Gateway {
         ServerMessage::Opened { slot, generation, resume_at, safe, credit, compare: Compare::No, stands }
     }
 
-    fn change(&mut self, bytes: &[u8]) -> Result<(), String> {
+    fn change(&mut self, disks: &[DiskId], bytes: &[u8]) -> Result<(), String> {
         let Some(running) = &mut self.running else { return Ok(()) };
         let frame = Frame::decode(bytes.first_chunk::<FRAME_LEN>().expect("a frame")).map_err(|e| e.to_string())?;
         let payload = Bytes::copy_from_slice(&bytes[FRAME_LEN..]);
-        let Some((id, disk)) = running.disks.iter_mut().find(|(_, d)| d.owned && d.slot == frame.slot) else { return Ok(()) };
+        let Some((id, disk)) = running.disks.iter_mut().find(|(id, d)| disks.contains(id) && d.owned && d.slot == frame.slot) else {
+            return Ok(());
+        };
         let id = *id;
         let kind = decode_change(&frame, payload.clone()).map_err(|e| e.to_string())?;
         let input = match kind {
@@ -289,10 +291,10 @@ impl Gateway {
         true
     }
 
-    /// What the agent is told of its positions.
-    pub fn acknowledgements(&mut self) -> Vec<ServerMessage> {
+    /// What the agent of these disks is told of its positions.
+    pub fn acknowledgements(&mut self, disks: &[DiskId]) -> Vec<ServerMessage> {
         let Some(running) = &mut self.running else { return vec![] };
-        let owned = running.disks.values_mut().filter(|d| d.owned);
+        let owned = running.disks.iter_mut().filter(|(id, d)| disks.contains(id) && d.owned).map(|(_, d)| d);
         owned
             .map(|d| ServerMessage::Ack {
                 slot: d.slot,

@@ -23,7 +23,7 @@ use tidegate::master_target::receive::claim::{self, Claim};
 use tidegate::master_target::receive::order::{Order, Verdict};
 use tidegate::master_target::retain::{Retention, Subject};
 use tidegate::master_target::shared::Item;
-use tidegate::model::{DiskId, Extent, Name, PointId, Position, RecoveryPoint, Trailer};
+use tidegate::model::{DiskId, Extent, MachineId, Name, PointId, Position, RecoveryPoint, Trailer};
 use tidegate::process_server::adoption::There;
 use tidegate::storage::AlignedBuf;
 use tidegate::storage::digest::hash_blocks;
@@ -80,6 +80,7 @@ struct Running {
 pub struct Target {
     pub storage: Faulty,
     ids: Vec<DiskId>,
+    machines: HashMap<MachineId, Vec<DiskId>>,
     catalogue: Catalogue,
     running: Option<Running>,
     pub fenced: u64,
@@ -96,7 +97,8 @@ fn retain_path(n: usize) -> PathBuf {
 }
 
 impl Target {
-    pub async fn new(ids: &[DiskId]) -> Self {
+    pub async fn new(machines: &[(MachineId, Vec<DiskId>)]) -> Self {
+        let ids: Vec<DiskId> = machines.iter().flat_map(|(_, ids)| ids.clone()).collect();
         let storage = Faulty::default();
         let mut catalogue = Catalogue::default();
         for (n, id) in ids.iter().enumerate() {
@@ -112,7 +114,7 @@ impl Target {
             };
             catalogue.disks.insert(*id, record);
         }
-        Self { storage, ids: ids.to_vec(), catalogue, running: None, fenced: 0, compared: 0 }
+        Self { storage, ids, machines: machines.iter().cloned().collect(), catalogue, running: None, fenced: 0, compared: 0 }
     }
 
     pub fn is_up(&self) -> bool {
@@ -303,7 +305,7 @@ impl Target {
             vec![],
         );
         for (position, marker) in arrivals {
-            let changes = book.arrive(id, position, &marker, &self.ids, 0);
+            let changes = book.arrive(id, position, &marker, &self.machines[&marker.machine], 0);
             book.commit(changes.clone());
             changes.forget.iter().for_each(|id| drop(self.catalogue.pending.remove(id)));
             self.catalogue.pending.extend(changes.pending);
@@ -363,18 +365,18 @@ impl Target {
     }
 
     /// What a disk held at a point. `None` while it is down.
-    pub async fn materialise(&self, point: &RecoveryPoint, n: usize) -> Option<Result<Vec<u8>, String>> {
-        let disk = &self.running.as_ref()?.disks[&self.ids[n]];
+    pub async fn materialise(&self, point: &RecoveryPoint, id: DiskId) -> Option<Result<Vec<u8>, String>> {
+        let disk = &self.running.as_ref()?.disks[&id];
         let content = async {
-            let view = disk.retention.view(point.disks[&self.ids[n]]).await.map_err(|e| e.to_string())?;
+            let view = disk.retention.view(point.disks[&id]).await.map_err(|e| e.to_string())?;
             view.read(&disk.image, Extent::new(0, DISK_BYTES)).await.map(|c| c.to_vec()).map_err(|e| e.to_string())
         };
         Some(content.await)
     }
 
     /// What the replica holds now.
-    pub async fn replica(&self, n: usize) -> Vec<u8> {
-        let disk = &self.running.as_ref().expect("it is up").disks[&self.ids[n]];
+    pub async fn replica(&self, id: DiskId) -> Vec<u8> {
+        let disk = &self.running.as_ref().expect("it is up").disks[&id];
         disk.image.read(Extent::new(0, DISK_BYTES)).await.expect("no faults are left").to_vec()
     }
 

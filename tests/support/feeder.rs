@@ -286,6 +286,7 @@ fn hear(
         | ServerMessage::Alive
         | ServerMessage::Draining
         | ServerMessage::Target(_)
+        | ServerMessage::Link { .. }
         | ServerMessage::Verdict { .. } => {}
     }
     Ok(())

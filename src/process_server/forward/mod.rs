@@ -47,6 +47,8 @@ pub async fn run(server: Rc<Server>) {
 }
 
 fn set_link(server: &Server, error: Option<&str>) {
+    server.link_up.set(error.is_none());
+    server.disks.values().for_each(|disk| disk.tell_agent());
     metrics::disk_gauge(metrics::LINK_UP, "", if error.is_none() { 1.0 } else { 0.0 });
     let mut view = server.view.lock().unwrap_or_else(PoisonError::into_inner);
     view.link_up = error.is_none();

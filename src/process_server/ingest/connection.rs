@@ -353,7 +353,7 @@ impl Connection {
 
     /// Sends replies and the newest positions; each position once, however often it changed.
     async fn answer(&self, write: &mut WriteHalf<TlsStream<TcpStream>>) -> Result<(), ConnectionError> {
-        let (mut told_target, mut told_draining): (Option<Name>, bool) = (None, false);
+        let (mut told_target, mut told_draining, mut told_link): (Option<Name>, bool, Option<bool>) = (None, false, None);
         loop {
             let mut out: Vec<u8> = std::mem::take(&mut *self.replies.borrow_mut()).iter().flat_map(encode).collect();
             let target = self.server.target.borrow().clone().filter(|_| self.greeted.get());
@@ -366,6 +366,10 @@ impl Connection {
                 out.extend(encode(&ServerMessage::Draining));
             }
             told_draining = draining;
+            let link = self.server.link_up.get();
+            if self.greeted.get() && told_link.replace(link) != Some(link) {
+                out.extend(encode(&ServerMessage::Link { up: link }));
+            }
             self.add_acknowledgements(&mut out);
             if out.is_empty() {
                 let waited = tokio::time::timeout(ALIVE_EVERY, self.bell.notified()).await;
