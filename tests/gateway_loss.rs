@@ -3,12 +3,10 @@
 
 mod support;
 
-use std::net::UdpSocket;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use support::known::Known;
+use support::way::Way;
 use support::writer::Writer;
 use support::{Cluster, Options, Rng, gateway_role};
 
@@ -120,20 +118,7 @@ fn one_that_wakes_late_is_fenced() {
 #[test]
 fn one_that_is_cut_off_from_the_master_target_is_left() {
     let mut cluster = Cluster::prepare(options());
-    let ways: Vec<Way> = [gateway_role(0), gateway_role(1)]
-        .iter()
-        .map(|role| {
-            let way = Way::to(cluster.forward_port());
-            let text = std::fs::read_to_string(cluster.config(role)).unwrap();
-            let (from, to) = (
-                format!("master_target = \"127.0.0.1:{}\"", cluster.forward_port()),
-                format!("master_target = \"127.0.0.1:{}\"", way.port),
-            );
-            assert!(text.contains(&from));
-            std::fs::write(cluster.config(role), text.replace(&from, &to)).unwrap();
-            way
-        })
-        .collect();
+    let ways = Way::between(&cluster);
     for role in ["master-target", "process-server", "process-server-2", "agent"] {
         cluster.start_role(role);
     }
@@ -173,60 +158,6 @@ fn one_that_is_cut_off_from_the_master_target_is_left() {
         "a process server cut off, left after {took:.1} s, then both cut off; {} writes, longest {:.0?}, {points} points materialised, 0 differences, 0 resynchronisations",
         written.writes, written.longest
     );
-}
-
-/// A way for datagrams that can be cut.
-struct Way {
-    port: u16,
-    cut: Arc<AtomicBool>,
-    over: Arc<AtomicBool>,
-}
-
-impl Way {
-    fn to(port: u16) -> Self {
-        let (front, back) = (UdpSocket::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
-        back.connect(("127.0.0.1", port)).unwrap();
-        let way = Self { port: front.local_addr().unwrap().port(), cut: Arc::default(), over: Arc::default() };
-        let client = Arc::new(Mutex::new(None));
-        for there in [true, false] {
-            let (front, back) = (front.try_clone().unwrap(), back.try_clone().unwrap());
-            let (cut, over, client) = (way.cut.clone(), way.over.clone(), client.clone());
-            front.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-            back.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-            std::thread::spawn(move || {
-                let mut packet = [0; 65536];
-                while !over.load(Ordering::Relaxed) {
-                    let got = if there {
-                        front.recv_from(&mut packet).map(|(len, from)| (len, Some(from)))
-                    } else {
-                        back.recv(&mut packet).map(|len| (len, None))
-                    };
-                    // An error is a timeout, or a port that nobody listens on just now.
-                    let Ok((len, from)) = got else { continue };
-                    let to = {
-                        let mut client = client.lock().unwrap();
-                        *client = from.or(*client);
-                        *client
-                    };
-                    if cut.load(Ordering::Relaxed) {
-                        continue;
-                    }
-                    let _ = if there { back.send(&packet[..len]) } else { to.map_or(Ok(0), |to| front.send_to(&packet[..len], to)) };
-                }
-            });
-        }
-        way
-    }
-
-    fn cut(&self, cut: bool) {
-        self.cut.store(cut, Ordering::Relaxed);
-    }
-}
-
-impl Drop for Way {
-    fn drop(&mut self) {
-        self.over.store(true, Ordering::Relaxed);
-    }
 }
 
 /// Taken out of service for maintenance: agents go elsewhere at once, and come back when the other one is drained.

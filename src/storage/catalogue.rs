@@ -1,12 +1,13 @@
 //! Small metadata in one redb file for each server: typed values under byte keys. Bulk data never goes here.
 //!
 //! Every [`Catalogue::write`] is one transaction, durable when it returns (redb syncs); a crash leaves the state before or
-//! after it.
+//! after it. Rot is found and never served: the whole file is checked when it is opened, and every value ends with a CRC-32C of
+//! table, key and value, which is checked when it is read.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, WriteTransaction};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableHandle, WriteTransaction};
 use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
 use uuid::Uuid;
@@ -29,6 +30,13 @@ pub struct Catalogue {
     path: Arc<PathBuf>,
 }
 
+const DAMAGED: &str = "is damaged, or was written by an earlier version: check its storage, then put the folder back from a backup, or begin with an empty one";
+
+fn seal(table: &str, key: &[u8], value: &[u8]) -> [u8; 4] {
+    let crc = crc32c::crc32c_append(crc32c::crc32c(table.as_bytes()), key);
+    crc32c::crc32c_append(crc, value).to_le_bytes()
+}
+
 /// Makes an empty catalogue under its name at once: power that goes in between leaves none, not one that does not open.
 fn make(path: &Path) -> Result<(), redb::Error> {
     let mut new = path.to_owned().into_os_string();
@@ -44,6 +52,18 @@ fn make(path: &Path) -> Result<(), redb::Error> {
     std::fs::File::open(&new)?.sync_all()?;
     std::fs::rename(&new, path)?;
     Ok(crate::storage::uring::sync_dir(path.parent().unwrap_or(Path::new(".")))?)
+}
+
+/// Opens a file that is what its last transaction left; `None` if it is not.
+fn open_sound(path: &Path) -> Result<Option<Database>, redb::Error> {
+    // Lengths that it reads from a rotten file make it panic (redb 4.4): nothing else of it is in memory yet.
+    let opened = std::panic::catch_unwind(|| {
+        let mut db = Database::create(path)?;
+        // What it calls repaired may be the state of an earlier transaction, which nobody else would know of.
+        let sound = db.check_integrity()?;
+        Ok::<_, redb::Error>(sound.then_some(db))
+    });
+    opened.unwrap_or(Ok(None))
 }
 
 impl Catalogue {
@@ -62,7 +82,7 @@ impl Catalogue {
         if !path.exists() {
             make(path).map_err(failed)?;
         }
-        let db = Database::create(path).map_err(|e| failed(e.into()))?;
+        let db = open_sound(path).map_err(failed)?.ok_or_else(|| CatalogueError { path: path.to_owned(), message: DAMAGED.to_owned() })?;
         let catalogue = Self { db: Arc::new(db), path: Arc::new(path.to_owned()) };
         catalogue.write(|batch| tables.iter().try_for_each(|table| batch.touch(*table)))?;
         Ok(catalogue)
@@ -93,10 +113,10 @@ impl Catalogue {
     /// # Errors
     /// If the file fails or the value is not of this type.
     pub fn get<T: DeserializeOwned>(&self, table: Table, key: &[u8]) -> Result<Option<T>, CatalogueError> {
-        let txn = self.db.begin_read().map_err(|e| self.failed(e))?;
+        let (txn, name) = (self.db.begin_read().map_err(|e| self.failed(e))?, table.name().to_owned());
         let table = txn.open_table(table).map_err(|e| self.failed(e))?;
         let value = table.get(key).map_err(|e| self.failed(e))?;
-        value.map(|bytes| postcard::from_bytes(bytes.value()).map_err(|e| self.failed(e))).transpose()
+        value.map(|bytes| self.unseal(&name, key, bytes.value())).transpose()
     }
 
     /// Reads a whole table.
@@ -104,12 +124,12 @@ impl Catalogue {
     /// # Errors
     /// As [`Catalogue::get`].
     pub fn all<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(Vec<u8>, T)>, CatalogueError> {
-        let txn = self.db.begin_read().map_err(|e| self.failed(e))?;
+        let (txn, name) = (self.db.begin_read().map_err(|e| self.failed(e))?, table.name().to_owned());
         let table = txn.open_table(table).map_err(|e| self.failed(e))?;
         let rows = table.iter().map_err(|e| self.failed(e))?;
         rows.map(|row| {
             let (key, value) = row.map_err(|e| self.failed(e))?;
-            Ok((key.value().to_vec(), postcard::from_bytes(value.value()).map_err(|e| self.failed(e))?))
+            Ok((key.value().to_vec(), self.unseal(&name, key.value(), value.value())?))
         })
         .collect()
     }
@@ -122,6 +142,14 @@ impl Catalogue {
         let txn = self.db.begin_write().map_err(|e| self.failed(e))?;
         change(&Batch { txn: &txn, catalogue: self })?;
         txn.commit().map_err(|e| self.failed(e))
+    }
+
+    fn unseal<T: DeserializeOwned>(&self, table: &str, key: &[u8], stored: &[u8]) -> Result<T, CatalogueError> {
+        let (value, crc) = stored.split_last_chunk().ok_or_else(|| self.failed(DAMAGED))?;
+        if *crc != seal(table, key, value) {
+            return Err(self.failed(DAMAGED));
+        }
+        postcard::from_bytes(value).map_err(|e| self.failed(e))
     }
 
     /// An error that names this catalogue.
@@ -146,9 +174,10 @@ impl Batch<'_> {
     /// # Errors
     /// The transaction is given up.
     pub fn get<T: DeserializeOwned>(&self, table: Table, key: &[u8]) -> Result<Option<T>, CatalogueError> {
+        let name = table.name().to_owned();
         let table = self.txn.open_table(table).map_err(|e| self.catalogue.failed(e))?;
         let value = table.get(key).map_err(|e| self.catalogue.failed(e))?;
-        value.map(|bytes| postcard::from_bytes(bytes.value()).map_err(|e| self.catalogue.failed(e))).transpose()
+        value.map(|bytes| self.catalogue.unseal(&name, key, bytes.value())).transpose()
     }
 
     /// Sets a value.
@@ -156,7 +185,9 @@ impl Batch<'_> {
     /// # Errors
     /// The transaction is given up.
     pub fn put<T: Serialize>(&self, table: Table, key: &[u8], value: &T) -> Result<(), CatalogueError> {
-        let bytes = postcard::to_stdvec(value).map_err(|e| self.catalogue.failed(e))?;
+        let mut bytes = postcard::to_stdvec(value).map_err(|e| self.catalogue.failed(e))?;
+        let crc = seal(table.name(), key, &bytes);
+        bytes.extend_from_slice(&crc);
         let mut table = self.txn.open_table(table).map_err(|e| self.catalogue.failed(e))?;
         table.insert(key, bytes.as_slice()).map_err(|e| self.catalogue.failed(e))?;
         Ok(())
@@ -186,5 +217,41 @@ mod tests {
         assert_eq!(catalogue.identity(SERVER, b"id", 2).unwrap(), id);
         let refused = catalogue.identity(SERVER, b"id", 3).unwrap_err().to_string();
         assert!(refused.contains("has format 2, this version reads 3"), "{refused}");
+    }
+
+    /// Each flipped bit is an error, or changes nothing that is read.
+    #[test]
+    fn a_catalogue_that_rots_is_refused_or_right() {
+        const VALUES: Table = Table::new("values");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.redb");
+        let value = |n: u32| vec![n; 20];
+        {
+            let catalogue = Catalogue::open(&path, &[VALUES]).unwrap();
+            for part in 0..4 {
+                let all =
+                    |batch: &Batch<'_>| (part * 50..(part + 1) * 50).try_for_each(|n: u32| batch.put(VALUES, &n.to_be_bytes(), &value(n)));
+                catalogue.write(all).unwrap();
+            }
+        }
+        let good = std::fs::read(&path).unwrap();
+        // Most of the file is room for later.
+        let used: Vec<usize> = (0..good.len()).filter(|at| good[*at] != 0).collect();
+        let (mut refused, mut harmless) = (0, 0);
+        for n in 0..400 {
+            let at = used[n * used.len() / 400];
+            let mut rotten = good.clone();
+            rotten[at] ^= 1 << (n % 8);
+            std::fs::write(&path, rotten).unwrap();
+            match Catalogue::open(&path, &[VALUES]).and_then(|catalogue| catalogue.all::<Vec<u32>>(VALUES)) {
+                Err(_) => refused += 1,
+                Ok(all) => {
+                    let expected: Vec<_> = (0..200u32).map(|n| (n.to_be_bytes().to_vec(), value(n))).collect();
+                    assert_eq!(all, expected, "a bit at {at}");
+                    harmless += 1;
+                }
+            }
+        }
+        assert!(refused > 50 && harmless > 20, "{refused} refused, {harmless} harmless");
     }
 }

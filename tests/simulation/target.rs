@@ -235,7 +235,7 @@ impl Target {
         for ((id, number), (location, _)) in tags.into_iter().zip(placed) {
             let disk = running.disks.get_mut(&id).expect("registered");
             disk.queue.extend(disk.order.journaled(number, location));
-            told.extend(disk.owner.map(|gateway| (id, gateway, disk.order.positions().1)));
+            told.extend(disk.owner.map(|gateway| (id, gateway, disk.order.acknowledged())));
         }
         Some(told)
     }

@@ -22,6 +22,7 @@ pub mod known;
 pub mod mounted;
 pub mod postgresql;
 mod rng;
+pub mod way;
 pub mod writer;
 
 /// Roles in the order data flows.
@@ -225,6 +226,11 @@ impl Cluster {
     /// Port of a process server's listener for agents.
     pub fn gateway_port(&self, n: usize) -> u16 {
         if n == 0 { self.ports[0] } else { self.ports[3 + 2 * n] }
+    }
+
+    /// Its process servers.
+    pub fn gateway_roles(&self) -> impl Iterator<Item = String> + use<> {
+        (0..self.options.gateways).map(gateway_role)
     }
 
     /// Port of the agents' listener.

@@ -23,7 +23,6 @@ use crate::master_target::shared::{Item, Newest};
 use crate::model::change::GROUP_SUBJECT;
 use crate::model::{Extent, Hold, Marker, PointId, Rung, Trailer, position::assert_ladder};
 use crate::observe::metrics;
-use crate::sabotage;
 use crate::storage::catalogue::CatalogueError;
 use crate::storage::log::LogError;
 use crate::storage::uring::is_full;
@@ -83,13 +82,6 @@ pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Resu
         let (header, body) = item.body.take().expect("opened before");
         apply.shared.body_bytes.fetch_sub(body.len() as u64, Ordering::Relaxed);
         bodies.push((header, body.freeze()));
-    }
-    if sabotage::is("swap-batches") {
-        bodies.reverse();
-    }
-    if sabotage::is("drop-batch") && bodies.len() > 3 {
-        bodies.remove(1);
-        items.remove(1);
     }
     let cuts = plan(bodies.iter().map(|(header, body)| (header, &body[..])))?;
     let mut arrivals: Vec<Arrival> = Vec::new();

@@ -1,6 +1,7 @@
 //! Plans a checkpoint: batches are cut at markers and digests, and within a cut only the last write to each byte is left. Pure.
 
 use crate::model::{Extent, OverlayMap, Position, Trailer};
+use crate::sabotage;
 use crate::wire::WireError;
 use crate::wire::batch::{BatchHeader, parse_entries, parse_trailer};
 
@@ -30,8 +31,16 @@ pub fn plan<'a>(batches: impl Iterator<Item = (&'a BatchHeader, &'a [u8])>) -> R
     let mut cuts = vec![Cut::default()];
     for (index, (header, body)) in batches.enumerate() {
         let cut = cuts.last_mut().expect("there is always one cut");
+        if index == 1 && sabotage::is("drop-batch") {
+            continue;
+        }
         for entry in parse_entries(header, body)? {
-            cut.pieces.insert(entry.extent, Content { batch: index, data_at: entry.data_at });
+            let content = Content { batch: index, data_at: entry.data_at };
+            if index == 1 && sabotage::is("swap-batches") {
+                cut.pieces.insert_below(entry.extent, content);
+                continue;
+            }
+            cut.pieces.insert(entry.extent, content);
         }
         if let Some(trailer) = parse_trailer(header, body)? {
             cut.end = Some((header.end(), trailer, index));

@@ -6,6 +6,7 @@ use thiserror::Error;
 
 use crate::master_target::shared::Item;
 use crate::model::Position;
+use crate::sabotage;
 use crate::storage::log::Location;
 
 /// What a batch is to a disk's stream.
@@ -74,6 +75,11 @@ impl Order {
         self.next_number += 1;
         self.waiting.push_back(Waiting { number: self.next_number, end, item: Some(make()), done: false });
         self.next_number
+    }
+
+    /// What the process server is told: everything through here is durable, and nothing behind it.
+    pub fn acknowledged(&self) -> Position {
+        if sabotage::is("acknowledge-early") { self.received } else { self.journaled }
     }
 
     /// A batch is durable. Returns what may be applied now, in order.

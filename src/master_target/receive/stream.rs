@@ -19,7 +19,6 @@ use crate::master_target::journal::Tag;
 use crate::master_target::shared::{DiskShared, Item, Travel};
 use crate::model::{Compare, DiskReport, Hold, Name, Position, Trailer};
 use crate::observe::metrics;
-use crate::sabotage;
 use crate::storage::AlignedBuf;
 use crate::storage::catalogue::CatalogueError;
 use crate::storage::log::Location;
@@ -239,9 +238,8 @@ async fn acknowledge(disk: &Rc<IncomingDisk>, shared: &DiskShared, owner: u64, s
         if let Some(reason) = disk.failed.borrow().clone() {
             return Err(StreamError::Refused { retry: false, message: format!("the journal is closed for writing: {reason}") });
         }
-        let journaled =
-            disk.order.borrow().as_ref().map(|o| if sabotage::is("acknowledge-early") { o.positions().0 } else { o.positions().1 });
-        if let Some(position) = journaled.filter(|p| told != Some(*p)) {
+        let acknowledged = disk.order.borrow().as_ref().map(Order::acknowledged);
+        if let Some(position) = acknowledged.filter(|p| told != Some(*p)) {
             told = Some(position);
             write_reply(send, &Reply::Journaled(position)).await?;
         }
