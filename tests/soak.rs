@@ -57,7 +57,7 @@ impl Soak {
             disk_bytes: SIZE,
             gateways: 2,
             cache: "writeback",
-            agent: "[backlog]\nmemory_max = \"16MiB\"\nlog_max = \"128MiB\"\n[scrub]\nrate = \"8MiB/s\"\n".to_owned(),
+            agent: "[backlog]\nmemory_max = \"64MiB\"\nlog_max = \"256MiB\"\n[scrub]\nrate = \"8MiB/s\"\n".to_owned(),
             // Old content of ten minutes, whatever the soak's length.
             master_target: "[retain]\nladder = \"all for 10m, 1/m for 30m\"\n".to_owned(),
             ..Options::default()

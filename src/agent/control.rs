@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::rest::Trouble;
 use super::{Agent, AgentShared, Command};
 use crate::clock;
-use crate::control::api::{ApiError, DiskView, MachineView, Marked, Request, RoleStatus, ScrubView};
+use crate::control::api::{ApiError, DiskView, MachineView, Marked, Request, RoleStatus, ScrubView, Verifying};
 use crate::control::server::{Answer, Role};
 use crate::model::{Health, PointKind, ReplicationState};
 
@@ -92,9 +92,9 @@ impl Role for Control {
 
     fn call<'a>(&'a self, request: &'a Request, _: &'a str) -> Answer<'a> {
         Box::pin(async move {
-            if let Request::VerifyDisk { disk, begin } = request {
+            if let Request::VerifyDisk { disk, what } = request {
                 return Some(
-                    self.verify(disk, *begin).await.and_then(|v| serde_json::to_value(v).map_err(|e| ApiError { message: e.to_string() })),
+                    self.verify(disk, *what).await.and_then(|v| serde_json::to_value(v).map_err(|e| ApiError { message: e.to_string() })),
                 );
             }
             let (Request::Mark { machine, .. } | Request::Resume { machine }) = request else { return None };
@@ -132,24 +132,29 @@ impl Role for Control {
 }
 
 impl Control {
-    async fn verify(&self, disk: &str, begin: bool) -> Result<ScrubView, ApiError> {
+    async fn verify(&self, disk: &str, what: Verifying) -> Result<ScrubView, ApiError> {
         let gone = || ApiError { message: "the agent is stopping".to_owned() };
         let found = self.shared.volumes.iter().enumerate().find(|(_, v)| v.label == disk || v.name.as_str() == disk);
         let Some((index, volume)) = found else {
             let known: Vec<&str> = self.shared.volumes.iter().map(|v| v.label.as_str()).collect();
             return Err(ApiError { message: format!("this agent has no disk {disk}; it has {}", known.join(", ")) });
         };
-        if begin {
+        if what == Verifying::Begin {
             let (done, answer) = oneshot::channel();
             self.commands.send(Command::VerifyDisk { volume: index, done }).await.map_err(|_| gone())?;
             answer.await.map_err(|_| gone())?;
         }
-        Ok(scrub_view(volume))
+        Ok(scrub_view(volume, what))
     }
 }
 
-fn scrub_view(volume: &super::shared::VolumeShared) -> ScrubView {
-    let (round, last) = volume.scrub();
+fn scrub_view(volume: &super::shared::VolumeShared, what: Verifying) -> ScrubView {
+    let rounds = volume.scrub();
+    let (round, last) = match what {
+        Verifying::Any => (rounds.under_way, rounds.last),
+        // The next one begins by itself as soon as it has ended.
+        Verifying::Begin | Verifying::Asked => (rounds.under_way.filter(|round| round.asked), rounds.last_asked),
+    };
     let now = clock::now();
     let size = volume.size();
     let of = |round: &super::scrub::Round| size / round.regions.max(1) * round.done;

@@ -30,6 +30,17 @@ pub struct Round {
     pub ended: Option<Mono>,
 }
 
+/// What is known of the rounds over a disk.
+#[derive(Clone, Debug, Default)]
+pub struct Rounds {
+    /// The one under way.
+    pub under_way: Option<Round>,
+    /// The last one that ended.
+    pub last: Option<Round>,
+    /// The last one that somebody asked for and that ended.
+    pub last_asked: Option<Round>,
+}
+
 /// The scrub of one disk.
 #[derive(Debug, Default)]
 pub struct Scrub {
@@ -37,28 +48,24 @@ pub struct Scrub {
     cursor: u64,
     again: Vec<u64>,
     awaiting: HashMap<u64, (u64, Mono)>,
-    round: Option<Round>,
-    last: Option<Round>,
+    rounds: Rounds,
 }
 
 impl Scrub {
     /// Begins a round now, in place of the one under way.
     pub fn begin(&mut self, regions: u64, asked: bool, now: Mono) {
-        *self = Self {
-            last: self.last.take(),
-            round: Some(Round { asked, regions, done: 0, differing: 0, began: now, ended: None }),
-            ..Self::default()
-        };
+        let under_way = Some(Round { asked, regions, done: 0, differing: 0, began: now, ended: None });
+        *self = Self { rounds: Rounds { under_way, ..std::mem::take(&mut self.rounds) }, ..Self::default() };
     }
 
     /// Whether a round is under way that somebody asked for.
     pub fn is_urgent(&self) -> bool {
-        self.round.as_ref().is_some_and(|round| round.asked)
+        self.round().is_some_and(|round| round.asked)
     }
 
     /// The region to compare now, if there is one. The caller says [`Scrub::asked`] or [`Scrub::passed_over`].
     pub fn next(&mut self, now: Mono) -> Option<u64> {
-        let round = self.round.as_ref()?;
+        let regions = self.round()?.regions;
         let late: Vec<u64> =
             self.awaiting.iter().filter(|(_, (_, at))| now.since(*at) >= VERDICT_LIMIT).map(|(region, _)| *region).collect();
         for region in late {
@@ -71,7 +78,7 @@ impl Scrub {
         if let Some(region) = self.again.pop() {
             return Some(region);
         }
-        if self.cursor >= round.regions {
+        if self.cursor >= regions {
             return None;
         }
         self.cursor += 1;
@@ -116,21 +123,25 @@ impl Scrub {
 
     /// The round under way.
     pub fn round(&self) -> Option<&Round> {
-        self.round.as_ref()
+        self.rounds.under_way.as_ref()
     }
 
-    /// The last one that ended.
-    pub fn last(&self) -> Option<&Round> {
-        self.last.as_ref()
+    /// What is known of rounds.
+    pub fn rounds(&self) -> &Rounds {
+        &self.rounds
     }
 
     fn count(&mut self, differing: u64, now: Mono) {
-        let Some(round) = &mut self.round else { return };
+        let Some(round) = &mut self.rounds.under_way else { return };
         round.done += 1;
         round.differing += differing;
         if round.done >= round.regions {
             round.ended = Some(now);
-            self.last = self.round.take();
+            let ended = self.rounds.under_way.take();
+            if ended.as_ref().is_some_and(|round| round.asked) {
+                self.rounds.last_asked.clone_from(&ended);
+            }
+            self.rounds.last = ended;
         }
     }
 }
@@ -168,12 +179,16 @@ mod tests {
             }
         }
         assert_eq!(rest, [0, 32, 33, 34, 35, 36, 37, 38, 39]);
-        assert!(scrub.last().is_none());
+        assert!(scrub.rounds().last.is_none());
         for region in [0, 32, 33, 34, 35, 36, 37, 38] {
             assert!(scrub.verdict(region, 200 + region, 0, later));
         }
-        let last = scrub.last().unwrap();
+        let last = scrub.rounds().last.clone().unwrap();
         assert_eq!((last.done, last.differing, last.ended), (40, 65536, Some(later)));
         assert_eq!(scrub.next(later), None);
+        // One that begins by itself does not hide how the one ended that somebody waits for.
+        scrub.begin(40, false, later);
+        assert!(scrub.round().is_some() && !scrub.is_urgent());
+        assert_eq!(scrub.rounds().last_asked, Some(last));
     }
 }

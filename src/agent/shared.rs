@@ -8,7 +8,7 @@ use tokio::sync::{Notify, oneshot};
 use super::backlog::Backlog;
 use super::consistency::GroupStatus;
 use super::rest::Freezer;
-use super::scrub::Round;
+use super::scrub::Rounds;
 use crate::model::{Compare, DiskId, DiskReport, MachineId, Name, PointId, PointKind, Position, Verdict, Wanted};
 
 /// Everything another thread may see of the agent.
@@ -50,7 +50,7 @@ pub struct VolumeShared {
     size: AtomicU64,
     backlog: Mutex<Backlog>,
     report: Mutex<(DiskReport, Option<String>)>,
-    scrub: Mutex<(Option<Round>, Option<Round>)>,
+    scrub: Mutex<Rounds>,
     /// The process server takes changes of this disk now.
     pub open: AtomicBool,
 }
@@ -97,13 +97,13 @@ impl VolumeShared {
     }
 
     /// The comparison with the replica: the round under way, and the last one.
-    pub fn scrub(&self) -> (Option<Round>, Option<Round>) {
+    pub fn scrub(&self) -> Rounds {
         self.scrub.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Replaces that.
-    pub fn set_scrub(&self, round: Option<Round>, last: Option<Round>) {
-        *self.scrub.lock().unwrap_or_else(PoisonError::into_inner) = (round, last);
+    pub fn set_scrub(&self, rounds: Rounds) {
+        *self.scrub.lock().unwrap_or_else(PoisonError::into_inner) = rounds;
     }
 
     /// Replaces the report.

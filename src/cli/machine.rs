@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Ask, ask, output};
 use crate::config::units::show_size;
-use crate::control::api::{DiskView, MachineView, Request, RoleStatus, ScrubView};
+use crate::control::api::{DiskView, MachineView, Request, RoleStatus, ScrubView, Verifying};
 
 /// Machines.
 #[derive(clap::Subcommand)]
@@ -141,14 +141,15 @@ pub(super) fn disk(command: DiskCommand) -> anyhow::Result<()> {
 }
 
 fn verify(disk: String, show: bool, args: &Ask) -> anyhow::Result<()> {
-    let mut view: ScrubView = ask(&args.control, &Request::VerifyDisk { disk: disk.clone(), begin: !show })?;
+    let mut view: ScrubView =
+        ask(&args.control, &Request::VerifyDisk { disk: disk.clone(), what: if show { Verifying::Any } else { Verifying::Begin } })?;
     let bar = if args.json || !std::io::stderr().is_terminal() { ProgressBar::hidden() } else { ProgressBar::new(view.total_bytes) };
     bar.set_style(ProgressStyle::with_template(
         "{bar:40} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left {msg}",
     )?);
     while view.running && !show {
         std::thread::sleep(Duration::from_millis(200));
-        view = ask(&args.control, &Request::VerifyDisk { disk: disk.clone(), begin: false })?;
+        view = ask(&args.control, &Request::VerifyDisk { disk: disk.clone(), what: Verifying::Asked })?;
         bar.set_position(view.done_bytes);
         bar.set_message(view.waits.clone().unwrap_or_default());
     }

@@ -173,8 +173,8 @@ pub enum Request {
     VerifyDisk {
         /// Its name, or MACHINE/NAME.
         disk: String,
-        /// Begin.
-        begin: bool,
+        /// Begin, or only look.
+        what: Verifying,
     },
     /// Whether a process server is taken out of service, and how far it is: [`DrainView`].
     Drain {
@@ -232,7 +232,7 @@ pub struct ApiError {
 pub struct ScrubView {
     /// MACHINE/NAME.
     pub disk: String,
-    /// One is under way.
+    /// It is under way.
     pub running: bool,
     /// Share of the disk that is compared, in the one under way or in the last.
     pub done_bytes: u64,
@@ -246,6 +246,18 @@ pub struct ScrubView {
     pub last_age_seconds: Option<f64>,
     /// Why nothing can be compared now.
     pub waits: Option<String>,
+}
+
+/// Which comparison of a disk is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verifying {
+    /// A new one, which begins now.
+    Begin,
+    /// The last one that was begun so.
+    Asked,
+    /// Whichever is under way, or was last.
+    Any,
 }
 
 /// How far a process server is that is taken out of service.

@@ -280,7 +280,7 @@ impl Volume {
         metrics::disk_part(metrics::BACKLOG, label, "kind", "map", metrics::number(report.missing_bytes));
         metrics::disk_gauge(metrics::LAG, label, metrics::number(report.lag_us) / 1e6);
         metrics::disk_count(metrics::CAPTURED_BYTES, label, self.take_captured_bytes());
-        self.shared.set_scrub(self.scrub.borrow().round().cloned(), self.scrub.borrow().last().cloned());
+        self.shared.set_scrub(self.scrub.borrow().rounds().clone());
         self.shared.set_report(report, self.trouble());
     }
 }
