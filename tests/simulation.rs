@@ -207,7 +207,7 @@ impl World {
         }
         self.between_gateways_and_target(most)?;
         if self.rng.below(2) == 0 {
-            match self.target.commit().await {
+            match self.target.commit(&mut self.rng).await {
                 Some(told) => {
                     for (id, gateway, position) in told {
                         if let Some(link) = self.gateways[gateway].links.get_mut(&id).filter(|link| link.open) {

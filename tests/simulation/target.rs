@@ -200,7 +200,7 @@ impl Target {
                 }
                 match disk.order.judge(header.epoch, header.first, header.last) {
                     Err(gap) => return Err(gap.to_string()),
-                    Ok(Verdict::Known) => return Ok(Some(Down::Journaled(disk.order.positions().1))),
+                    Ok(Verdict::Known) => return Ok(Some(Down::Journaled(disk.order.acknowledged()))),
                     Ok(Verdict::Next) => {}
                 }
                 let (header, body) = disk.opener.open(&sealed).map_err(|e| e.to_string())?;
@@ -223,10 +223,11 @@ impl Target {
         self.running.as_ref().is_none_or(|r| r.disks[&id].order.positions().0 == r.disks[&id].order.positions().1)
     }
 
-    /// Makes what was received durable; who is told. `None` if its storage failed.
-    pub async fn commit(&mut self) -> Option<Vec<(DiskId, usize, Position)>> {
+    /// Makes some of what was received durable; who is told. `None` if its storage failed.
+    pub async fn commit(&mut self, rng: &mut Rng) -> Option<Vec<(DiskId, usize, Position)>> {
         let Some(running) = &mut self.running else { return Some(vec![]) };
-        let (tags, mut records): (Vec<_>, Vec<_>) = running.writes.drain(..).map(|(id, number, record)| ((id, number), record)).unzip();
+        let some = rng.below(running.writes.len() as u64 + 1) as usize;
+        let (tags, mut records): (Vec<_>, Vec<_>) = running.writes.drain(..some).map(|(id, number, record)| ((id, number), record)).unzip();
         if records.is_empty() {
             return Some(vec![]);
         }
