@@ -32,6 +32,7 @@ pub mod clock;
 pub mod config;
 pub mod hook;
 pub mod model;
+pub mod panics;
 pub mod priority;
 pub mod sabotage;
 

@@ -140,6 +140,45 @@ fn unknown_disks_and_disks_larger_or_smaller_than_their_replica_are_named() {
     assert_works(&mut cluster, "with the larger size");
 }
 
+/// Whichever page of it rots: the server says so and does not start, or nothing of what it reads is another.
+#[test]
+fn a_rotten_catalogue_is_named_and_nothing_is_done_with_it() {
+    let mut cluster = Cluster::start(Options::default());
+    cluster.wait_for_delta();
+    let point = cluster.mark("before");
+    // Nothing arrives meanwhile: a catalogue that is put back is then not behind the journal.
+    for role in ["agent", "process-server", "master-target"] {
+        cluster.terminate(role);
+    }
+    let path = cluster.path("master-target/master-target.redb");
+    let good = std::fs::read(&path).unwrap();
+    let mut pages: Vec<usize> = (0..good.len() / 4096).filter(|page| good[page * 4096..][..4096].iter().any(|b| *b != 0)).collect();
+    pages.truncate(40);
+    let mut refused = 0;
+    for page in &pages {
+        let mut rotten = good.clone();
+        let at = page * 4096 + good[page * 4096..][..4096].iter().rposition(|b| *b != 0).unwrap();
+        rotten[at] ^= 0x10;
+        rotten[page * 4096] ^= 0xff;
+        std::fs::write(&path, rotten).unwrap();
+        match cluster.try_start_role("master-target", Duration::from_secs(20)) {
+            Ok(()) => {
+                assert!(cluster.points().iter().any(|p| p["id"] == point.as_str()), "page {page}");
+                cluster.kill("master-target");
+            }
+            Err(why) => {
+                assert!(why.contains("master-target.redb") && !why.contains("panicked"), "page {page}: {why}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 0);
+    std::fs::write(&path, good).unwrap();
+    ["master-target", "process-server", "agent"].iter().for_each(|role| cluster.start_role(role));
+    assert_works(&mut cluster, "after");
+    eprintln!("{} pages damaged one after the other, {refused} times refused by name, never another answer", pages.len());
+}
+
 #[test]
 fn an_occupied_port_is_named_with_the_key_to_change() {
     let mut cluster = Cluster::start(Options::default());

@@ -233,7 +233,9 @@ impl Soak {
                 memory[0], memory[1], files[0], files[1]
             );
             assert!(memory[1] < 2 * memory[0] + (192 << 10), "{process} grows");
-            assert!(files[1] < files[0] + 64, "{process} leaks files");
+            // A master target keeps up to 256 files of old content open for a disk.
+            let kept = if process.starts_with("master") { 320 } else { 64 };
+            assert!(files[1] < files[0] + kept, "{process} leaks files");
         }
         assert!(written.longest < Duration::from_secs(10), "a write waited for {:?}", written.longest);
         assert!(tally.materialised > 0 && !tally.troubles.is_empty());

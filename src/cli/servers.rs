@@ -32,6 +32,13 @@ pub(super) struct Args {
     log_json: bool,
 }
 
+/// A master target keeps hundreds of files of old content open for each disk; the usual soft limit is 1024.
+fn open_many_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}
+
 /// Runs an agent.
 pub(super) fn agent(args: &Args) -> anyhow::Result<()> {
     let settings: AgentSettings = load(&args.config)?;
@@ -116,7 +123,8 @@ fn run(
     start: impl FnOnce(&mut Readiness) -> anyhow::Result<(Arc<dyn Role>, Stop)>,
 ) -> anyhow::Result<()> {
     logging::init("info", args.log_json);
-    logging::abort_on_panic();
+    crate::panics::abort_on_panic();
+    open_many_files();
     metrics::install();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {

@@ -11,13 +11,3 @@ pub fn init(default: &str, json: bool) {
     // A second call keeps the first subscriber; quickstart and tests run several roles in one process.
     let _ = if json { builder.json().try_init() } else { builder.try_init() };
 }
-
-/// Ends the process at the first panic, on whatever thread: state that broke an assertion must not be used again, and a
-/// restart recovers from what is durable.
-pub fn abort_on_panic() {
-    let report = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        report(info);
-        std::process::abort();
-    }));
-}

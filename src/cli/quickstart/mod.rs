@@ -88,7 +88,7 @@ const REPLICATION_LIMIT: Duration = Duration::from_secs(3600);
 /// Runs the quickstart.
 pub(super) fn run(args: Args) -> anyhow::Result<()> {
     logging::init(if args.disk.is_some() { "tidegate=info" } else { "tidegate=warn" }, false);
-    logging::abort_on_panic();
+    crate::panics::abort_on_panic();
     metrics::install();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // A folder for each disk: one that took over another's folder would continue its replica.
