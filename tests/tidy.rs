@@ -57,7 +57,7 @@ fn imports_go_one_way() {
         ("hook", &[]),
         ("wire", &["model", "clock"]),
         ("sabotage", &[]),
-        ("storage", &["model", "clock", "wire", "sabotage"]),
+        ("storage", &["model", "clock", "wire", "sabotage", "panics"]),
         ("config", &["model", "wire", "crypto", "disk"]),
         ("observe", &["model", "clock"]),
         ("crypto", &["model", "clock", "storage", "wire", "config"]),

@@ -294,7 +294,7 @@ impl Backlog {
     /// [`CannotResume`] if that change is not held any more, or was never sent.
     pub fn resume(&mut self, resume_at: u64) -> Result<(), CannotResume> {
         let number = resume_at.checked_sub(1).map(|n| n + self.base).ok_or(CannotResume)?;
-        if self.moving.is_some() || number < self.kept() || number < self.safe || number >= self.next {
+        if self.moving.is_some() || number < self.kept() || number < self.safe || number > self.sent {
             return Err(CannotResume);
         }
         // What lies between was received, but is not durable there: it stays here until it is.
@@ -318,8 +318,9 @@ impl Backlog {
         let Some(epoch) = self.moving else { return Err(CannotResume) };
         let number = match stands.epoch.cmp(&self.epoch) {
             std::cmp::Ordering::Equal => self.base + stands.sequence,
-            // Nothing of this epoch arrived there.
-            std::cmp::Ordering::Less => self.base,
+            // Nothing of this epoch arrived there. Where it began stands on what was there then: less than that was lost since.
+            std::cmp::Ordering::Less if self.stood == Position::default() || stands == self.stood => self.base,
+            std::cmp::Ordering::Less => return Err(CannotResume),
             std::cmp::Ordering::Greater => return Err(CannotResume),
         };
         if number < self.kept() || number < self.safe || number > self.sent {
@@ -332,6 +333,11 @@ impl Backlog {
         (self.epoch, self.moving, self.base, self.stood) = (epoch, None, number, stands);
         self.check();
         Ok(())
+    }
+
+    /// Whether another process server could go on behind what is safe without anything being read from the disk again.
+    pub fn can_move(&self) -> bool {
+        self.kept() <= self.safe
     }
 
     /// Whether the stream waits for [`Backlog::take_over`].

@@ -81,8 +81,9 @@ impl Choice {
     fn go_on(&mut self, now: Mono) -> Duration {
         let count = self.left.len();
         let stays = |left: &Option<Mono>| left.is_none_or(|at| now.since(at) >= LEFT_FOR);
-        let next = (1..=count).map(|step| (self.current + step) % count);
-        let next = next.clone().find(|&i| stays(&self.left[i])).unwrap_or((self.current + 1) % count);
+        let mut others = (1..count).map(|step| (self.current + step) % count);
+        // One that is to be taken out of service is better than one that does not serve.
+        let next = others.clone().find(|&i| stays(&self.left[i])).or_else(|| others.next()).unwrap_or(self.current);
         // All of them were tried: not at once again.
         let wait = if next <= self.current { self.backoff } else { BACKOFF_FIRST };
         self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
@@ -127,10 +128,14 @@ mod tests {
         choice.leave(at(1));
         assert_eq!(choice.current(), 1);
         choice.failed(at(2));
+        choice.failed(at(5));
+        assert_eq!(choice.current(), 1, "it has its time");
         choice.failed(at(8));
-        assert_eq!(choice.current(), 1, "the other one is going away");
-        choice.failed(at(70));
-        assert_eq!(choice.current(), 0, "better than none");
+        assert_eq!((choice.current(), choice.is_last_resort(at(8))), (0, true), "going away is better than dead");
+        choice.leave(at(9));
+        choice.failed(at(10));
+        choice.failed(at(80));
+        assert_eq!((choice.current(), choice.is_last_resort(at(80))), (0, false), "after a while it may have come back to stay");
         let mut alone = Choice::new(1, Duration::from_secs(5));
         assert!(alone.leave(at(1)) > Duration::ZERO);
         assert_eq!(alone.current(), 0);

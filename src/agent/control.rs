@@ -162,7 +162,10 @@ fn scrub_view(volume: &super::shared::VolumeShared, what: Verifying) -> ScrubVie
     let report = volume.report();
     let waits = match (&round, report.state, volume.open.load(Ordering::Relaxed)) {
         (None, ..) => None,
-        (_, ReplicationState::Delta | ReplicationState::FailedOver, true) => None,
+        (_, ReplicationState::FailedOver, _) => {
+            Some("the machine was handed over: nothing is written here that could be compared".to_owned())
+        }
+        (_, ReplicationState::Delta, true) => None,
         (_, _, false) => Some("the process server does not take the disk now".to_owned()),
         (_, state, true) => Some(format!("the disk is in state {}: it is compared when everything is in the stream", state.as_str())),
     };
@@ -172,6 +175,7 @@ fn scrub_view(volume: &super::shared::VolumeShared, what: Verifying) -> ScrubVie
         done_bytes: shown.map_or(0, |r| if r.ended.is_some() { size } else { of(r) }),
         total_bytes: size,
         differing_bytes: shown.map_or(0, |r| r.differing),
+        unread_bytes: shown.map_or(0, |r| r.unread),
         seconds: shown.map_or(0.0, |r| r.ended.unwrap_or(now).since(r.began).as_secs_f64()),
         last_age_seconds: last.and_then(|r| r.ended).map(|at| now.since(at).as_secs_f64()),
         waits,

@@ -24,6 +24,8 @@ pub struct Round {
     pub done: u64,
     /// Bytes that differed.
     pub differing: u64,
+    /// Bytes that could not be read here.
+    pub unread: u64,
     /// When it began.
     pub began: Mono,
     /// When it ended, if it did.
@@ -52,9 +54,12 @@ pub struct Scrub {
 }
 
 impl Scrub {
-    /// Begins a round now, in place of the one under way.
+    /// Begins a round now, in place of one that began by itself. One that somebody asked for goes on.
     pub fn begin(&mut self, regions: u64, asked: bool, now: Mono) {
-        let under_way = Some(Round { asked, regions, done: 0, differing: 0, began: now, ended: None });
+        if self.is_urgent() {
+            return;
+        }
+        let under_way = Some(Round { asked, regions, done: 0, differing: 0, unread: 0, began: now, ended: None });
         *self = Self { rounds: Rounds { under_way, ..std::mem::take(&mut self.rounds) }, ..Self::default() };
     }
 
@@ -97,6 +102,14 @@ impl Scrub {
 
     /// The region cannot be compared now: it is being sent, or is gone. That settles what it is.
     pub fn passed_over(&mut self, now: Mono) {
+        self.count(0, now);
+    }
+
+    /// So many bytes cannot be read. That settles what they are, for this round.
+    pub fn unread(&mut self, bytes: u64, now: Mono) {
+        if let Some(round) = &mut self.rounds.under_way {
+            round.unread += bytes;
+        }
         self.count(0, now);
     }
 

@@ -33,10 +33,12 @@ const POLLS_BEFORE_SLEEP: u32 = 50;
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// A process server that is there says something within this.
 const SPEAKS: Duration = Duration::from_secs(3);
+/// What was sent and is not durable there after this never will be: its disk hangs, although it speaks.
+const STUCK: Duration = Duration::from_secs(60);
 /// Others are asked at least this often whether they reach the master target.
 const SEEK_MAX: Duration = Duration::from_secs(60);
 /// A master target that comes back is found by one process server this much sooner than by another.
-const RECONNECTS: Duration = Duration::from_secs(6);
+const RECONNECTS: Duration = Duration::from_secs(15);
 const CUT_OFF: &str = "no process server reaches the master target: changes are safe in the cache of the one that serves, and wait there";
 
 /// What the session needs of the agent.
@@ -130,6 +132,8 @@ struct Slot {
     spent: Cell<u64>,
     /// Size it was opened with.
     size: Cell<u64>,
+    /// Epoch in which it was opened: what belongs to another one is not sent here.
+    epoch: Cell<u64>,
     /// A segment of its backlog is being read from the log.
     reading: Cell<bool>,
     /// What the last refusal said, so that it is told once.
@@ -278,6 +282,7 @@ impl Link {
         decided.await.map_err(|_| SessionError::Stopped)?;
         self.slots[index].credit.set(told.credit);
         self.slots[index].spent.set(0);
+        self.slots[index].epoch.set(volume.backlog().epoch());
         self.slots[index].open.set(true);
         volume.open.store(true, Ordering::Relaxed);
         self.report_now.set(true);
@@ -292,10 +297,19 @@ impl Link {
     /// Ends when no disk was taken, or nothing was heard, for so long that another process server is to be tried.
     async fn watch(&self, served: &Cell<Option<Mono>>, switch_after: Duration) -> bool {
         let mut last = clock::now();
+        let mut cached: Vec<(Position, Mono)> = vec![(Position::default(), last); self.slots.len()];
         loop {
             tokio::time::sleep(Duration::from_millis(100)).await;
             let now = clock::now();
-            if self.slots.iter().any(|slot| slot.open.get()) {
+            let mut stuck = false;
+            for (volume, seen) in self.shared.volumes.iter().zip(&mut cached) {
+                let [_, (_, sent), (_, held), _] = volume.backlog().rungs();
+                if held != seen.0 || sent == held {
+                    *seen = (held, now);
+                }
+                stuck |= now.since(seen.1) >= STUCK;
+            }
+            if !stuck && self.slots.iter().any(|slot| slot.open.get()) {
                 // It speaks every second, if it is there.
                 last = if now.since(self.heard.get()) < SPEAKS { now } else { self.heard.get() };
                 served.set(Some(last));
@@ -318,19 +332,26 @@ impl Link {
         }
     }
 
-    /// Ends with another process server that reaches the master target, when this one has not for `switch_after`. When none does
+    /// Ends with another process server that reaches the master target, when this one has not for `switch_after`, or is to be taken
+    /// out of service and was the last resort. When none does
     /// the master target is gone, and nothing is gained by moving: here at least everything is durable.
     async fn seek(&self, parts: &Parts, others: &[(usize, &str)]) -> usize {
         let settings = &parts.settings.process_server;
         let mut pause = settings.switch_after;
         loop {
             tokio::time::sleep(Duration::from_millis(100)).await;
-            if self.cut_off.get().is_none_or(|since| clock::now().since(since) < settings.switch_after) {
+            let cut_off = self.cut_off.get().is_some_and(|since| clock::now().since(since) >= settings.switch_after);
+            if !cut_off && !self.last_resort {
                 pause = settings.switch_after;
                 continue;
             }
-            for (other, address) in others {
+            // What this one alone still has would have to be read from the disk again, without its points: rather wait.
+            let can_move = self.shared.volumes.iter().all(|volume| volume.backlog().can_move());
+            for (other, address) in others.iter().filter(|_| can_move) {
                 if greeting::is_better(&parts.credentials, self.shared.machine_id, address, SPEAKS).await {
+                    if self.last_resort {
+                        return *other;
+                    }
                     tokio::time::sleep(RECONNECTS).await;
                     if self.cut_off.get().is_some() {
                         return *other;
@@ -408,7 +429,7 @@ async fn send(link: Rc<Link>, mut write: WriteHalf<TlsStream<TcpStream>>) -> Res
             return Ok(());
         }
         staging.clear();
-        link.reopen_grown();
+        link.reopen_changed();
         open_slots(&link, &mut staging).await?;
         link.read_spilled();
         let now = clock::now();
@@ -468,6 +489,8 @@ impl Link {
             tokio::task::spawn_local(async move {
                 let whole = match spill.read(index, name, location).await {
                     Ok(changes) => volume.backlog().loaded(name, changes),
+                    // Of a connection that is over: another one has read it meanwhile, or it is not needed any more.
+                    Err(_) if volume.backlog().wants().is_none_or(|(wanted, _)| wanted != name) => true,
                     Err(error) => {
                         tracing::error!(disk = volume.label, %error, "what waited in the agent's log is lost; the dirty map has it");
                         false
@@ -483,10 +506,11 @@ impl Link {
         }
     }
 
-    /// Disks that grew are opened again, so that the other side knows before it is sent anything of the new part.
-    fn reopen_grown(&self) {
+    /// Disks that grew, or whose stream began anew, are opened again, so that the other side knows before it is sent anything of that.
+    fn reopen_changed(&self) {
         for (index, (slot, volume)) in self.slots.iter().zip(&self.shared.volumes).enumerate() {
-            if slot.open.get() && slot.size.get() != volume.size() {
+            let epoch = volume.backlog().epoch();
+            if slot.open.get() && (slot.size.get() != volume.size() || slot.epoch.get() != epoch) {
                 slot.open.set(false);
                 volume.open.store(false, Ordering::Relaxed);
                 self.reopen.borrow_mut().push((index, Duration::ZERO));
@@ -551,8 +575,8 @@ fn add_changes(slot: &Slot, index: usize, volume: &VolumeShared, staging: &mut V
     while staging.len() < stop_at {
         let next = {
             let mut backlog = volume.backlog();
-            if slot.size.get() != volume.size() {
-                // It grew since; what is in the backlog may lie behind the end that the other side knows.
+            if slot.size.get() != volume.size() || slot.epoch.get() != backlog.epoch() {
+                // It grew since, and what is in the backlog may lie behind the end that the other side knows; or it began anew.
                 return Ok(());
             }
             backlog.take_next(slot.credit.get().saturating_sub(slot.spent.get()))

@@ -154,6 +154,9 @@ fn verify(disk: String, show: bool, args: &Ask) -> anyhow::Result<()> {
         bar.set_message(view.waits.clone().unwrap_or_default());
     }
     bar.finish_and_clear();
+    if !show && view.done_bytes < view.total_bytes {
+        bail!("the comparison ended before it was done: its agent was restarted. Begin it again");
+    }
     if args.json {
         output::json(&view)?;
     } else {
@@ -161,6 +164,9 @@ fn verify(disk: String, show: bool, args: &Ask) -> anyhow::Result<()> {
         println!("compared  {} of {} in {:.1} s", show_size(view.done_bytes), show_size(view.total_bytes), view.seconds);
         println!("differing {}", show_size(view.differing_bytes));
         println!("last      {}", output::ago(view.last_age_seconds));
+    }
+    if view.unread_bytes > 0 {
+        bail!("{} of {} cannot be read and were not compared: check the storage of the source", show_size(view.unread_bytes), view.disk);
     }
     if view.differing_bytes > 0 {
         bail!(

@@ -52,6 +52,15 @@ pub(super) enum PointCommand {
         #[command(flatten)]
         ask: Ask,
     },
+    /// Put a point back on the list that a comparison with the source took off it: when it was the source that was damaged, the
+    /// points were the good copies. Ask the master target.
+    #[command(after_help = "Example:\n  tidegate point list --bad\n  tidegate point restore 3f2a")]
+    Restore {
+        /// Its id, or the beginning of it.
+        point: String,
+        #[command(flatten)]
+        ask: Ask,
+    },
     /// One point. Ask the master target.
     Show {
         /// Its id, or the beginning of it.
@@ -150,10 +159,14 @@ fn list_bad(machine: Option<String>, args: &Ask) -> anyhow::Result<()> {
             b.disk.clone(),
             b.noticed.clone(),
             b.point.label.clone().unwrap_or_default(),
+            if b.kept { "yes" } else { "no" }.to_owned(),
             b.cause.clone(),
         ]
     };
-    output::table(&["POINT", "MACHINE", "TIME", "KIND", "DISK", "NOTICED", "LABEL", "CAUSE"], &points.iter().map(row).collect::<Vec<_>>());
+    output::table(
+        &["POINT", "MACHINE", "TIME", "KIND", "DISK", "NOTICED", "LABEL", "KEPT", "CAUSE"],
+        &points.iter().map(row).collect::<Vec<_>>(),
+    );
     Ok(())
 }
 
@@ -239,6 +252,17 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
                 return output::json(&serde_json::json!({ "forgotten": count }));
             }
             println!("{count} unusable {} cleared", if count == 1 { "point" } else { "points" });
+            Ok(())
+        }
+        PointCommand::Restore { point, ask: args } => {
+            let view: PointView = ask(&args.control, &Request::RestoreBad { point })?;
+            if args.json {
+                return output::json(&view);
+            }
+            println!(
+                "point {} of {} is on the list again; compare what it holds with what you expect before you rely on it",
+                view.id, view.machine
+            );
             Ok(())
         }
         PointCommand::List { machine, ask: args, .. } => {

@@ -206,6 +206,11 @@ pub enum Request {
         /// Of one machine only.
         machine: Option<String>,
     },
+    /// Put a point back on the list that a comparison with the source took off it: [`PointView`].
+    RestoreBad {
+        /// Its id, or the beginning of it.
+        point: String,
+    },
     /// Recompute a point: [`VerifyView`].
     Verify {
         /// As in `Mount`.
@@ -240,6 +245,9 @@ pub struct ScrubView {
     pub total_bytes: u64,
     /// Bytes that differed.
     pub differing_bytes: u64,
+    /// Bytes of the disk that could not be read, and were not compared.
+    #[serde(default)]
+    pub unread_bytes: u64,
     /// How long it took, or takes since.
     pub seconds: f64,
     /// How long ago the last one ended; absent without one.
@@ -415,6 +423,9 @@ pub struct BadPointView {
     pub cause: String,
     /// When that was noticed, RFC 3339.
     pub noticed: String,
+    /// Its content is kept: `point restore` puts it back.
+    #[serde(default)]
+    pub kept: bool,
 }
 
 /// A verification.

@@ -3,9 +3,10 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use aes_gcm::aead::{AeadInOut, KeyInit};
-use aes_gcm::{Aes256Gcm, Nonce, Tag};
+use aes_gcm::{Aes256Gcm, Tag};
 
 use super::keyring::DataKey;
+use super::seal::nonce;
 use crate::storage::AlignedBuf;
 
 /// Bytes that a seal adds: the nonce's counter in front, the tag behind.
@@ -48,12 +49,6 @@ impl Scratch {
         self.cipher.decrypt_inout_detached(&nonce, name, plain.as_mut_slice().into(), &Tag::from(*tag)).ok()?;
         Some(plain)
     }
-}
-
-fn nonce(counter: u64) -> Nonce<aes_gcm::aead::consts::U12> {
-    let mut bytes = [0; 12];
-    bytes[4..].copy_from_slice(&counter.to_le_bytes());
-    bytes.into()
 }
 
 #[cfg(test)]

@@ -186,7 +186,8 @@ fn session_cipher(key: &DataKey, purpose: Purpose, disk: DiskId, generation: u64
     Aes256Gcm::new((&*session_key).into())
 }
 
-fn nonce(counter: u64) -> Nonce<aes_gcm::aead::consts::U12> {
+/// A counter as the nonce of AES-GCM: 4 zero bytes, then 8.
+pub(super) fn nonce(counter: u64) -> Nonce<aes_gcm::aead::consts::U12> {
     let mut bytes = [0; 12];
     bytes[4..].copy_from_slice(&counter.to_le_bytes());
     bytes.into()

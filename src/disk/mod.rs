@@ -159,6 +159,13 @@ pub enum DiskError {
     },
 }
 
+impl DiskError {
+    /// The disk below does not give back what was written (EIO).
+    pub fn is_unreadable(&self) -> bool {
+        matches!(self, DiskError::Io { source, .. } if source.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()))
+    }
+}
+
 /// A virtual disk in a file; lives on one thread. Reads and writes may run side by side; `barrier` and `grow` run alone.
 pub trait Disk {
     /// Size of the virtual disk in bytes.

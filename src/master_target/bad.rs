@@ -21,6 +21,9 @@ pub struct BadPoint {
     pub cause: String,
     /// When it was noticed, wall clock here, milliseconds since 1970.
     pub wall_ms: i64,
+    /// Its content is kept as if it were listed, so that it can be put back: it is another than the source's, and a person may find
+    /// that it is the good one.
+    pub kept: bool,
 }
 
 /// Takes points off the list because of `disk`, durably and at once, so that nobody chooses them. Those that still wait for
@@ -34,12 +37,13 @@ pub async fn mark(
     disk: DiskId,
     points: &[PointId],
     cause: &str,
+    kept: bool,
 ) -> Result<usize, CatalogueError> {
     let _alone = shared.noting.lock().await;
     let bad: Vec<BadPoint> = {
         let book = shared.book();
         let listed = points.iter().filter_map(|id| book.get(*id));
-        listed.map(|point| BadPoint { point: point.clone(), disk, cause: cause.to_owned(), wall_ms: clock::wall_ms() }).collect()
+        listed.map(|point| BadPoint { point: point.clone(), disk, cause: cause.to_owned(), wall_ms: clock::wall_ms(), kept }).collect()
     };
     if points.is_empty() {
         return Ok(0);

@@ -31,7 +31,7 @@ const INTERVALS: Table = Table::new("intervals");
 const SCRUBS: Table = Table::new("scrubs");
 
 /// Changes with the types stored here.
-const FORMAT: u32 = 7;
+const FORMAT: u32 = 8;
 
 /// A replica's record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +58,8 @@ pub struct ReplicaRecord {
     pub content: Content,
     /// Damage that a comparison with the source found, and that was not overwritten by the checkpoint.
     pub damage: Damage,
+    /// Behind which position each epoch of the journal begins: a batch that is gone from the end of the one before is missed then.
+    pub begins: BTreeMap<u64, Position>,
 }
 
 /// Where a replica stands after a checkpoint.
@@ -96,6 +98,7 @@ impl ReplicaRecord {
             last_marker: None,
             content: Content::Unconfirmed,
             damage: Damage::default(),
+            begins: BTreeMap::new(),
             ..self.clone()
         }
     }
@@ -125,6 +128,8 @@ pub struct Effects {
     pub ended: Vec<DiskId>,
     /// Points that go.
     pub dropped: Vec<PointId>,
+    /// Points off the list whose content is not kept any more.
+    pub released: Vec<BadPoint>,
     /// Old jobs that go.
     pub forgotten: Vec<u64>,
 }
@@ -207,19 +212,32 @@ impl Records {
         self.catalogue.write(|batch| {
             let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
             // Above every epoch that may have been in the journal.
-            (record.epoch, record.carrier) = (record.epoch.max(record.checkpoint.epoch) + 1, Some(nobody()));
+            (record.epoch, record.carrier) = (record.epoch.max(record.checkpoint.epoch).saturating_add(1), Some(nobody()));
             batch.put(DISKS, disk.0.as_bytes(), &record)
         })
     }
 
-    /// Raises a disk's epoch, durably.
+    /// An epoch of a disk begins behind `behind`, durably: before the first batch of it is journaled.
     ///
     /// # Errors
     /// Those of the catalogue.
-    pub fn raise_epoch(&self, disk: DiskId, epoch: u64) -> Result<(), CatalogueError> {
+    pub fn begin_epoch(&self, disk: DiskId, epoch: u64, behind: Position) -> Result<(), CatalogueError> {
         self.catalogue.write(|batch| {
             let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
             record.epoch = record.epoch.max(epoch);
+            record.begins.insert(epoch, behind);
+            batch.put(DISKS, disk.0.as_bytes(), &record)
+        })
+    }
+
+    /// Damage was found in a replica, durably: before anything is written over it.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn put_damage(&self, disk: DiskId, damage: &Damage) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
+            record.damage.clone_from(damage);
             batch.put(DISKS, disk.0.as_bytes(), &record)
         })
     }
@@ -269,6 +287,17 @@ impl Records {
                 batch.put(BAD, id.as_bytes(), bad)?;
             }
             waiting.iter().try_for_each(|id| batch.remove(PENDING, id.0.as_bytes()))
+        })
+    }
+
+    /// A point that was taken off the list is on it again, durably.
+    ///
+    /// # Errors
+    /// Those of the catalogue.
+    pub fn readmit(&self, point: &RecoveryPoint) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            batch.remove(BAD, point.id.0.as_bytes())?;
+            batch.put(POINTS, point.id.0.as_bytes(), point)
         })
     }
 
@@ -347,6 +376,7 @@ impl Records {
             record.last_marker = stand.last_marker;
             record.damage = stand.damage.clone();
             record.epoch = record.epoch.max(stand.checkpoint.epoch);
+            record.begins.retain(|epoch, _| *epoch > stand.checkpoint.epoch);
             batch.put(DISKS, disk.0.as_bytes(), &record)?;
             batch.put(SERVER, b"clock", &clock)?;
             stand.grown.iter().try_for_each(|(start, end)| batch.put(INTERVALS, &interval_key(disk, *start), &(disk, *start, *end)))?;
@@ -418,6 +448,7 @@ impl Records {
                 batch.remove(VERIFIED, id.0.as_bytes())?;
                 batch.remove(PENDING, id.0.as_bytes())?;
             }
+            effects.released.iter().try_for_each(|bad| batch.put(BAD, bad.point.id.0.as_bytes(), bad))?;
             effects.forgotten.iter().try_for_each(|id| batch.remove(JOBS, &job_key(*id)))
         })
     }

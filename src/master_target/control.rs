@@ -22,8 +22,8 @@ use super::shared::{Condition, DiskShared, TargetShared};
 use super::verify::{self, digest};
 use crate::clock::{self, Mono};
 use crate::control::api::{
-    ApiError, BadPointView, DiskView, MachineView, PointDisk, PointView, PolicyGone, PolicyMachine, PolicySet, PolicyValues, PolicyView,
-    RecoveryView, Request, RoleStatus,
+    ApiError, DiskView, MachineView, PointDisk, PointView, PolicyGone, PolicyMachine, PolicySet, PolicyValues, PolicyView, RecoveryView,
+    Request, RoleStatus,
 };
 use crate::control::groups::{GroupPointView, ResolvedPoint};
 use crate::control::server::{Answer, Role};
@@ -37,11 +37,11 @@ const REPORT_FRESH: Duration = Duration::from_secs(15);
 
 /// The master target as the control interface sees it.
 pub struct Control {
-    shared: Arc<TargetShared>,
+    pub(super) shared: Arc<TargetShared>,
     recoveries: Recoveries,
     recover: mpsc::Sender<recover::Command>,
     name: String,
-    records: Records,
+    pub(super) records: Records,
     verify: verify::Handle,
     policy: Arc<LivePolicy>,
     failovers: Desk,
@@ -126,6 +126,7 @@ impl Role for Control {
                 Request::Failovers => to_value(&self.failovers.list()),
                 Request::Recoveries => to_value(&self.recoveries.list()),
                 Request::BadPoints { machine } => self.bad_points(machine.as_deref()).and_then(|points| to_value(&points)),
+                Request::RestoreBad { point } => self.restore_bad(point).await.and_then(|view| to_value(&view)),
                 Request::ForgetBad { point, machine } => {
                     self.forget_bad(point.as_deref(), machine.as_deref()).await.and_then(|count| to_value(&count))
                 }
@@ -157,7 +158,7 @@ fn to_value<T: serde::Serialize>(value: &T) -> Result<Value, String> {
 }
 
 impl Control {
-    fn machine_names(&self) -> HashMap<MachineId, String> {
+    pub(super) fn machine_names(&self) -> HashMap<MachineId, String> {
         group_views::machine_names(&self.shared)
     }
 
@@ -170,48 +171,7 @@ impl Control {
         Ok(all.into_iter().filter(wanted).map(|p| self.view(&p, &names)).collect())
     }
 
-    fn bad_of(&self, machine: Option<&str>) -> Result<Vec<BadPoint>, String> {
-        let names = self.machine_names();
-        check_machine(&names, machine)?;
-        let wanted = |b: &&&BadPoint| machine.is_none_or(|m| names.get(&b.point.machine).is_some_and(|n| n == m));
-        Ok(self.shared.book().bad().iter().filter(wanted).map(|b| (*b).clone()).collect())
-    }
-
-    fn bad_points(&self, machine: Option<&str>) -> Result<Vec<BadPointView>, String> {
-        let names = self.machine_names();
-        let view = |b: BadPoint| BadPointView {
-            point: self.view(&b.point, &names),
-            disk: self.shared.disk(b.disk).map_or_else(|| b.disk.to_string(), |d| d.name.to_string()),
-            noticed: clock::rfc3339(b.wall_ms),
-            cause: b.cause,
-        };
-        Ok(self.bad_of(machine)?.into_iter().map(view).collect())
-    }
-
-    /// Durable when it returns.
-    async fn forget_bad(&self, point: Option<&str>, machine: Option<&str>) -> Result<usize, String> {
-        let _alone = self.shared.noting.lock().await;
-        let mut ids: Vec<PointId> = self.bad_of(machine)?.into_iter().map(|b| b.point.id).collect();
-        if let Some(text) = point {
-            ids.retain(|id| id.to_string().starts_with(text));
-            match ids.len() {
-                0 if self.find_point(text).is_ok() => {
-                    return Err(format!("point {text} is good and listed: the policy decides when it goes, see `tidegate policy show`"));
-                }
-                0 => return Err(format!("no unusable point begins with {text:?}: see `tidegate point list --bad`")),
-                1 if text.len() >= 4 => {}
-                1 => return Err(format!("{text:?} is too short to name a point: give at least four characters")),
-                n => return Err(format!("{text} begins the ids of {n} unusable points: give more of it")),
-            }
-        }
-        let (records, cleared) = (self.records.clone(), ids.clone());
-        let noted = tokio::task::spawn_blocking(move || records.clear_bad(&cleared)).await;
-        noted.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
-        self.shared.book().clear_bad(&ids);
-        Ok(ids.len())
-    }
-
-    fn view(&self, point: &RecoveryPoint, names: &HashMap<MachineId, String>) -> PointView {
+    pub(super) fn view(&self, point: &RecoveryPoint, names: &HashMap<MachineId, String>) -> PointView {
         let (verification, group) = {
             let book = self.shared.book();
             (book.verification(point.id).cloned(), book.groups().whole_of(point).map(|e| e.statement.clone()))
@@ -243,7 +203,7 @@ impl Control {
     }
 
     /// A machine's point by id, by the beginning of its id, by its label, or `latest` when there is one machine.
-    fn find_point(&self, text: &str) -> Result<RecoveryPoint, String> {
+    pub(super) fn find_point(&self, text: &str) -> Result<RecoveryPoint, String> {
         lookup::find_machine_point(&self.shared.book(), text, &self.machine_names()).cloned()
     }
 
@@ -395,7 +355,8 @@ impl Control {
     }
 }
 
-fn check_machine(names: &HashMap<MachineId, String>, wanted: Option<&str>) -> Result<(), String> {
+/// Refuses the name of a machine that is none.
+pub(super) fn check_machine(names: &HashMap<MachineId, String>, wanted: Option<&str>) -> Result<(), String> {
     match wanted {
         Some(wanted) if !names.values().any(|n| n == wanted) => {
             Err(format!("machine {wanted} is not known here: see `tidegate machine list`"))

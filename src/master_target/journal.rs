@@ -1,6 +1,6 @@
 //! The journal: a [`crate::storage::log`] of sealed batches that are acknowledged and not yet in their replicas.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
@@ -68,13 +68,15 @@ pub fn sort(recovered: Vec<Recovered>) -> (Found, Vec<Location>) {
     (found, unneeded)
 }
 
-/// The batches of one disk that continue `checkpoint` without a gap, in order, and those that do not.
-pub fn replay(checkpoint: Position, mut found: Vec<Item>) -> (Vec<Item>, Vec<Location>) {
+/// The batches of one disk that continue `checkpoint` without a gap, in order, and those that do not. `begins` says behind which
+/// position each epoch begins.
+pub fn replay(checkpoint: Position, begins: &BTreeMap<u64, Position>, mut found: Vec<Item>) -> (Vec<Item>, Vec<Location>) {
     found.sort_by_key(|item| (item.end.epoch, item.first, item.end.sequence));
     let mut at = checkpoint;
     let (mut queue, mut unneeded) = (Vec::new(), Vec::new());
     for item in found {
-        if item.end > at && at.accepts(item.end.epoch, item.first) {
+        let begins = begins.get(&item.end.epoch).filter(|_| item.end.epoch > at.epoch);
+        if item.end > at && at.accepts(item.end.epoch, item.first) && begins.is_none_or(|begins| at >= *begins) {
             at = item.end;
             queue.push(item);
         } else {

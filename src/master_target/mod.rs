@@ -23,6 +23,7 @@ pub mod receive;
 pub mod recover;
 pub mod retain;
 pub mod shared;
+mod unusable;
 pub mod verify;
 
 use std::io;

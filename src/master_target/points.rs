@@ -263,9 +263,7 @@ impl Book {
 
     /// The oldest position of a disk that a listed or pending point needs; nothing older is needed.
     pub fn oldest_needed(&self, disk: DiskId) -> Option<Position> {
-        let listed = self.listed.values().filter_map(|p| p.disks.get(&disk));
-        let pending = self.pending.values().filter_map(|p| p.arrived.get(&disk));
-        listed.chain(pending).min().copied()
+        self.needed(disk).first().copied()
     }
 
     /// Points that were given up because a disk's marker never came.
@@ -273,11 +271,39 @@ impl Book {
         self.incomplete
     }
 
-    /// Positions of a disk that a listed or pending point needs.
+    /// Positions of a disk that a listed or pending point needs, or one that was taken off the list and is kept.
     pub fn needed(&self, disk: DiskId) -> BTreeSet<Position> {
         let listed = self.listed.values().filter_map(|p| p.disks.get(&disk));
         let pending = self.pending.values().filter_map(|p| p.arrived.get(&disk));
-        listed.chain(pending).copied().collect()
+        let kept = self.bad.values().filter(|b| b.kept).filter_map(|b| b.point.disks.get(&disk));
+        listed.chain(pending).chain(kept).copied().collect()
+    }
+
+    /// Kept points of a machine that are off the list and older than `span`, or all of them for want of space.
+    pub fn stale_bad(&self, machine: MachineId, span: Duration, clock: u64, no_space: bool) -> Vec<BadPoint> {
+        let old = |b: &&BadPoint| no_space || clock.saturating_sub(b.point.listed_clock) > span.as_secs();
+        let kept = self.bad.values().filter(|b| b.kept && b.point.machine == machine).filter(old);
+        kept.map(|b| BadPoint { kept: false, ..b.clone() }).collect()
+    }
+
+    /// Kept points that are off the list and have one of these disks.
+    pub fn kept_bad_with(&self, disks: &[DiskId]) -> Vec<BadPoint> {
+        let kept = self.bad.values().filter(|b| b.kept && disks.iter().any(|disk| b.point.disks.contains_key(disk)));
+        kept.map(|b| BadPoint { kept: false, ..b.clone() }).collect()
+    }
+
+    /// What is known of unusable points has changed, durably.
+    pub fn replace_bad(&mut self, points: Vec<BadPoint>) {
+        self.bad.extend(points.into_iter().map(|bad| (bad.point.id, bad)));
+    }
+
+    /// A point that was taken off the list is on it again, durably.
+    pub fn readmit(&mut self, id: PointId) {
+        if let Some(BadPoint { point, .. }) = self.bad.remove(&id) {
+            self.in_order.insert((point.machine, point.order), id);
+            self.groups.add(&point);
+            self.listed.insert(id, point);
+        }
     }
 
     /// Replaces a listed point, whose record has changed durably.

@@ -61,7 +61,9 @@ pub fn judge(known: Option<Known>, here: Here, there: There, claim: Option<u64>)
     if same && there.journaled <= here.accepted && there.journaled >= here.acknowledged {
         return Adoption::GoesOn;
     }
-    Adoption::Anew { epoch: if known.generation == there.generation { known.epoch.max(there.epoch) + 1 } else { there.epoch } }
+    Adoption::Anew {
+        epoch: if known.generation == there.generation { known.epoch.max(there.epoch).saturating_add(1) } else { there.epoch },
+    }
 }
 
 #[cfg(test)]

@@ -62,6 +62,8 @@ pub struct Server {
     pub view: Arc<Mutex<ProcessServerView>>,
     /// Agents connected.
     pub agents: Cell<usize>,
+    /// Connections of each machine.
+    pub connections: RefCell<HashMap<Name, usize>>,
     /// Bytes that have left the cache.
     pub released_bytes: Cell<u64>,
     /// Agents are told to go elsewhere.
@@ -127,9 +129,16 @@ async fn open(
     let listener = ingest::bind(settings.ingest.listen).await?;
     let (kek_path, may_create) = settings.keys.path(&settings.state);
     let kek = Arc::new(KeyEncryptionKey::load(&kek_path, may_create)?);
-    let records = Records::open(&settings.state)?;
-    draining.store(records.is_draining()?, Ordering::Relaxed);
     let reserve = Reserve::new(&settings.state, settings.cache.reserve);
+    let records = match Records::open(&settings.state) {
+        // On a full file system the catalogue has no room to be opened: the reserve is for that.
+        Err(error) if reserve.give_back() => {
+            tracing::warn!(%error, "the reserve is given back");
+            Records::open(&settings.state)?
+        }
+        other => other?,
+    };
+    draining.store(records.is_draining()?, Ordering::Relaxed);
     if let Err(error) = reserve.keep() {
         tracing::warn!(%error, "there is no space for the reserve");
     }
@@ -151,6 +160,7 @@ async fn open(
         queue_memory: Cell::new(0),
         view,
         agents: Cell::new(0),
+        connections: RefCell::default(),
         released_bytes: Cell::new(0),
         draining,
         reserve,
@@ -331,7 +341,10 @@ async fn release(server: Rc<Server>) {
                     if let Some(disk) =
                         server.disks.get(&id).filter(|d| d.record.borrow().as_ref().is_some_and(|r| r.generation == record.generation))
                     {
-                        disk.stream.borrow_mut().released_through(record.released);
+                        // It may have been reset meanwhile, to where a master target stands that was put back.
+                        let mut stream = disk.stream.borrow_mut();
+                        let through = record.released.min(stream.acknowledged());
+                        stream.released_through(through);
                     }
                 }
                 let bytes: u64 = locations.iter().map(|l| l.stored_bytes()).sum();

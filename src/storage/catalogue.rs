@@ -5,9 +5,9 @@
 //! table, key and value, which is checked when it is read.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableHandle, WriteTransaction};
+use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, TableHandle, WriteTransaction};
 use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
 use uuid::Uuid;
@@ -23,10 +23,17 @@ pub struct CatalogueError {
     message: String,
 }
 
+impl CatalogueError {
+    /// There was no space for a write, by the number that the system gives (ENOSPC, EDQUOT).
+    pub fn is_full(&self) -> bool {
+        ["(os error 28)", "(os error 122)"].iter().any(|number| self.message.contains(number))
+    }
+}
+
 /// An open catalogue; cheap to clone. Calls block for as long as a sync takes: not for a network thread.
 #[derive(Clone)]
 pub struct Catalogue {
-    db: Arc<Database>,
+    db: Arc<RwLock<Option<Database>>>,
     path: Arc<PathBuf>,
 }
 
@@ -57,10 +64,19 @@ fn make(path: &Path) -> Result<(), redb::Error> {
 /// Opens a file that is what its last transaction left; `None` if it is not.
 fn open_sound(path: &Path) -> Result<Option<Database>, redb::Error> {
     // Lengths that it reads from a rotten file make it panic (redb 4.4): nothing else of it is in memory yet.
+    let mut damaged = path.to_owned().into_os_string();
+    damaged.push(".damaged");
+    if Path::new(&damaged).exists() {
+        return Ok(None);
+    }
     let opened = crate::panics::taken(|| {
-        let mut db = Database::create(path)?;
+        let mut db = Database::open(path)?;
         // What it calls repaired may be the state of an earlier transaction, which nobody else would know of.
         let sound = db.check_integrity()?;
+        if !sound {
+            // It has repaired it already: the next start must not take it for good.
+            std::fs::write(&damaged, DAMAGED)?;
+        }
         Ok::<_, redb::Error>(sound.then_some(db))
     });
     opened.unwrap_or(Ok(None))
@@ -79,11 +95,13 @@ impl Catalogue {
             };
             CatalogueError { path: path.to_owned(), message: format!("{e}{hint}") }
         };
-        if !path.exists() {
-            make(path).map_err(failed)?;
+        match std::fs::symlink_metadata(path) {
+            Ok(_) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => make(path).map_err(failed)?,
+            Err(e) => return Err(failed(e.into())),
         }
         let db = open_sound(path).map_err(failed)?.ok_or_else(|| CatalogueError { path: path.to_owned(), message: DAMAGED.to_owned() })?;
-        let catalogue = Self { db: Arc::new(db), path: Arc::new(path.to_owned()) };
+        let catalogue = Self { db: Arc::new(RwLock::new(Some(db))), path: Arc::new(path.to_owned()) };
         catalogue.write(|batch| tables.iter().try_for_each(|table| batch.touch(*table)))?;
         Ok(catalogue)
     }
@@ -113,7 +131,7 @@ impl Catalogue {
     /// # Errors
     /// If the file fails or the value is not of this type.
     pub fn get<T: DeserializeOwned>(&self, table: Table, key: &[u8]) -> Result<Option<T>, CatalogueError> {
-        let (txn, name) = (self.db.begin_read().map_err(|e| self.failed(e))?, table.name().to_owned());
+        let (txn, name) = (self.begin_read()?, table.name().to_owned());
         let table = txn.open_table(table).map_err(|e| self.failed(e))?;
         let value = table.get(key).map_err(|e| self.failed(e))?;
         value.map(|bytes| self.unseal(&name, key, bytes.value())).transpose()
@@ -124,7 +142,7 @@ impl Catalogue {
     /// # Errors
     /// As [`Catalogue::get`].
     pub fn all<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(Vec<u8>, T)>, CatalogueError> {
-        let (txn, name) = (self.db.begin_read().map_err(|e| self.failed(e))?, table.name().to_owned());
+        let (txn, name) = (self.begin_read()?, table.name().to_owned());
         let table = txn.open_table(table).map_err(|e| self.failed(e))?;
         let rows = table.iter().map_err(|e| self.failed(e))?;
         rows.map(|row| {
@@ -139,7 +157,35 @@ impl Catalogue {
     /// # Errors
     /// Nothing was changed then.
     pub fn write(&self, change: impl FnOnce(&Batch<'_>) -> Result<(), CatalogueError>) -> Result<(), CatalogueError> {
-        let txn = self.db.begin_write().map_err(|e| self.failed(e))?;
+        let done = self.try_write(change);
+        if done.as_ref().is_err_and(CatalogueError::is_full) {
+            self.reopen();
+        }
+        done
+    }
+
+    fn begin_read(&self) -> Result<ReadTransaction, CatalogueError> {
+        let db = self.db.read().unwrap_or_else(PoisonError::into_inner);
+        db.as_ref().ok_or_else(|| self.failed("could not be opened again after it failed"))?.begin_read().map_err(|e| self.failed(e))
+    }
+
+    /// After a write for which there was no space redb takes nothing more until it is opened again. Only then: after a sync that
+    /// failed nobody knows what the file holds, and only a restart looks.
+    fn reopen(&self) {
+        let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        *db = None;
+        *db = open_sound(&self.path).ok().flatten();
+    }
+
+    fn try_write(&self, change: impl FnOnce(&Batch<'_>) -> Result<(), CatalogueError>) -> Result<(), CatalogueError> {
+        if self.db.read().unwrap_or_else(PoisonError::into_inner).is_none() {
+            self.reopen();
+        }
+        let db = self.db.read().unwrap_or_else(PoisonError::into_inner);
+        let db = db.as_ref().ok_or_else(|| self.failed("could not be opened again after it failed"))?;
+        let mut txn = db.begin_write().map_err(|e| self.failed(e))?;
+        // Without this a commit that rots before the next clean end is taken for one that power cut off, and is rolled back.
+        txn.set_two_phase_commit(true);
         change(&Batch { txn: &txn, catalogue: self })?;
         txn.commit().map_err(|e| self.failed(e))
     }

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use tidegate::crypto::keyring::DataKey;
 use tidegate::crypto::seal::{Opener, Purpose};
 use tidegate::disk::{Disk as _, Format, Image};
-use tidegate::master_target::apply::plan::{plan, writes};
+use tidegate::master_target::apply::plan::{can_judge, plan, writes};
 use tidegate::master_target::journal::replay;
 use tidegate::master_target::points::{Book, Pending};
 use tidegate::master_target::receive::claim::{self, Claim};
@@ -48,6 +48,7 @@ struct Record {
     checkpoint: Position,
     last_marker: Option<Position>,
     intervals: BTreeMap<Position, u64>,
+    begins: BTreeMap<u64, Position>,
 }
 
 /// What its catalogue has.
@@ -111,6 +112,7 @@ impl Target {
                 checkpoint: Position::default(),
                 last_marker: None,
                 intervals: BTreeMap::new(),
+                begins: BTreeMap::new(),
             };
             catalogue.disks.insert(*id, record);
         }
@@ -136,7 +138,7 @@ impl Target {
         let mut disks = HashMap::new();
         for (n, id) in self.ids.iter().enumerate() {
             let record = self.catalogue.disks[id].clone();
-            let (queue, unneeded) = replay(record.checkpoint, by_disk.remove(id).unwrap_or_default());
+            let (queue, unneeded) = replay(record.checkpoint, &record.begins, by_disk.remove(id).unwrap_or_default());
             unneeded.into_iter().for_each(|at| log.release(at));
             let subject = Subject { disk: *id, generation: record.generation, key: record.key.clone() };
             let Ok(image) = Image::open(&self.storage, &image_path(n), Format::Raw).await else { return };
@@ -207,7 +209,11 @@ impl Target {
                 for entry in parse_entries(&header, &body).map_err(|e| e.to_string())? {
                     assert!(entry.extent.fits(DISK_BYTES));
                 }
-                record.epoch = record.epoch.max(header.epoch);
+                let behind = disk.order.positions().0;
+                if header.epoch > behind.epoch {
+                    record.epoch = record.epoch.max(header.epoch);
+                    record.begins.insert(header.epoch, behind);
+                }
                 let number = disk.order.received(header.end(), || Item::recovered(&header, Location::nowhere()));
                 let mut bytes = AlignedBuf::with_capacity(RECORD_HEADER_LEN + sealed.len());
                 bytes.pad_to(RECORD_HEADER_LEN);
@@ -280,9 +286,8 @@ impl Target {
                 };
                 written.map_err(|e| e.to_string())?;
             }
-            // Until the replica is past what it may have had of its future at the start.
             if let Some((position, Trailer::Digest(digest), _)) = &cut.end
-                && *position > disk.blind_until
+                && can_judge(digest, *position, disk.blind_until)
             {
                 let ours = hash_blocks(&disk.image.read(digest.extent).await.map_err(|e| e.to_string())?);
                 assert!(digest.differs(&ours).is_empty(), "a scrub takes a good replica for a damaged one");

@@ -25,6 +25,16 @@ pub(super) async fn run(volume: Rc<Volume>, rate: u64) {
             tokio::time::sleep(IDLE).await;
             continue;
         }
+        let told = std::mem::take(&mut *volume.told_damage.borrow_mut());
+        if !told.is_empty() {
+            tracing::warn!(
+                disk = volume.shared.label,
+                places = told.len(),
+                "the replica has damage that was found before: it is sent again"
+            );
+            volume.healing.set(volume.healing.get() + 1);
+            heal(volume.clone(), told).await;
+        }
         if rate > 0 && volume.scrub.borrow().round().is_none() {
             let regions = volume.regions_count();
             volume.scrub.borrow_mut().begin(regions, false, now);
@@ -43,9 +53,8 @@ pub(super) async fn run(volume: Rc<Volume>, rate: u64) {
             due = Mono(due.0.max(now.0) + len.saturating_mul(1_000_000) / rate.max(1));
         }
         if let Err(error) = compare(&volume, region).await {
-            tracing::error!(disk = volume.shared.label, region, %error, "the disk cannot be read; the region is compared later");
-            volume.scrub.borrow_mut().put_back(region);
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            tracing::error!(disk = volume.shared.label, region, %error, "a part of the disk cannot be read, and is not compared");
+            volume.scrub.borrow_mut().unread(len, clock::now());
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::master_target::points::Changes;
 use crate::master_target::retain::RetainError;
 use crate::master_target::shared::{Item, Newest};
 use crate::model::change::GROUP_SUBJECT;
-use crate::model::{Extent, Hold, Marker, PointId, Rung, Trailer, position::assert_ladder};
+use crate::model::{Extent, Hold, Marker, PointId, Position, Rung, Trailer, position::assert_ladder};
 use crate::observe::metrics;
 use crate::storage::catalogue::CatalogueError;
 use crate::storage::log::LogError;
@@ -46,6 +46,14 @@ pub enum ApplyError {
     /// A batch in the journal.
     #[error("a journaled batch is malformed: {0}")]
     Wire(#[from] WireError),
+    /// A batch in the journal.
+    #[error("the journaled batch {end} does not continue {at}")]
+    Gap {
+        /// Where the replica stands.
+        at: Position,
+        /// The batch's end.
+        end: Position,
+    },
     /// Metadata.
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
@@ -57,7 +65,10 @@ pub enum ApplyError {
 impl ApplyError {
     /// Whether a batch in the journal is not what was written there.
     pub fn is_damaged_batch(&self) -> bool {
-        matches!(self, ApplyError::Journal(LogError::Damaged { .. }) | ApplyError::Batch(_) | ApplyError::Wire(_))
+        match self {
+            ApplyError::Journal(error) => error.is_lost(),
+            other => matches!(other, ApplyError::Batch(_) | ApplyError::Wire(_) | ApplyError::Gap { .. }),
+        }
     }
 }
 
@@ -68,6 +79,21 @@ impl ApplyError {
 pub async fn open_bodies(apply: &Apply, replica: &Replica, items: &mut [Item]) -> Result<(), ApplyError> {
     for item in items {
         replica.body(apply, item).await?;
+    }
+    Ok(())
+}
+
+/// Whether `items` continue a replica's checkpoint without a gap (INV-03): nothing else is ever written to it.
+///
+/// # Errors
+/// [`ApplyError::Gap`].
+pub fn check_continues(checkpoint: Position, items: &[Item]) -> Result<(), ApplyError> {
+    let mut at = checkpoint;
+    for item in items {
+        if !at.accepts(item.end.epoch, item.first) {
+            return Err(ApplyError::Gap { at, end: item.end });
+        }
+        at = at.max(item.end);
     }
     Ok(())
 }
@@ -87,9 +113,9 @@ pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Resu
     let mut arrivals: Vec<Arrival> = Vec::new();
     let mut verdicts = Vec::new();
     for cut in &cuts {
-        apply_cut(replica, cut, &bodies).await?;
+        let passed: Vec<_> = arrivals.iter().map(|(position, ..)| *position).collect();
+        apply_cut(apply, replica, cut, &bodies, &passed).await?;
         if let Some((position, Trailer::Digest(digest), _)) = &cut.end {
-            let passed: Vec<_> = arrivals.iter().map(|(position, ..)| *position).collect();
             verdicts.extend(super::compare::answer(apply, replica, *position, digest, &passed).await?);
         }
         if let Some((position, Trailer::Mark(marker), index)) = &cut.end {
@@ -115,10 +141,26 @@ pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Resu
 }
 
 /// Keeps old content, then writes new content.
-async fn apply_cut(replica: &Replica, cut: &Cut, bodies: &[(crate::wire::batch::BatchHeader, Bytes)]) -> Result<(), ApplyError> {
+async fn apply_cut(
+    apply: &Apply,
+    replica: &Replica,
+    cut: &Cut,
+    bodies: &[(crate::wire::batch::BatchHeader, Bytes)],
+    arrived: &[Position],
+) -> Result<(), ApplyError> {
     let extents: Vec<_> = writes(cut).collect();
     let keep = async |piece: &[(Extent, Content)]| {
-        patiently(replica, async || Ok(replica.retention.preserve(&replica.image, piece.iter().map(|(extent, _)| *extent)).await?)).await
+        let preserve = async |extents: Vec<Extent>| {
+            patiently(replica, async || Ok(replica.retention.preserve(&replica.image, extents.iter().copied()).await?)).await
+        };
+        let extents: Vec<Extent> = piece.iter().map(|(extent, _)| *extent).collect();
+        match preserve(extents.clone()).await {
+            // Old content that its disk does not give back is lost to the points that need it, and to nobody else.
+            Err(ApplyError::Retain(error)) if error.is_unreadable_replica() => {
+                preserve(super::compare::leave_out_unreadable(apply, replica, &extents, arrived).await?).await
+            }
+            other => other,
+        }
     };
     let write = |extent: Extent, content: Content| async move {
         match content.data_at {
@@ -270,8 +312,18 @@ async fn expire_some(apply: &Apply, replica: &Replica) -> Result<bool, ApplyErro
         return Ok(false);
     }
     let policy = apply.policy.now(replica.shared.machine_name.as_str());
+    let machine = replica.shared.machine;
+    let no_space = policy.space_max.is_some_and(|most| apply.shared.retained_bytes(machine) > most);
+    let span = policy.span.unwrap_or(Duration::MAX).min(policy.ladder.span());
+    let stale = apply.shared.book().stale_bad(machine, span, apply.shared.clock(), no_space);
+    let released = !stale.is_empty();
+    if released {
+        let (records, noted) = (apply.records.clone(), stale.clone());
+        let noted = tokio::task::spawn_blocking(move || records.mark_bad(&noted, &[])).await;
+        noted.map_err(|e| io::Error::other(e.to_string()))??;
+        apply.shared.book().replace_bad(stale);
+    }
     let (gone, hopeless): (Vec<_>, _) = {
-        let machine = replica.shared.machine;
         let used = apply.shared.retained_bytes(machine);
         let (book, clock) = (apply.shared.book(), apply.shared.clock());
         let gone = book.expired(machine, &policy, clock, used).into_iter().map(|(id, _)| id).collect();
@@ -308,5 +360,5 @@ async fn expire_some(apply: &Apply, replica: &Replica) -> Result<bool, ApplyErro
     let bytes = replica.retention.bytes();
     replica.shared.condition().retained_bytes = bytes;
     metrics::disk_gauge(metrics::RETAINED_BYTES, &replica.shared.label, metrics::number(bytes));
-    Ok(!gone.is_empty())
+    Ok(released || !gone.is_empty())
 }

@@ -8,13 +8,19 @@ use std::cell::RefCell;
 
 use super::Apply;
 use super::checkpoint::ApplyError;
+use super::plan::can_judge;
 use super::replica::Replica;
 use crate::disk::Disk;
 use crate::master_target::bad;
 use crate::master_target::catalogue::Damage;
+use crate::model::digest::DIGEST_BLOCK;
 use crate::model::{Digest, Extent, OverlayMap, PointId, Position, Verdict};
 use crate::observe::metrics;
+use crate::storage::AlignedBuf;
 use crate::storage::digest::{hash_blocks, hash_zeroes};
+
+/// Places of damage that are kept apart; more become one that spans them.
+const WOUNDS_MAX: usize = 1024;
 
 /// Damage that was found in a replica and not overwritten since.
 pub struct Wounds(RefCell<Damage>);
@@ -28,6 +34,25 @@ impl Wounds {
     /// To be noted with a checkpoint.
     pub fn noted(&self) -> Damage {
         self.0.borrow().clone()
+    }
+
+    /// What is not overwritten yet.
+    pub fn open(&self) -> Vec<Extent> {
+        self.0.borrow().open.clone()
+    }
+
+    fn add(&self, differs: &[Extent], touched: &[Position]) {
+        let mut damage = self.0.borrow_mut();
+        damage.touched.extend(touched);
+        damage.touched.sort_unstable();
+        damage.touched.dedup();
+        let mut all = OverlayMap::default();
+        damage.open.iter().chain(differs).for_each(|extent| all.insert(*extent, ()));
+        damage.open = all.iter().map(|piece| piece.extent).collect();
+        if damage.open.len() > WOUNDS_MAX {
+            let (first, last) = (damage.open[0].offset, damage.open.last().map_or(0, Extent::end));
+            damage.open = vec![Extent::new(first, last - first)];
+        }
     }
 
     /// An extent is overwritten.
@@ -68,7 +93,7 @@ pub async fn answer(
     digest: &Digest,
     arrived: &[Position],
 ) -> Result<Option<Verdict>, ApplyError> {
-    if digest.scrub && at <= replica.blind_until.get() {
+    if !can_judge(digest, at, replica.blind_until.get()) {
         return Ok(None);
     }
     let extent = digest.extent;
@@ -76,29 +101,80 @@ pub async fn answer(
     let data = replica.image.next_data(extent.offset)?.filter(|d| d.offset < extent.end());
     let ours = match data {
         None => hash_zeroes(extent.len),
-        Some(_) => {
-            let content = replica.image.read(extent).await?;
-            // Off the thread that does I/O.
-            let hashed = tokio::task::spawn_blocking(move || hash_blocks(&content)).await;
-            hashed.map_err(|e| std::io::Error::other(e.to_string()))?
-        }
+        Some(_) => match replica.image.read(extent).await {
+            Ok(content) => hashed(content).await?,
+            // What cannot be read differs: it is sent again, and nothing waits for a disk to be whole.
+            Err(error) if error.is_unreadable() => {
+                tracing::error!(disk = replica.shared.label, %error, offset = extent.offset, "a part of the replica cannot be read: it is sent again. Check its storage");
+                let mut ours = Vec::new();
+                for (index, block) in blocks(extent).enumerate() {
+                    match replica.image.read(block).await {
+                        Ok(content) => ours.extend(hashed(content).await?),
+                        Err(_) => ours.push(digest.hashes.get(index).copied().unwrap_or_default().map(|byte| !byte)),
+                    }
+                }
+                ours
+            }
+            Err(error) => return Err(error.into()),
+        },
     };
     let verdict = Verdict { at, extent, differs: digest.differs(&ours) };
     if digest.scrub {
-        wound(apply, replica, &verdict, arrived).await;
+        wound(apply, replica, &verdict.differs, arrived).await?;
         return Ok(Some(verdict));
     }
     replica.shared.add_verdict(verdict);
     Ok(None)
 }
 
+/// The parts of `extents` whose old content can be read; the rest is damage like any other.
+///
+/// # Errors
+/// [`ApplyError`]; the damage could not be noted.
+pub async fn leave_out_unreadable(
+    apply: &Apply,
+    replica: &Replica,
+    extents: &[Extent],
+    arrived: &[Position],
+) -> Result<Vec<Extent>, ApplyError> {
+    let (mut good, mut lost) = (Vec::new(), Vec::new());
+    for block in extents.iter().flat_map(|extent| blocks(*extent)) {
+        match replica.image.read(block).await {
+            Ok(_) => good.push(block),
+            Err(error) if error.is_unreadable() => lost.push(block),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    tracing::error!(
+        disk = replica.shared.label,
+        places = lost.len(),
+        "old content of the replica cannot be read: the points that need it are taken off the list. Check its storage"
+    );
+    wound(apply, replica, &lost, arrived).await?;
+    Ok(good)
+}
+
+/// The parts of an extent between multiples of [`DIGEST_BLOCK`].
+fn blocks(extent: Extent) -> impl Iterator<Item = Extent> {
+    let starts = (extent.offset / DIGEST_BLOCK..extent.end().div_ceil(DIGEST_BLOCK)).map(|block| block * DIGEST_BLOCK);
+    starts.map(move |start| {
+        let from = start.max(extent.offset);
+        Extent::new(from, (start + DIGEST_BLOCK).min(extent.end()) - from)
+    })
+}
+
+/// Off the thread that does I/O.
+async fn hashed(content: AlignedBuf) -> Result<Vec<[u8; 32]>, std::io::Error> {
+    tokio::task::spawn_blocking(move || hash_blocks(&content)).await.map_err(|e| std::io::Error::other(e.to_string()))
+}
+
 /// Notes damage, and finds the points that have it: content of a point is in the replica where no interval from it on has it, so
 /// if a point has the damage, all later ones have.
-async fn wound(apply: &Apply, replica: &Replica, verdict: &Verdict, arrived: &[Position]) {
-    if verdict.differs.is_empty() {
-        return;
+async fn wound(apply: &Apply, replica: &Replica, differs: &[Extent], arrived: &[Position]) -> Result<(), ApplyError> {
+    if differs.is_empty() {
+        return Ok(());
     }
-    let bytes: u64 = verdict.differs.iter().map(|e| e.len).sum();
+    let bytes: u64 = differs.iter().map(|e| e.len).sum();
     metrics::disk_count(metrics::SCRUB_DIFFERING_BYTES, &replica.shared.label, bytes);
     let mut places: Vec<Position> = apply.shared.book().with_disk(replica.shared.id).into_iter().map(|(_, at, _)| at).collect();
     places.extend(arrived);
@@ -108,19 +184,25 @@ async fn wound(apply: &Apply, replica: &Replica, verdict: &Verdict, arrived: &[P
     while low < high {
         let middle = low + (high - low) / 2;
         let has = match replica.retention.view(places[middle]).await {
-            Ok(view) => verdict.differs.iter().any(|extent| view.needs_replica(*extent)),
-            // Old content that cannot be read is another matter.
-            Err(_) => false,
+            Ok(view) => differs.iter().any(|extent| view.needs_replica(*extent)),
+            // It cannot be told: rather off the list than wrong.
+            Err(_) => true,
         };
         if has { high = middle } else { low = middle + 1 }
     }
     tracing::error!(
-        disk = replica.shared.label, at = %verdict.at, offset = verdict.differs[0].offset, bytes, points = places.len() - low,
+        disk = replica.shared.label,
+        offset = differs[0].offset,
+        bytes,
+        points = places.len() - low,
         "the replica is not what its source has: the storage of one of them is damaged. It is sent again; the points that have it are taken off the list"
     );
-    let mut damage = replica.wounds.0.borrow_mut();
-    damage.touched.extend(&places[low..]);
-    damage.open.extend(&verdict.differs);
+    replica.wounds.add(differs, &places[low..]);
+    // Durable before the next batch overwrites it: after a crash nobody would find it again, and older points would keep it.
+    let (records, id, damage) = (apply.records.clone(), replica.shared.id, replica.wounds.noted());
+    let noted = tokio::task::spawn_blocking(move || records.put_damage(id, &damage)).await;
+    noted.map_err(|e| std::io::Error::other(e.to_string()))??;
+    Ok(())
 }
 
 /// Takes the points off the list that have damage, once their markers are noted.
@@ -128,14 +210,21 @@ async fn wound(apply: &Apply, replica: &Replica, verdict: &Verdict, arrived: &[P
 /// # Errors
 /// Those of the catalogue.
 pub async fn settle(apply: &Apply, replica: &Replica) -> Result<(), ApplyError> {
-    // They stay in the note until the next checkpoint: taking them off twice changes nothing.
-    let touched = std::mem::take(&mut replica.wounds.0.borrow_mut().touched);
+    // They stay in the note until the next checkpoint: taking them off twice changes nothing. Those whose markers are not noted
+    // yet stay here, too.
+    let noted = replica.shared.condition().checkpointed;
+    let touched: Vec<Position> = replica.wounds.0.borrow_mut().touched.extract_if(.., |at| *at <= noted).collect();
     if touched.is_empty() {
         return Ok(());
     }
     let points = apply.shared.book().with_disk(replica.shared.id);
     let bad: Vec<PointId> = points.into_iter().filter(|(_, at, _)| touched.contains(at)).map(|(id, ..)| id).collect();
     let cause = "a comparison with the source found damage in the replica, which was healed since";
-    bad::mark(&apply.shared, &apply.records, replica.shared.id, &bad, cause).await?;
+    // Their content is kept: if it was the source that rotted, they are the only good copies.
+    let marked = bad::mark(&apply.shared, &apply.records, replica.shared.id, &bad, cause, true).await;
+    if let Err(error) = marked {
+        replica.wounds.0.borrow_mut().touched.extend(touched);
+        return Err(error.into());
+    }
     Ok(())
 }

@@ -55,13 +55,14 @@ impl Apply {
         released.map_err(|e| std::io::Error::other(e.to_string()))??;
         let stands = disk.condition().checkpointed;
         tracing::error!(disk = disk.label, %error, stands = %stands, "a batch in the journal is damaged: the disk is compared and sent again behind what the replica has. Check the storage of the journal");
-        // From here on nothing waits: what arrives from now on belongs to the next life.
-        disk.lives.fetch_add(1, Ordering::Relaxed);
-        let gone = self.shared.drop_items(items.into_iter().chain(disk.clear_queue()).collect());
-        {
+        let waiting = {
+            // The network thread hands batches over under this lock: what it hands over later belongs to the next life.
             let mut condition = disk.condition();
+            disk.lives.fetch_add(1, Ordering::Relaxed);
             (condition.received, condition.journaled, condition.applied) = (stands, stands, stands);
-        }
+            disk.clear_queue()
+        };
+        let gone = self.shared.drop_items(items.into_iter().chain(waiting).collect());
         disk.reopen_streams();
         self.journal.release(gone).await;
         Ok(())
@@ -127,6 +128,6 @@ impl Apply {
         let places: Vec<(Position, u64)> = points.iter().map(|(_, at, size)| (*at, *size)).collect();
         let needing = replica.retention.needing(loss, &places).await;
         let bad: Vec<PointId> = points.iter().filter(|(_, at, size)| needing.contains(&(*at, *size))).map(|(id, ..)| *id).collect();
-        bad::mark(&self.shared, &self.records, disk, &bad, &loss.cause).await.map(drop)
+        bad::mark(&self.shared, &self.records, disk, &bad, &loss.cause, false).await.map(drop)
     }
 }

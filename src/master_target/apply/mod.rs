@@ -29,6 +29,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
+use self::checkpoint::ApplyError;
 use self::replica::Replica;
 use super::catalogue::Records;
 use super::journal::{Found, JournalHandle};
@@ -44,6 +45,8 @@ use crate::model::{Compare, DiskId, Extent, Hold, PointId, Position};
 use crate::storage::uring::Uring;
 
 /// After a merge failed.
+/// A batch that could not be read is read once more after this.
+const READ_AGAIN: Duration = Duration::from_millis(200);
 const THIN_AGAIN: Duration = Duration::from_secs(60);
 /// How often dropped points are looked for.
 const THIN_EVERY: Duration = Duration::from_secs(2);
@@ -130,6 +133,8 @@ pub struct Prepared {
     pub life: u64,
     /// Everything through here is in the replica or the journal.
     pub journaled: Position,
+    /// Damage of the replica that its source has to send again.
+    pub damaged: Vec<crate::model::Extent>,
     /// Whether the disk is compared with the replica before it is sent.
     pub compare: Compare,
 }
@@ -201,11 +206,11 @@ pub struct Setup {
 
 /// Opens every replica that exists, reports, then serves until every sender of commands is gone.
 pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: std::sync::mpsc::SyncSender<()>) {
-    // Without them the replicas are opened all the same: nothing is known to be missing then.
-    let intervals = setup.records.intervals().unwrap_or_else(|error| {
-        tracing::error!(%error, "the catalogue does not say which intervals there are");
-        HashMap::new()
-    });
+    let (intervals, unknown) = match setup.records.intervals() {
+        Ok(intervals) => (intervals, None),
+        // What is missing would not be noticed.
+        Err(error) => (HashMap::new(), Some(error.to_string())),
+    };
     let apply = Rc::new(Apply {
         settings: setup.settings,
         shared: setup.shared,
@@ -224,6 +229,11 @@ pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: st
     });
     let mut found = setup.found;
     for disk in apply.shared.disks.clone() {
+        if let Some(error) = &unknown {
+            tracing::error!(disk = disk.label, error, "replica cannot be used");
+            disk.condition().error = Some(error.clone());
+            continue;
+        }
         if let Err(refusal) = apply.open_existing(&disk, &mut found).await {
             tracing::error!(disk = disk.label, reason = refusal.message, "replica cannot be used; the others go on");
             disk.condition().error = Some(refusal.message);
@@ -380,7 +390,7 @@ impl Apply {
         });
     }
 
-    async fn keep_applying(&self, replica: &Replica) -> Result<(), checkpoint::ApplyError> {
+    async fn keep_applying(&self, replica: &Replica) -> Result<(), ApplyError> {
         let (interval, bytes) = (self.settings.apply.checkpoint_interval, self.settings.apply.checkpoint_bytes);
         let mut last = clock::now();
         loop {
@@ -408,7 +418,14 @@ impl Apply {
                 continue;
             }
             let mut items = disk.take(2 * bytes);
-            match checkpoint::open_bodies(self, replica, &mut items).await {
+            let mut opened = checkpoint::open_bodies(self, replica, &mut items).await;
+            if opened.as_ref().is_err_and(ApplyError::is_damaged_batch) {
+                // Read once more: what was only misread is not given up.
+                tokio::time::sleep(READ_AGAIN).await;
+                opened = checkpoint::open_bodies(self, replica, &mut items).await;
+            }
+            let opened = opened.and_then(|()| checkpoint::check_continues(disk.condition().checkpointed, &items));
+            match opened {
                 Err(error) if error.is_damaged_batch() => {
                     self.lose_journaled(replica, items, &error).await?;
                     continue;
@@ -425,7 +442,11 @@ impl Apply {
     async fn give_up_unneeded(&self, found: Found) {
         let mut kept = 0;
         for ((id, generation), items) in found {
-            let record = self.records.replica(id).ok().flatten().filter(|r| r.generation == generation);
+            let Ok(record) = self.records.replica(id).map(|record| record.filter(|r| r.generation == generation)) else {
+                // Nobody knows whether they are needed.
+                kept += items.len();
+                continue;
+            };
             let unneeded = items.iter().filter(|item| record.as_ref().is_none_or(|r| item.end <= r.checkpoint));
             let locations: Vec<_> = unneeded.map(|item| item.location).collect();
             kept += items.len() - locations.len();

@@ -1,6 +1,6 @@
 //! Plans a checkpoint: batches are cut at markers and digests, and within a cut only the last write to each byte is left. Pure.
 
-use crate::model::{Extent, OverlayMap, Position, Trailer};
+use crate::model::{Digest, Extent, OverlayMap, Position, Trailer};
 use crate::sabotage;
 use crate::wire::WireError;
 use crate::wire::batch::{BatchHeader, parse_entries, parse_trailer};
@@ -57,6 +57,12 @@ pub fn writes(cut: &Cut) -> impl Iterator<Item = (Extent, Content)> + '_ {
         let data_at = p.source.data_at.map(|at| at + p.skip as u32);
         (p.extent, Content { data_at, ..p.source })
     })
+}
+
+/// Whether the replica can be judged by a digest at `at`. After a start it may have some of what the journal held then, up to
+/// `blind_until`, already: what differs from a scrub's digest up to there is its future, not damage.
+pub fn can_judge(digest: &Digest, at: Position, blind_until: Position) -> bool {
+    !digest.scrub || at > blind_until
 }
 
 #[cfg(test)]

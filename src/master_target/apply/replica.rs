@@ -115,7 +115,8 @@ impl Apply {
                 record.size
             )));
         }
-        let (mut queue, mut unneeded) = journal::replay(record.checkpoint, found.remove(&(disk.id, record.generation)).unwrap_or_default());
+        let (mut queue, mut unneeded) =
+            journal::replay(record.checkpoint, &record.begins, found.remove(&(disk.id, record.generation)).unwrap_or_default());
         if hold >= Hold::Committed {
             // What the old source still sent came after the point that was chosen for good.
             unneeded.extend(std::mem::take(&mut queue).into_iter().map(|item| item.location));
@@ -135,6 +136,8 @@ impl Apply {
         for item in queue {
             disk.push(item);
         }
+        // What was noted as damaged and not dealt with: before anybody can choose one of those points.
+        super::compare::settle(self, &replica).await.map_err(|e| stop(e.to_string()))?;
         self.adopt(replica);
         Ok(())
     }
@@ -246,7 +249,7 @@ impl Apply {
                 ),
             });
         }
-        let record = self.records.replica(id).ok().flatten();
+        let record = self.records.replica(id).map_err(|e| Refusal { retry: true, message: e.to_string() })?;
         let (journaled, life) = (disk.condition().journaled, disk.lives.load(Ordering::Relaxed));
         Ok(Prepared {
             life,
@@ -256,6 +259,7 @@ impl Apply {
             epoch: record.as_ref().map_or(0, |r| r.epoch).max(journaled.epoch),
             carrier: record.as_ref().and_then(|r| r.carrier.clone()),
             journaled,
+            damaged: replica.wounds.open(),
             compare: record.map_or(Compare::No, |r| match r.content {
                 Content::Unconfirmed => Compare::Held,
                 Content::Confirmed => Compare::Yes,
@@ -291,6 +295,7 @@ impl Apply {
             path: None,
             content: Content::Made,
             damage: Damage::default(),
+            begins: Default::default(),
         };
         let path = self.image_path(disk, &record);
         let dir = path.parent().map(PathBuf::from).unwrap_or_default();
@@ -329,6 +334,7 @@ impl Apply {
             path: Some(path.clone()),
             content: Content::Unconfirmed,
             damage: Damage::default(),
+            begins: Default::default(),
         };
         let lock = lock_image(&path, disk.format).await?;
         let image = Image::open(&self.storage, &path, disk.format).await.map_err(|e| e.to_string())?;
@@ -358,7 +364,10 @@ impl Apply {
         let points = self.shared.book().needing(disk.id);
         self.intervals.borrow_mut().remove(&disk.id);
         self.records.forget_replica(disk.id, &points).map_err(|e| e.to_string())?;
+        let released = self.shared.book().kept_bad_with(&[disk.id]);
+        self.records.mark_bad(&released, &[]).map_err(|e| e.to_string())?;
         let mut book = self.shared.book();
+        book.replace_bad(released);
         book.unlist(&points);
         book.forget_pending(&points);
         Ok(())

@@ -322,10 +322,19 @@ impl Engine {
             let old: Vec<u64> = over.iter().copied().filter(|id| !decides(id)).collect();
             effects.forgotten = old[..old.len().saturating_sub(OVER_KEPT)].to_vec();
         }
+        // A history that ends, or loses its end, takes what was kept of unusable points along.
+        let ends = effects.stand.iter().any(|(_, at)| at.is_none())
+            || !(effects.ended.is_empty() && effects.replicas.is_empty() && effects.dropped.is_empty());
+        if ends {
+            let disks: Vec<crate::model::DiskId> = job.disks.iter().map(|disk| disk.id).collect();
+            effects.released = self.setup.shared.book().kept_bad_with(&disks);
+        }
+        let released = effects.released.clone();
         let (records, kept) = (self.setup.records.clone(), job.clone());
         let gone = effects.forgotten.clone();
         let noted = tokio::task::spawn_blocking(move || records.put_job(&kept, &effects)).await;
         noted.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+        self.setup.shared.book().replace_bad(released);
         if before != Some(job.state) {
             tracing::info!(job = job.id, machine = job.machine_name, kind = job.kind.as_str(), state = job.state.as_str(), "failover");
             self.log.borrow_mut().note(&job, "-", "state");

@@ -39,6 +39,11 @@ pub fn judge(obeyed: u64, owner: Option<&Name>, epoch: u64, who: &Name) -> Resul
     }
 }
 
+/// Whether a batch of the stream that is obeyed may raise the epoch to this one.
+pub fn may_raise(obeyed: u64, epoch: u64) -> bool {
+    epoch.checked_sub(obeyed).is_some_and(|step| step <= STEP_MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

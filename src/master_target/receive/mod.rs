@@ -122,6 +122,8 @@ pub async fn take_completions(receiver: Rc<Receiver>, mut completions: Completio
                 Ok((location, _)) => {
                     let mut order = disk.order.borrow_mut();
                     let Some(order) = order.as_mut() else { continue };
+                    // Under this lock a life ends: what is handed over here belongs to the one that goes on.
+                    let mut condition = shared.condition();
                     let lost = disk.life.get() != shared.lives.load(Ordering::Relaxed);
                     if lost || !order.awaits(appended.tag.number) {
                         // Behind something that was lost, or of a history that is over: nobody may apply it.
@@ -130,7 +132,7 @@ pub async fn take_completions(receiver: Rc<Receiver>, mut completions: Completio
                     }
                     let ready = order.journaled(appended.tag.number, location);
                     // Before the batches are handed over: applied must never be seen above journaled.
-                    (shared.condition().received, shared.condition().journaled) = order.positions();
+                    (condition.received, condition.journaled) = order.positions();
                     for item in ready {
                         shared.push(item);
                     }

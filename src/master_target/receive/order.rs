@@ -57,6 +57,12 @@ impl Order {
         Self { next_number: self.next_number, ..Self::new(journaled) }
     }
 
+    /// Bytes of opened bodies that wait here.
+    pub fn body_bytes(&self) -> u64 {
+        let bodies = self.waiting.iter().filter_map(|w| w.item.as_ref()?.body.as_ref());
+        bodies.map(|(_, body)| body.len() as u64).sum()
+    }
+
     /// Judges a batch.
     ///
     /// # Errors

@@ -30,6 +30,8 @@ use crate::wire::{PROTOCOL, WireError, control_len, decode_control, encode_contr
 
 /// While a disk's share of the journal is full.
 const FULL_WAIT: Duration = Duration::from_millis(20);
+/// Damage that is told when a stream is opened; the rest with the next.
+const DAMAGED_TOLD_MAX: usize = 1024;
 /// While what was received is on its way to the journal.
 const SETTLE_LOOK: Duration = Duration::from_millis(1);
 
@@ -113,6 +115,8 @@ async fn run(
     if open.protocol != PROTOCOL {
         return Err(WireError::Version { what: "forward protocol", found: open.protocol }.into());
     }
+    // Read before the replica is asked: if it changes meanwhile, what is told here is old.
+    let openings = receiver.shared.disk(open.disk).map_or(0, |shared| shared.openings.load(Ordering::Relaxed));
     let (done, answer) = oneshot::channel();
     let gone = || StreamError::Refused { retry: true, message: "the master target is stopping".to_owned() };
     receiver.apply.send(Command::Prepare { disk: open.disk, size: open.size, done }).await.map_err(|_| gone())?;
@@ -131,12 +135,17 @@ async fn run(
         wanted: shared.wanted(),
     };
     write_reply(send, &reply).await?;
+    for extent in prepared.damaged.iter().take(DAMAGED_TOLD_MAX) {
+        // No digest stands at sequence 0: this is what is known from before.
+        let at = Position::new(disk.epoch.get(), 0);
+        write_reply(send, &Reply::Verdict(crate::model::Verdict { at, extent: *extent, differs: vec![*extent] })).await?;
+    }
     tracing::info!(disk = shared.label, %journaled, "process server forwards this disk");
     let stream_shared = shared.clone();
-    let mut stream = DiskStream { receiver, disk: disk.clone(), shared, prepared, owner, opener: None };
+    let mut stream = DiskStream { receiver, disk: disk.clone(), shared, prepared, owner, openings, opener: None };
     tokio::select! {
         result = stream.take_items(connection, receive) => result,
-        result = acknowledge(&disk, &stream_shared, owner, send) => result,
+        result = acknowledge(&disk, &stream_shared, owner, openings, send) => result,
     }
 }
 
@@ -155,6 +164,8 @@ async fn claim(
         // Another history, or a journal that lost something: nothing of what was before is under way any more.
         disk.epoch.set(prepared.epoch);
         disk.carrier.replace(prepared.carrier.clone());
+        let bodies = disk.order.borrow().as_ref().map_or(0, Order::body_bytes);
+        receiver.shared.body_bytes.fetch_sub(bodies, Ordering::Relaxed);
         let replaced = disk.order.borrow().as_ref().map_or_else(|| Order::new(prepared.journaled), |o| o.replaced(prepared.journaled));
         *disk.order.borrow_mut() = Some(replaced);
     }
@@ -211,13 +222,22 @@ async fn write_reply(send: &mut quinn::SendStream, reply: &Reply) -> Result<(), 
 }
 
 /// Tells the newest journaled position, once for however many batches.
-async fn acknowledge(disk: &Rc<IncomingDisk>, shared: &DiskShared, owner: u64, send: &mut quinn::SendStream) -> Result<(), StreamError> {
+async fn acknowledge(
+    disk: &Rc<IncomingDisk>,
+    shared: &DiskShared,
+    owner: u64,
+    openings: u64,
+    send: &mut quinn::SendStream,
+) -> Result<(), StreamError> {
     let mut told = None;
-    let (mut wanted, openings) = (shared.wanted(), shared.openings.load(Ordering::Relaxed));
+    let mut wanted = shared.wanted();
+    let mut first = true;
     loop {
-        tokio::select! {
-            () = disk.journaled.notified() => {}
-            () = shared.tell.notified() => {}
+        if !std::mem::take(&mut first) {
+            tokio::select! {
+                () = disk.journaled.notified() => {}
+                () = shared.tell.notified() => {}
+            }
         }
         if disk.owner.get() != owner {
             // The bell rang for the newer stream.
@@ -252,6 +272,8 @@ struct DiskStream<'a> {
     shared: Arc<DiskShared>,
     prepared: Prepared,
     owner: u64,
+    /// See [`DiskShared::openings`]: what was told when the stream was opened holds as long as it stays.
+    openings: u64,
     opener: Option<Opener>,
 }
 
@@ -315,12 +337,19 @@ impl DiskStream<'_> {
             _ => {}
         }
         // Only what is authentic may raise the epoch.
-        if header.epoch > self.disk.epoch.get() {
-            // Stored before it is obeyed: after a crash the older epoch is refused as well.
+        let behind = self.disk.order.borrow().as_ref().map(|order| order.positions().0).unwrap_or_default();
+        if header.epoch > behind.epoch {
+            if !claim::may_raise(self.disk.epoch.get(), header.epoch) {
+                return Err(StreamError::StaleEpoch { found: header.epoch, obeyed: self.disk.epoch.get() });
+            }
+            // Stored before it is obeyed: after a crash the older epoch is refused as well, and where this one begins is known.
             let (records, disk, epoch) = (self.receiver.records.clone(), self.shared.id, header.epoch);
-            let stored = tokio::task::spawn_blocking(move || records.raise_epoch(disk, epoch)).await;
+            let stored = tokio::task::spawn_blocking(move || records.begin_epoch(disk, epoch, behind)).await;
             stored.map_err(|e| StreamError::Quic(e.to_string()))??;
-            self.disk.epoch.set(header.epoch);
+            if self.disk.owner.get() != self.owner {
+                return Err(StreamError::Superseded);
+            }
+            self.disk.epoch.set(self.disk.epoch.get().max(header.epoch));
         }
         let share = self.receiver.settings.journal.size_max / 2;
         while self.shared.waiting_bytes() > share {
@@ -351,8 +380,12 @@ impl DiskStream<'_> {
 
     /// Counts a batch as received, unless a failover began: from the moment in which it did nothing new counts.
     fn queue(&self, header: BatchHeader, body: AlignedBuf, travel: Travel) -> Result<u64, StreamError> {
+        let opened_again = self.shared.openings.load(Ordering::Relaxed) != self.openings;
         if self.disk.generation.get() != self.prepared.generation {
             return Err(StreamError::Superseded);
+        }
+        if opened_again {
+            return Err(StreamError::Refused { retry: true, message: "the disk has to be opened again".to_owned() });
         }
         let mut condition = self.shared.condition();
         if condition.hold != Hold::None {

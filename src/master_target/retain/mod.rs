@@ -97,6 +97,11 @@ impl RetainError {
         parse_name(path.file_name()?.to_str()?)
     }
 
+    /// The replica's disk does not give back what was written.
+    pub fn is_unreadable_replica(&self) -> bool {
+        matches!(self, RetainError::Replica(error) if error.is_unreadable())
+    }
+
     /// The failure of the file system, if it was one.
     pub fn io_error(&self) -> Option<&io::Error> {
         match self {

@@ -220,7 +220,7 @@ impl Verifier {
                 short(&before),
                 short(&digest::show(now)),
             );
-            bad::mark(&self.shared, &self.records, *disk, &[point.id], &cause).await.map_err(|e| e.to_string())?;
+            bad::mark(&self.shared, &self.records, *disk, &[point.id], &cause, false).await.map_err(|e| e.to_string())?;
             return Ok(Outcome::Bad(cause));
         }
         let verification = Verification { wall_ms: clock::wall_ms(), clock: self.shared.clock(), digests };

@@ -25,6 +25,8 @@ use crate::wire::{PROTOCOL, WireError, control_len, decode_control, encode_contr
 
 /// After a refusal that somebody has to act on.
 const REFUSED_WAIT: Duration = Duration::from_secs(5);
+/// After an epoch that is not obeyed.
+const FENCED_WAIT: Duration = Duration::from_millis(100);
 /// After any other failure.
 const RETRY_WAIT: Duration = Duration::from_millis(500);
 
@@ -80,8 +82,10 @@ pub(super) async fn run(server: Rc<Server>, disk: Rc<Disk>, connection: quinn::C
                 disk.foreign.set(disk.foreign.get().max(obeyed));
                 // Whoever sends now must open the disk again and learn that.
                 disk.owner.set(server.new_owner());
+                disk.claim.set(disk.claim.get().filter(|claim| *claim > obeyed));
                 disk.tell_agent();
-                continue;
+                // Whatever is asked next: not at once, and not for ever as fast as it goes.
+                FENCED_WAIT
             }
             StreamError::Refused { retry: false, message } => {
                 metrics::count_reason(metrics::REFUSED, "master-target");
@@ -247,7 +251,7 @@ async fn send_items(server: &Server, disk: &Disk, send: &mut quinn::SendStream, 
             Some(sealed) => sealed,
             None => match server.cache.read(batch.location).await {
                 Ok(record) => record.slice(RECORD_HEADER_LEN..),
-                Err(error @ LogError::Damaged { .. }) => return lose_cached(server, disk, &batch, &error),
+                Err(error) if error.is_lost() => return lose_cached(server, disk, &batch, &error),
                 Err(error) => return Err(error.into()),
             },
         };

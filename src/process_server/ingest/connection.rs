@@ -68,6 +68,9 @@ struct Slot {
     wanted: Cell<Option<Wanted>>,
 }
 
+/// Epochs grow by one at a time; the master target refuses a larger step, too.
+const EPOCH_STEP_MAX: u64 = 1 << 32;
+
 /// Answers that may wait for an agent that does not read.
 const REPLIES_MAX: usize = 4 * DISKS_PER_CONNECTION_MAX as usize;
 
@@ -210,6 +213,10 @@ impl Connection {
 
     /// Why a disk cannot be opened now, if so.
     fn refusal(&self, disk: &Disk, asked: &Asked) -> Option<(Refusal, String)> {
+        let known = disk.foreign.get().max(disk.record.borrow().as_ref().map_or(0, |r| r.epoch));
+        if asked.epoch > known.saturating_add(EPOCH_STEP_MAX) {
+            return Some((Refusal::NotAllowed, format!("epoch {} is none that an agent can have come to from {known}", asked.epoch)));
+        }
         let stale = |highest| (Refusal::StaleEpoch { highest }, format!("epoch {} is older than {highest}", asked.epoch));
         if asked.epoch <= disk.foreign.get() {
             return Some(stale(disk.foreign.get()));
@@ -237,12 +244,15 @@ impl Connection {
 
     async fn open(&self, slot: u32, disk: Rc<Disk>, asked: Asked) -> Result<(), ConnectionError> {
         let Asked { size, epoch, .. } = asked;
-        disk.agent_epoch.set(disk.agent_epoch.get().max(epoch));
-        if disk.size.replace(size) != size {
-            // The master target checks the size against the replica; its answer comes with the next opening.
-            disk.forward.notify_one();
+        let refusal = self.refusal(&disk, &asked);
+        if !matches!(refusal, Some((Refusal::NotAllowed, _))) {
+            disk.agent_epoch.set(disk.agent_epoch.get().max(epoch));
+            if disk.size.replace(size) != size {
+                // The master target checks the size against the replica; its answer comes with the next opening.
+                disk.forward.notify_one();
+            }
         }
-        if let Some((reason, message)) = self.refusal(&disk, &asked) {
+        if let Some((reason, message)) = refusal {
             if matches!(reason, Refusal::StaleEpoch { .. }) {
                 metrics::count_reason(metrics::REFUSED, "stale-epoch");
             }

@@ -18,6 +18,9 @@ use crate::crypto::pki::Role;
 use crate::crypto::tls::{ALPN_INGEST, peer_identity};
 use crate::observe::metrics;
 
+/// Of one machine: its agent has one, and those that are not noticed as dead yet.
+const CONNECTIONS_PER_MACHINE_MAX: usize = 16;
+
 /// Listens for agents.
 ///
 /// # Errors
@@ -60,9 +63,19 @@ pub async fn accept(server: Rc<Server>, listener: TcpListener) {
             drop(permit);
             match shake {
                 Ok(Ok((tls, machine))) => {
+                    let ours = server.connections.borrow().get(&machine).copied().unwrap_or(0);
+                    if ours >= CONNECTIONS_PER_MACHINE_MAX {
+                        return metrics::count_reason(metrics::REFUSED, "too-many-connections");
+                    }
+                    server.connections.borrow_mut().insert(machine.clone(), ours + 1);
                     server.agents.set(server.agents.get() + 1);
                     connection::serve(server.clone(), tls, &machine, peer).await;
                     server.agents.set(server.agents.get() - 1);
+                    let mut connections = server.connections.borrow_mut();
+                    match connections.get_mut(&machine) {
+                        Some(count) if *count > 1 => *count -= 1,
+                        _ => drop(connections.remove(&machine)),
+                    }
                 }
                 Ok(Err(error)) => {
                     metrics::count_reason(metrics::REFUSED, "handshake");

@@ -123,6 +123,17 @@ pub enum LogError {
     },
 }
 
+impl LogError {
+    /// A record is not what was written, or its disk does not give it back (EIO).
+    pub fn is_lost(&self) -> bool {
+        match self {
+            LogError::Damaged { .. } => true,
+            LogError::Io { source, .. } => source.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()),
+            _ => false,
+        }
+    }
+}
+
 struct Segment<F> {
     path: PathBuf,
     file: F,

@@ -9,6 +9,8 @@ use crate::model::{Compare, Verdict};
 
 /// Missing regions looked at for one with which something can be done.
 const SCAN_MAX: usize = 4096;
+/// Places of damage that wait to be sent again.
+const TOLD_MAX: usize = 4096;
 /// Less is sent without being compared first, unless nothing may be sent yet.
 const COMPARE_BYTES_MIN: u64 = 64 << 20;
 
@@ -59,6 +61,14 @@ impl Volume {
     /// What the replica says to a digest.
     pub(in crate::agent::capture) fn judge(self: &Rc<Self>, verdict: &Verdict) {
         if verdict.extent.len == 0 || !verdict.extent.fits(self.shared.size()) {
+            return;
+        }
+        if verdict.at.sequence == 0 {
+            // No digest's: damage that was found before, perhaps by an agent that is no more.
+            let mut told = self.told_damage.borrow_mut();
+            if told.len() < TOLD_MAX && !told.contains(&verdict.extent) {
+                told.push(verdict.extent);
+            }
             return;
         }
         let region = *self.regions.borrow().of(verdict.extent).start();

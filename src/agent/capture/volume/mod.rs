@@ -97,6 +97,8 @@ pub(super) struct Volume {
     comparison: RefCell<Comparison>,
     /// The comparison that never ends.
     pub scrub: RefCell<Scrub>,
+    /// Damage that the master target knew when the stream was opened; to be sent again.
+    pub told_damage: RefCell<Vec<Extent>>,
     /// Differences that a scrub found and that are not sent again yet.
     pub healing: Cell<usize>,
     /// The epoch for which it was decided what is compared.
@@ -140,6 +142,7 @@ impl Volume {
             regions: RefCell::new(Regions::new(header.region, parts.shared.size(), marked)),
             comparison: RefCell::default(),
             scrub: RefCell::default(),
+            told_damage: RefCell::default(),
             healing: Cell::default(),
             compared_epoch: Cell::new(0),
             sending: RefCell::default(),

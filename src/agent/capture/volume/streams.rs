@@ -6,6 +6,9 @@ use super::Volume;
 use crate::model::{Name, Position, RegionSet};
 use crate::observe::metrics;
 
+/// Epochs grow by one at a time; a larger step than this is no honest one.
+const EPOCH_STEP_MAX: u64 = 1 << 32;
+
 /// What is sent in a stream that starts anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::agent::capture) enum Restart {
@@ -26,6 +29,9 @@ impl Volume {
     pub(in crate::agent::capture) async fn carry(&self, carrier: Name, above: Option<u64>) -> io::Result<u64> {
         let _alone = self.changing.lock().await;
         let stays = above.is_none() && self.carrier.borrow().as_ref().is_none_or(|known| *known == carrier);
+        if above.is_some_and(|above| above > self.map.header().epoch.saturating_add(EPOCH_STEP_MAX)) {
+            return Err(io::Error::other("the process server names an epoch that nobody can have come to"));
+        }
         if !stays {
             self.map.update_header(|h| h.epoch = h.epoch.max(above.unwrap_or(0)) + 1).await?;
             let epoch = self.map.header().epoch;
@@ -45,6 +51,13 @@ impl Volume {
     /// # Errors
     /// Those of the map's file.
     pub(in crate::agent::capture) async fn check_stands(&self, stands: Position) -> io::Result<bool> {
+        // An epoch that this agent never had: the disk was sent by another life of it, of which its map knows nothing.
+        let own = self.shared.backlog().epoch();
+        if stands.epoch > own {
+            tracing::error!(disk = self.shared.label, replica = %stands, epoch = own, "the replica has changes of this disk that did not come from here: was this machine or its state put back from a snapshot, or do two agents protect it? All of the disk is compared with the replica, and what differs is sent");
+            self.restart_stream(Restart::Everything, "another life of the disk was sent").await?;
+            return Ok(false);
+        }
         if stands >= self.map.header().cleaned {
             return Ok(true);
         }
