@@ -156,7 +156,8 @@ fn a_full_file_system_damages_nothing_and_empties_by_itself() {
     }
     // Somebody else takes the rest of the file system.
     cluster.wait("the cache has most of it", Duration::from_secs(60), || cached(&cluster, 0) > 50e6);
-    let _ = support::try_tool("dd", &["if=/dev/zero", &format!("of={}", s(&small.0.join("hog"))), "bs=1M", "status=none"]);
+    let hog = support::try_tool("dd", &["if=/dev/zero", &format!("of={}", s(&small.0.join("hog"))), "bs=1M", "status=none"]);
+    assert!(!hog.status.success(), "it ends because there is no space");
     std::thread::sleep(Duration::from_secs(2));
     known.mark(&cluster, &writer, "full");
     let held = cached(&cluster, 0);

@@ -46,6 +46,21 @@ fn lag_is_the_age_of_the_oldest_unsafe_change() {
 }
 
 #[test]
+fn a_stream_that_moved_does_not_go_on_below_where_it_began() {
+    let mut backlog = Backlog::new(4, memory(1 << 20));
+    for _ in 0..5 {
+        backlog.push(write(512), Mono(0)).unwrap();
+        backlog.take_next(u64::MAX).unwrap();
+    }
+    backlog.begin_move(5);
+    assert_eq!(backlog.take_over(Position::new(4, 3)), Ok(()));
+    backlog.begin_move(6);
+    assert_eq!(backlog.take_over(Position::new(4, 2)), Err(CannotResume), "the master target lost what it had");
+    assert_eq!(backlog.take_over(Position::new(4, 3)), Ok(()), "nothing of the epoch in between had arrived");
+    assert_eq!(backlog.resume(2), Err(CannotResume), "nothing was sent of this one yet");
+}
+
+#[test]
 fn what_is_cached_is_sent_again_until_it_is_safe_and_gives_way_when_there_is_no_room() {
     let mut backlog = Backlog::new(1, memory(1 << 20));
     for _ in 0..3 {

@@ -177,6 +177,7 @@ fn scrub_view(volume: &super::shared::VolumeShared, what: Verifying) -> ScrubVie
         differing_bytes: shown.map_or(0, |r| r.differing),
         unread_bytes: shown.map_or(0, |r| r.unread),
         seconds: shown.map_or(0.0, |r| r.ended.unwrap_or(now).since(r.began).as_secs_f64()),
+        last_differing_bytes: last.as_ref().map(|r| r.differing),
         last_age_seconds: last.and_then(|r| r.ended).map(|at| now.since(at).as_secs_f64()),
         waits,
     }

@@ -39,6 +39,7 @@ const STUCK: Duration = Duration::from_secs(60);
 const SEEK_MAX: Duration = Duration::from_secs(60);
 /// A master target that comes back is found by one process server this much sooner than by another.
 const RECONNECTS: Duration = Duration::from_secs(15);
+const CUT_OFF_HERE: &str = "the process server does not reach the master target: changes are safe in its cache, and wait there";
 const CUT_OFF: &str = "no process server reaches the master target: changes are safe in the cache of the one that serves, and wait there";
 
 /// What the session needs of the agent.
@@ -324,7 +325,7 @@ impl Link {
         if up {
             self.cut_off.set(None);
             let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            if last.as_deref() == Some(CUT_OFF) {
+            if [Some(CUT_OFF), Some(CUT_OFF_HERE)].contains(&last.as_deref()) {
                 *last = None;
             }
         } else if self.cut_off.get().is_none() {
@@ -340,6 +341,10 @@ impl Link {
         let mut pause = settings.switch_after;
         loop {
             tokio::time::sleep(Duration::from_millis(100)).await;
+            if self.cut_off.get().is_some_and(|since| clock::now().since(since) >= SPEAKS) {
+                let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                last.get_or_insert_with(|| CUT_OFF_HERE.to_owned());
+            }
             let cut_off = self.cut_off.get().is_some_and(|since| clock::now().since(since) >= settings.switch_after);
             if !cut_off && !self.last_resort {
                 pause = settings.switch_after;
@@ -360,10 +365,12 @@ impl Link {
             }
             if self.cut_off.get().is_some() {
                 let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                last.get_or_insert_with(|| CUT_OFF.to_owned());
+                if last.as_deref().is_none_or(|told| told == CUT_OFF_HERE) {
+                    *last = Some(CUT_OFF.to_owned());
+                }
             }
             tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(SEEK_MAX);
+            pause = if self.last_resort { settings.switch_after } else { (pause * 2).min(SEEK_MAX) };
         }
     }
 

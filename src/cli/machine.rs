@@ -37,7 +37,7 @@ pub(super) enum MachineCommand {
 pub(super) enum DiskCommand {
     /// All disks the server knows.
     List(Ask),
-    /// Compare a disk with its replica, bit by bit, while replication goes on. Ask its agent.
+    /// Compare a disk with its replica, by digests of 64 KiB blocks, while replication goes on. Ask its agent.
     #[command(
         after_help = "Example:\n  tidegate disk verify web01/sda --control unix:/run/tidegate/agent.sock\n\nWhat differs is sent again, and the points that have it leave the list. Exit code 1: something differed."
     )]
@@ -163,7 +163,8 @@ fn verify(disk: String, show: bool, args: &Ask) -> anyhow::Result<()> {
         println!("disk      {}", view.disk);
         println!("compared  {} of {} in {:.1} s", show_size(view.done_bytes), show_size(view.total_bytes), view.seconds);
         println!("differing {}", show_size(view.differing_bytes));
-        println!("last      {}", output::ago(view.last_age_seconds));
+        let differed = view.last_differing_bytes.map_or_else(String::new, |bytes| format!(", {} differed", show_size(bytes)));
+        println!("last      {}{differed}", output::ago(view.last_age_seconds));
     }
     if view.unread_bytes > 0 {
         bail!("{} of {} cannot be read and were not compared: check the storage of the source", show_size(view.unread_bytes), view.disk);

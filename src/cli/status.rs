@@ -40,6 +40,9 @@ fn print(role: &RoleStatus) {
     if let Some(remedy) = &role.remedy {
         println!("  do: {remedy}");
     }
+    if let Some(gateway) = &role.gateway {
+        println!("  sends to process server {gateway}");
+    }
     if let Some((used, capacity)) = role.cache_bytes {
         println!("  cache {} of {}", show_size(used), show_size(capacity));
     }

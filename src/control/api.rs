@@ -252,6 +252,9 @@ pub struct ScrubView {
     pub seconds: f64,
     /// How long ago the last one ended; absent without one.
     pub last_age_seconds: Option<f64>,
+    /// Bytes that differed in that.
+    #[serde(default)]
+    pub last_differing_bytes: Option<u64>,
     /// Why nothing can be compared now.
     pub waits: Option<String>,
 }

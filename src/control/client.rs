@@ -1,5 +1,7 @@
 //! Asks a server's control interface.
 
+use std::time::Duration;
+
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
@@ -10,6 +12,8 @@ use tokio::net::UnixStream;
 use super::api::{ApiError, Request};
 use crate::model::Address;
 
+/// A server that is well says so within this.
+const STATUS_MAX: Duration = Duration::from_secs(5);
 /// Largest answer, in bytes.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 
@@ -51,7 +55,12 @@ pub async fn call<T: DeserializeOwned>(address: &Address, request: &Request) -> 
         .header("content-type", "application/json")
         .body(Full::new(Bytes::from(body)));
     let http = http.map_err(|e| ClientError::Answer(e.to_string()))?;
-    let response = sender.send_request(http).await.map_err(|e| unreachable(e.to_string()))?;
+    let answer = sender.send_request(http);
+    // Whether it is well is asked of servers that hang, too; everything else takes as long as it takes.
+    let limit = if matches!(request, Request::Status) { STATUS_MAX } else { Duration::MAX };
+    let response = tokio::time::timeout(limit, answer).await;
+    let response = response.map_err(|_| unreachable(format!("it does not answer within {} s", STATUS_MAX.as_secs())))?;
+    let response = response.map_err(|e| unreachable(e.to_string()))?;
     let ok = response.status().is_success();
     let bytes =
         Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await.map_err(|e| ClientError::Answer(e.to_string()))?.to_bytes();

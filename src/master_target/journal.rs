@@ -85,3 +85,24 @@ pub fn replay(checkpoint: Position, begins: &BTreeMap<u64, Position>, mut found:
     }
     (queue, unneeded)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::log::Location;
+
+    fn item(epoch: u64, first: u64, last: u64) -> Item {
+        Item { first, end: Position::new(epoch, last), location: Location::nowhere(), marked: false, body: None, travel: None }
+    }
+
+    #[test]
+    fn a_batch_that_is_gone_from_the_end_of_an_epoch_is_missed() {
+        let begins = BTreeMap::from([(6, Position::new(5, 9))]);
+        let ends = |found: Vec<Item>| replay(Position::new(5, 4), &begins, found).0.iter().map(|i| i.end).collect::<Vec<_>>();
+        let whole = || vec![item(5, 5, 6), item(5, 7, 9), item(6, 1, 3)];
+        assert_eq!(ends(whole()), [Position::new(5, 6), Position::new(5, 9), Position::new(6, 3)]);
+        let mut gone = whole();
+        gone.remove(1);
+        assert_eq!(ends(gone), [Position::new(5, 6)], "the next epoch begins at 1 as always, and yet something is missing");
+    }
+}

@@ -29,6 +29,10 @@ impl Control {
     /// The one unusable point that is meant.
     fn find_bad(&self, text: &str, machine: Option<&str>) -> Result<BadPoint, String> {
         let mut found = self.bad_of(machine)?;
+        let labelled = |bad: &BadPoint| bad.point.label.as_deref() == Some(text);
+        if found.iter().filter(|bad| labelled(bad)).count() == 1 {
+            return found.into_iter().find(labelled).ok_or_else(String::new);
+        }
         found.retain(|bad| bad.point.id.to_string().starts_with(text));
         match (found.len(), found.pop()) {
             (1, Some(bad)) if text.len() >= 4 => Ok(bad),

@@ -57,7 +57,7 @@ declare! {
     FREEZES = "tidegate_freezes_total", Counter, "result", "Times the machine was brought to rest for an application-consistent point, or should have been: ok, late, failed";
     FREEZE = "tidegate_freeze_seconds", Histogram, "", "How long writers waited on file systems that were frozen for a point, seconds";
     APP_POINTS_LOST = "tidegate_app_points_lost_total", Counter, "reason", "Points that were to be application-consistent and are crash-consistent";
-    RESYNCS = "tidegate_resynchronisations_total", Counter, "disk, reason", "Times a disk left delta replication";
+    RESYNCS = "tidegate_resynchronisations_total", Counter, "disk", "Times a disk left delta replication";
     INGEST_BYTES = "tidegate_ingest_bytes_total", Counter, "disk", "Bytes of changes received by the process server";
     FOLDED_BYTES = "tidegate_folded_bytes_total", Counter, "disk", "Bytes left after folding and zero detection";
     SEALED_BYTES = "tidegate_sealed_bytes_total", Counter, "disk", "Bytes left after compression, sealed";

@@ -58,6 +58,9 @@ impl Role for Control {
         };
         let machines = machines(&view);
         let worst = machines.iter().map(|m| m.health).max().unwrap_or_default();
+        // Whoever was refused may be the agent of a disk that nobody sends here.
+        let refused = view.last_refused.is_some() && view.disks.iter().any(|disk| !disk.connected);
+        let worst = if refused { worst.max(Health::Warning) } else { worst };
         let (health, reason, remedy) = if health == Health::Healthy && worst > health {
             let told =
                 machines.iter().find_map(|m| m.disks.iter().find_map(|d| Some(format!("{}/{}: {}", m.name, d.name, d.reason.as_ref()?))));
@@ -111,12 +114,18 @@ fn machines(view: &ProcessServerView) -> Vec<MachineView> {
     for disk in &view.disks {
         let (machine, name) = disk.disk.split_once('/').unwrap_or(("", &disk.disk));
         let idle = (!disk.connected && !view.draining).then(|| "its agent is not connected".to_owned());
-        let reason = disk.not_ready.clone().or(idle).or(disk.held_back.map(str::to_owned));
+        // A process server that stands by is as it should be; whether the disk is sent at all the master target says.
+        let reason = disk.not_ready.clone().or(idle).or(disk.held_back.map(str::to_owned)).filter(|_| !disk.standby);
         let health = if reason.is_some() { Health::Warning } else { Health::Healthy };
         let shown = DiskView {
             name: name.to_owned(),
             id: disk.id.clone(),
-            state: if disk.connected { "connected" } else { "not connected" }.to_owned(),
+            state: match (disk.connected, disk.standby) {
+                (true, _) => "connected",
+                (false, true) => "standby",
+                (false, false) => "not connected",
+            }
+            .to_owned(),
             health,
             reason,
             waiting_bytes: disk.cache_bytes,

@@ -67,6 +67,8 @@ pub struct DiskView {
     pub id: String,
     /// The agent sends it now.
     pub connected: bool,
+    /// Another process server has it, or no agent came with it since the start; nothing of it is here.
+    pub standby: bool,
     /// Why it takes no changes, if so.
     pub not_ready: Option<String>,
     /// Positions as `epoch:sequence`, by rung.

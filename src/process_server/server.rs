@@ -388,6 +388,10 @@ async fn publish(server: Rc<Server>) {
                 connected: disk.acknowledge.borrow().is_some(),
                 not_ready: disk.not_ready.borrow().as_ref().map(NotReady::message),
                 positions: stream.rungs().iter().map(|(r, p)| (r.as_str().to_owned(), p.to_string())).collect(),
+                standby: disk.acknowledge.borrow().is_none()
+                    && stream.queue_bytes() == 0
+                    && matches!(*disk.not_ready.borrow(), None | Some(NotReady::NoKey))
+                    && (disk.foreign.get() > 0 || disk.agent_epoch.get() == 0),
                 cache_bytes: stream.queue_bytes(),
                 held_back: match disk.grant.get() {
                     Grant::Full => None,

@@ -126,6 +126,18 @@ impl Faulty {
                 survivors.insert(path.clone(), inode.clone());
             }
         }
+        // Removed since then: it may be so, too. One that was renamed is there under one of its names at least.
+        let removed: Vec<PathBuf> = disk
+            .durable
+            .iter()
+            .filter(|(path, inode)| !disk.live.contains_key(*path) && !disk.live.values().any(|live| Rc::ptr_eq(live, inode)))
+            .map(|(path, _)| path.clone())
+            .collect();
+        for path in removed {
+            if rng.below(2) == 0 {
+                survivors.remove(&path);
+            }
+        }
         for inode in survivors.values() {
             let mut inode = inode.borrow_mut();
             let pending = std::mem::take(&mut inode.pending);
