@@ -303,9 +303,9 @@ impl Link {
             tokio::time::sleep(Duration::from_millis(100)).await;
             let now = clock::now();
             let mut stuck = false;
-            for (volume, seen) in self.shared.volumes.iter().zip(&mut cached) {
+            for ((volume, slot), seen) in self.shared.volumes.iter().zip(&self.slots).zip(&mut cached) {
                 let [_, (_, sent), (_, held), _] = volume.backlog().rungs();
-                if held != seen.0 || sent == held {
+                if held != seen.0 || sent == held || !slot.open.get() {
                     *seen = (held, now);
                 }
                 stuck |= now.since(seen.1) >= STUCK;

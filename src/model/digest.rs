@@ -6,6 +6,8 @@ use super::{Extent, Position, SECTOR};
 
 /// Bytes of one compared block: what differs is found, and sent, in these. 32 bytes of digest for each are 1/2048 of the disk.
 pub const DIGEST_BLOCK: u64 = 64 << 10;
+/// Most bytes of one piece of damage that an agent is told to send again.
+pub const TOLD_BYTES_MAX: u64 = 1 << 20;
 /// Most blocks of one digest.
 pub const DIGEST_BLOCKS_MAX: usize = 1024;
 

@@ -13,12 +13,14 @@ use super::replica::Replica;
 use crate::disk::Disk;
 use crate::master_target::bad;
 use crate::master_target::catalogue::Damage;
-use crate::model::digest::DIGEST_BLOCK;
+use crate::model::digest::{DIGEST_BLOCK, TOLD_BYTES_MAX};
 use crate::model::{Digest, Extent, OverlayMap, PointId, Position, Verdict};
 use crate::observe::metrics;
 use crate::storage::AlignedBuf;
 use crate::storage::digest::{hash_blocks, hash_zeroes};
 
+/// Pieces of damage that the agent is told of when a stream is opened; the rest with the next.
+const TOLD_MAX: usize = 4096;
 /// Places of damage that are kept apart; more become one that spans them.
 const WOUNDS_MAX: usize = 1024;
 
@@ -36,9 +38,14 @@ impl Wounds {
         self.0.borrow().clone()
     }
 
-    /// What is not overwritten yet.
+    /// What is not overwritten yet, in pieces of [`TOLD_BYTES_MAX`].
     pub fn open(&self) -> Vec<Extent> {
-        self.0.borrow().open.clone()
+        let damage = self.0.borrow();
+        let pieces = damage.open.iter().flat_map(|wound| {
+            let starts = (wound.offset..wound.end()).step_by(TOLD_BYTES_MAX as usize);
+            starts.map(|at| Extent::new(at, TOLD_BYTES_MAX.min(wound.end() - at)))
+        });
+        pieces.take(TOLD_MAX).collect()
     }
 
     fn add(&self, differs: &[Extent], touched: &[Position]) {

@@ -30,8 +30,6 @@ use crate::wire::{PROTOCOL, WireError, control_len, decode_control, encode_contr
 
 /// While a disk's share of the journal is full.
 const FULL_WAIT: Duration = Duration::from_millis(20);
-/// Damage that is told when a stream is opened; the rest with the next.
-const DAMAGED_TOLD_MAX: usize = 1024;
 /// While what was received is on its way to the journal.
 const SETTLE_LOOK: Duration = Duration::from_millis(1);
 
@@ -135,7 +133,7 @@ async fn run(
         wanted: shared.wanted(),
     };
     write_reply(send, &reply).await?;
-    for extent in prepared.damaged.iter().take(DAMAGED_TOLD_MAX) {
+    for extent in &prepared.damaged {
         // No digest stands at sequence 0: this is what is known from before.
         let at = Position::new(disk.epoch.get(), 0);
         write_reply(send, &Reply::Verdict(crate::model::Verdict { at, extent: *extent, differs: vec![*extent] })).await?;

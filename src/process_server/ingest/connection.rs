@@ -213,10 +213,6 @@ impl Connection {
 
     /// Why a disk cannot be opened now, if so.
     fn refusal(&self, disk: &Disk, asked: &Asked) -> Option<(Refusal, String)> {
-        let known = disk.foreign.get().max(disk.record.borrow().as_ref().map_or(0, |r| r.epoch));
-        if asked.epoch > known.saturating_add(EPOCH_STEP_MAX) {
-            return Some((Refusal::NotAllowed, format!("epoch {} is none that an agent can have come to from {known}", asked.epoch)));
-        }
         let stale = |highest| (Refusal::StaleEpoch { highest }, format!("epoch {} is older than {highest}", asked.epoch));
         if asked.epoch <= disk.foreign.get() {
             return Some(stale(disk.foreign.get()));
@@ -244,15 +240,19 @@ impl Connection {
 
     async fn open(&self, slot: u32, disk: Rc<Disk>, asked: Asked) -> Result<(), ConnectionError> {
         let Asked { size, epoch, .. } = asked;
-        let refusal = self.refusal(&disk, &asked);
-        if !matches!(refusal, Some((Refusal::NotAllowed, _))) {
-            disk.agent_epoch.set(disk.agent_epoch.get().max(epoch));
-            if disk.size.replace(size) != size {
-                // The master target checks the size against the replica; its answer comes with the next opening.
-                disk.forward.notify_one();
-            }
+        let known = disk.foreign.get().max(disk.record.borrow().as_ref().map_or(0, |r| r.epoch));
+        if epoch > known.saturating_add(EPOCH_STEP_MAX) {
+            // Nothing of it is kept: it would be asked for as long as this server runs.
+            let message = format!("epoch {epoch} is none that an agent can have come to from {known}");
+            self.reply(ServerMessage::Refused { slot, reason: Refusal::NotAllowed, message });
+            return Ok(());
         }
-        if let Some((reason, message)) = refusal {
+        disk.agent_epoch.set(disk.agent_epoch.get().max(epoch));
+        if disk.size.replace(size) != size {
+            // The master target checks the size against the replica; its answer comes with the next opening.
+            disk.forward.notify_one();
+        }
+        if let Some((reason, message)) = self.refusal(&disk, &asked) {
             if matches!(reason, Refusal::StaleEpoch { .. }) {
                 metrics::count_reason(metrics::REFUSED, "stale-epoch");
             }

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use super::Volume;
 use crate::agent::comparison::{Outcome, Task};
 use crate::clock::{self, Mono};
+use crate::model::digest::TOLD_BYTES_MAX;
 use crate::model::{Compare, Verdict};
 
 /// Missing regions looked at for one with which something can be done.
@@ -66,7 +67,7 @@ impl Volume {
         if verdict.at.sequence == 0 {
             // No digest's: damage that was found before, perhaps by an agent that is no more.
             let mut told = self.told_damage.borrow_mut();
-            if told.len() < TOLD_MAX && !told.contains(&verdict.extent) {
+            if told.len() < TOLD_MAX && verdict.extent.len <= TOLD_BYTES_MAX && !told.contains(&verdict.extent) {
                 told.push(verdict.extent);
             }
             return;
