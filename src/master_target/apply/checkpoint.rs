@@ -130,14 +130,15 @@ pub async fn run(apply: &Apply, replica: &Replica, mut items: Vec<Item>) -> Resu
     let Some(end) = items.last().map(|item| item.end) else { return Ok(()) };
     replica.shared.condition().applied = end;
     replica.image.barrier().await?;
-    note(apply, replica, end, arrivals).await?;
-    super::compare::settle(apply, replica).await?;
+    let grown = replica.retention.take_grown();
+    patiently(replica, async || note(apply, replica, end, &arrivals, &grown).await).await?;
+    patiently(replica, async || super::compare::settle(apply, replica).await).await?;
     verdicts.into_iter().for_each(|verdict| replica.shared.tell_verdict(verdict));
     let locations: Vec<_> = items.iter().map(|item| item.location).collect();
     let bytes = locations.iter().map(|l| l.stored_bytes()).sum::<u64>();
     replica.shared.queue_bytes.fetch_sub(bytes, Ordering::Relaxed);
     apply.journal.release(locations).await;
-    expire(apply, replica).await
+    patiently(replica, async || expire(apply, replica).await).await
 }
 
 /// Keeps old content, then writes new content.
@@ -179,13 +180,14 @@ async fn apply_cut(
 }
 
 /// Repeats an operation while the file system is full; the disk says so meanwhile, others go on.
-async fn patiently(replica: &Replica, mut operation: impl AsyncFnMut() -> Result<(), ApplyError>) -> Result<(), ApplyError> {
+pub(super) async fn patiently(replica: &Replica, mut operation: impl AsyncFnMut() -> Result<(), ApplyError>) -> Result<(), ApplyError> {
     let mut waited = false;
     loop {
         let result = operation().await;
         let full = match &result {
             Err(ApplyError::Replica(DiskError::Io { source, .. })) => is_full(source),
             Err(ApplyError::Retain(e)) => e.io_error().is_some_and(is_full),
+            Err(ApplyError::Catalogue(e)) => e.is_full(),
             _ => false,
         };
         if !full {
@@ -226,7 +228,7 @@ impl Apply {
 type Arrival = (crate::model::Position, Box<Marker>, Option<crate::master_target::shared::Travel>);
 
 /// Makes the checkpoint durable in the catalogue, with what it did to the points.
-async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arrivals: Vec<Arrival>) -> Result<(), ApplyError> {
+async fn note(apply: &Apply, replica: &Replica, end: Position, arrivals: &[Arrival], grown: &[(Position, u64)]) -> Result<(), ApplyError> {
     let disk = &replica.shared;
     let configured = apply.shared.disks_of(disk.machine);
     // Points change only here and in `expire`, under this lock, on this thread.
@@ -243,14 +245,14 @@ async fn note(apply: &Apply, replica: &Replica, end: crate::model::Position, arr
     let mut changes: Vec<Changes> = Vec::new();
     if !arrivals.is_empty() {
         let mut trial = apply.shared.book().excerpt(arrivals.iter().map(|(_, marker, _)| marker.point));
-        for (position, marker, _) in &arrivals {
+        for (position, marker, _) in arrivals {
             let change = trial.arrive(disk.id, *position, marker, &configured, clock_now);
             trial.commit(change.clone());
             changes.push(change);
         }
     }
     let (records, id, last_marker, batch) = (apply.records.clone(), disk.id, replica.last_marker.get(), changes.clone());
-    let stand = Stand { checkpoint: end, last_marker, damage: replica.wounds.noted(), grown: replica.retention.take_grown() };
+    let stand = Stand { checkpoint: end, last_marker, damage: replica.wounds.noted(), grown: grown.to_vec() };
     let noted = tokio::task::spawn_blocking(move || records.checkpoint(id, &stand, &batch, clock_now)).await;
     noted.map_err(|e| io::Error::other(e.to_string()))??;
     replica.noted_marker.set(last_marker);

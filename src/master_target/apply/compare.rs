@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 
 use super::Apply;
-use super::checkpoint::ApplyError;
+use super::checkpoint::{ApplyError, patiently};
 use super::plan::can_judge;
 use super::replica::Replica;
 use crate::disk::Disk;
@@ -206,10 +206,12 @@ async fn wound(apply: &Apply, replica: &Replica, differs: &[Extent], arrived: &[
     );
     replica.wounds.add(differs, &places[low..]);
     // Durable before the next batch overwrites it: after a crash nobody would find it again, and older points would keep it.
-    let (records, id, damage) = (apply.records.clone(), replica.shared.id, replica.wounds.noted());
-    let noted = tokio::task::spawn_blocking(move || records.put_damage(id, &damage)).await;
-    noted.map_err(|e| std::io::Error::other(e.to_string()))??;
-    Ok(())
+    patiently(replica, async || {
+        let (records, id, damage) = (apply.records.clone(), replica.shared.id, replica.wounds.noted());
+        let noted = tokio::task::spawn_blocking(move || records.put_damage(id, &damage)).await;
+        Ok(noted.map_err(|e| std::io::Error::other(e.to_string()))??)
+    })
+    .await
 }
 
 /// Takes the points off the list that have damage, once their markers are noted.
