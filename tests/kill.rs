@@ -20,7 +20,7 @@ fn any_role_may_be_killed_at_any_moment() {
     let mut rng = Rng::new(seed);
     let size: u64 = 48 << 20;
     let mut cluster = Cluster::start(Options { disk_bytes: size, cache: "writeback", ..Options::default() });
-    let writer = Writer::start(cluster.nbd(0), size, 3, 60 << 20, seed);
+    let writer = Writer::start(cluster.nbd(0), size, 3, 24 << 20, seed);
     let mut known: Vec<(String, PathBuf)> = Vec::new();
     let mut checked = 0;
     for kill in 1..=KILLS {
@@ -94,7 +94,7 @@ fn kill_while_applying(format: Format) {
     let size: u64 = 48 << 20;
     let quick = "[apply]\ncheckpoint_interval = \"100ms\"\n".to_owned();
     let mut cluster = Cluster::start(Options { disk_bytes: size, format: format.as_str(), master_target: quick, ..Options::default() });
-    let writer = Writer::start(cluster.nbd(0), size, 1, 24 << 20, 7);
+    let writer = Writer::start(cluster.nbd(0), size, 1, 8 << 20, 7);
     // On a slow machine the first kill could come before there is anything to apply to.
     cluster.wait("the replica is made", Duration::from_secs(60), || cluster.log("master-target").contains("replica made"));
     for kill in 1..=KILLS_PER_FORMAT {
