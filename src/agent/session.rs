@@ -334,8 +334,8 @@ impl Link {
     }
 
     /// Ends with another process server that reaches the master target, when this one has not for `switch_after`, or is to be taken
-    /// out of service and was the last resort. When none does
-    /// the master target is gone, and nothing is gained by moving: here at least everything is durable.
+    /// out of service and was the last resort. When none does the master target is gone, and nothing is gained by moving: here at
+    /// least everything is durable.
     async fn seek(&self, parts: &Parts, others: &[(usize, &str)]) -> usize {
         let settings = &parts.settings.process_server;
         let mut pause = settings.switch_after;

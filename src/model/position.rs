@@ -4,6 +4,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+/// Epochs grow by one at a time. A larger step than this is no honest one, and would leave no room for others.
+pub const EPOCH_STEP_MAX: u64 = 1 << 32;
+
 /// A place in a disk's stream. Ordered by epoch, then sequence: a new epoch begins at sequence 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Position {

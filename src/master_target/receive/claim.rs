@@ -4,9 +4,7 @@
 //! and the process server are durable before they are obeyed, so that whoever wakes late is refused even after a crash.
 
 use crate::model::Name;
-
-/// Epochs grow by one at a time; a step this large is a mistake, and would leave no room for others.
-const STEP_MAX: u64 = 1 << 32;
+use crate::model::position::EPOCH_STEP_MAX;
 
 /// What an opening of a disk's stream means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,14 +32,14 @@ pub fn judge(obeyed: u64, owner: Option<&Name>, epoch: u64, who: &Name) -> Resul
     }
     match epoch.checked_sub(obeyed) {
         Some(0) if owner.is_none_or(|owner| owner == who) => Ok(if owner.is_none() { Claim::TakesOver } else { Claim::GoesOn }),
-        Some(1..=STEP_MAX) => Ok(Claim::TakesOver),
+        Some(1..=EPOCH_STEP_MAX) => Ok(Claim::TakesOver),
         _ => Err(Fenced { obeyed }),
     }
 }
 
 /// Whether a batch of the stream that is obeyed may raise the epoch to this one.
 pub fn may_raise(obeyed: u64, epoch: u64) -> bool {
-    epoch.checked_sub(obeyed).is_some_and(|step| step <= STEP_MAX)
+    epoch.checked_sub(obeyed).is_some_and(|step| step <= EPOCH_STEP_MAX)
 }
 
 #[cfg(test)]

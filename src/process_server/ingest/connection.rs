@@ -14,6 +14,7 @@ use tokio_rustls::server::TlsStream;
 
 use crate::clock;
 use crate::config::limits::{DISKS_PER_CONNECTION_MAX, SILENCE_SECONDS};
+use crate::model::position::EPOCH_STEP_MAX;
 use crate::model::{Compare, Digest, Marker, Name, Trailer, Wanted};
 use crate::observe::metrics;
 use crate::process_server::disk::{Disk, NotReady};
@@ -67,9 +68,6 @@ struct Slot {
     told: Cell<(u64, u64, u64)>,
     wanted: Cell<Option<Wanted>>,
 }
-
-/// Epochs grow by one at a time; the master target refuses a larger step, too.
-const EPOCH_STEP_MAX: u64 = 1 << 32;
 
 /// Answers that may wait for an agent that does not read.
 const REPLIES_MAX: usize = 4 * DISKS_PER_CONNECTION_MAX as usize;

@@ -3,11 +3,9 @@
 use std::io;
 
 use super::Volume;
+use crate::model::position::EPOCH_STEP_MAX;
 use crate::model::{Name, Position, RegionSet};
 use crate::observe::metrics;
-
-/// Epochs grow by one at a time; a larger step than this is no honest one.
-const EPOCH_STEP_MAX: u64 = 1 << 32;
 
 /// What is sent in a stream that starts anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
