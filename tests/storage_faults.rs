@@ -153,6 +153,62 @@ fn bit_rot_in_a_record_is_noticed_when_it_is_read() {
     });
 }
 
+/// Sectors that are not given back, and bits that turned, each cost the record they stand in.
+#[test]
+fn what_is_lost_of_a_log_is_one_record_and_no_other() {
+    run(async {
+        let segment = PathBuf::from(DIR).join("segment-0000000001.tgl");
+        let written = async || {
+            let storage = Faulty::default();
+            let (log, _) = Log::open(storage.clone(), Path::new(DIR), Uuid::from_u128(1), OPTIONS).await.unwrap();
+            for number in 1..=3 {
+                // 12 KiB each.
+                log.append(&mut vec![record(number, 12_000)]).await.unwrap();
+            }
+            storage
+        };
+        let found = async |storage: &Faulty| {
+            let opened = Log::open(storage.clone(), Path::new(DIR), Uuid::from_u128(1), OPTIONS).await;
+            opened.map(|(_, found)| found.iter().map(|r| number_of(&r.head)).collect::<Vec<_>>())
+        };
+        const FIRST: usize = 4096;
+        const SECOND: usize = FIRST + (12 << 10);
+        for at in (SECOND..SECOND + (12 << 10)).step_by(4096) {
+            let storage = written().await;
+            storage.spoil(&segment, at);
+            assert_eq!(found(&storage).await.unwrap(), [1, 3], "an unreadable page at {at}");
+            let storage = written().await;
+            storage.rot(&segment, at + 100, 2);
+            let all_but_padding = if at + 100 < SECOND + 12_072 { vec![1, 3] } else { vec![1, 2, 3] };
+            assert_eq!(found(&storage).await.unwrap(), all_but_padding, "a bit at {at}");
+        }
+        // The header says what the first record says too.
+        let storage = written().await;
+        storage.spoil(&segment, 0);
+        assert_eq!(found(&storage).await.unwrap(), [1, 2, 3]);
+        let storage = written().await;
+        storage.rot(&segment, 9, 2);
+        assert_eq!(found(&storage).await.unwrap(), [1, 2, 3]);
+        // Both gone: the file is kept for a person, and its name is free.
+        let storage = written().await;
+        storage.spoil(&segment, 0);
+        storage.spoil(&segment, FIRST);
+        assert_eq!(found(&storage).await.unwrap(), Vec::<u64>::new());
+        assert!(storage.file_len(&segment.with_file_name("unreadable-segment-0000000001.tgl")).is_some());
+        let (log, _) = Log::open(storage.clone(), Path::new(DIR), Uuid::from_u128(1), OPTIONS).await.unwrap();
+        log.append(&mut vec![record(4, 100)]).await.unwrap();
+        assert_eq!(found(&storage).await.unwrap(), [4]);
+        // Not bad sectors any more but a disk that fails: nothing is given up.
+        let large = Options { segment_bytes: 2 << 20, ..OPTIONS };
+        let storage = Faulty::default();
+        let (log, _) = Log::open(storage.clone(), Path::new(DIR), Uuid::from_u128(1), large).await.unwrap();
+        log.append(&mut vec![record(1, 100)]).await.unwrap();
+        (2..300).for_each(|page| storage.spoil(&segment, page * 4096));
+        let refused = Log::open(storage.clone(), Path::new(DIR), Uuid::from_u128(1), large).await.map(|_| ());
+        assert!(matches!(refused, Err(LogError::Io { .. })), "{refused:?}");
+    });
+}
+
 #[test]
 fn a_log_of_another_server_is_refused_by_name() {
     run(async {

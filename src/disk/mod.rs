@@ -22,7 +22,7 @@ use self::vmdk::Vmdk;
 use self::vmdk::descriptor::Kind;
 use self::vmdk::stream::Stream;
 use crate::model::Extent;
-use crate::storage::{AlignedBuf, File, OpenMode, Storage};
+use crate::storage::{self, AlignedBuf, File, OpenMode, Storage};
 
 /// Longest chain of parents that is followed.
 const CHAIN_MAX: u32 = 32;
@@ -162,7 +162,7 @@ pub enum DiskError {
 impl DiskError {
     /// The disk below does not give back what was written (EIO).
     pub fn is_unreadable(&self) -> bool {
-        matches!(self, DiskError::Io { source, .. } if source.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()))
+        matches!(self, DiskError::Io { source, .. } if storage::is_unreadable(source))
     }
 }
 

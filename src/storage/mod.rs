@@ -91,6 +91,11 @@ pub trait Storage: Clone + 'static {
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 }
 
+/// Whether an error means that the disk does not give back what was written there (EIO).
+pub fn is_unreadable(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
+}
+
 /// The error every implementation gives for a write to a file whose sync failed.
 pub fn closed_for_writing() -> io::Error {
     io::Error::other("a sync of this file failed earlier, it takes no more writes: restart to recover from what is durable")

@@ -2,7 +2,7 @@
 //! files that were created are found only if their folder was synced. It can also fail its n-th operation.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -74,6 +74,8 @@ struct Inode {
     durable: Content,
     live: Content,
     pending: Vec<(u64, Vec<u8>)>,
+    /// Pages that give EIO until they are written.
+    unreadable: BTreeSet<usize>,
     closed: bool,
 }
 
@@ -192,6 +194,11 @@ impl Faulty {
         inode.durable = inode.live.clone();
     }
 
+    /// The page of a file that `at` lies in gives EIO from now on, until it is written.
+    pub fn spoil(&self, path: &Path, at: usize) {
+        self.disk.borrow().live[path].borrow_mut().unreadable.insert(at / PAGE);
+    }
+
     /// Length of a file and whether it exists.
     pub fn file_len(&self, path: &Path) -> Option<usize> {
         self.disk.borrow().live.get(path).map(|i| i.borrow().live.len)
@@ -233,6 +240,9 @@ impl File for FaultyFile {
         if end > inode.live.len {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        if inode.unreadable.range(offset as usize / PAGE..end.div_ceil(PAGE)).next().is_some() {
+            return Err(io::Error::from_raw_os_error(5));
+        }
         Ok(AlignedBuf::copy_of(&inode.live.read(offset as usize, len)))
     }
 
@@ -243,6 +253,8 @@ impl File for FaultyFile {
             return Err(closed_for_writing());
         }
         inode.live.put(offset, &data);
+        let (first, end) = (offset as usize / PAGE, (offset as usize + data.len()).div_ceil(PAGE));
+        inode.unreadable.retain(|page| !(first..end).contains(page));
         inode.pending.push((offset, data.to_vec()));
         Ok(())
     }

@@ -14,6 +14,7 @@ pub use rng::Rng;
 use serde_json::Value;
 use tempfile::TempDir;
 
+pub mod bad_disk;
 pub mod block_log;
 pub mod estate;
 pub mod faulty_storage;
@@ -250,13 +251,18 @@ impl Cluster {
 
     /// What a role shows to Prometheus.
     pub fn metrics(&self, role: &str) -> String {
+        self.get(role, "/metrics")
+    }
+
+    /// What its listener for Prometheus answers.
+    pub fn get(&self, role: &str, path: &str) -> String {
         let n = (0..self.options.gateways).position(|n| gateway_role(n) == role);
         let port = match n {
             Some(n) if n > 0 => self.ports[4 + 2 * n],
             _ => self.metrics_port(role),
         };
         let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).expect("metrics are served");
-        stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").expect("a request");
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n").expect("a request");
         let mut text = String::new();
         stream.read_to_string(&mut text).expect("an answer");
         text

@@ -86,6 +86,11 @@ pub fn peek_record(bytes: &[u8], incarnation: u64, max: usize) -> Option<usize> 
     (head[..4] == RECORD_MAGIC && le_u64(&head[8..]) == incarnation && body_len > 0 && body_len <= max).then_some(body_len)
 }
 
+/// The incarnation that a record's header says, whether it is one or not.
+pub fn incarnation_of(bytes: &[u8]) -> u64 {
+    bytes.get(8..).and_then(<[u8]>::first_chunk).map_or(0, |field| u64::from_le_bytes(*field))
+}
+
 /// Whether `record` (header and body, padding allowed) is undamaged.
 pub fn record_is_whole(record: &[u8], body_len: usize) -> bool {
     record.len() >= RECORD_HEADER_LEN + body_len && le_u32(&record[4..]) == record_crc(record, body_len)

@@ -7,15 +7,17 @@
 //! - A segment is used again only when every record in it was released, and callers release a record only after
 //!   they made durable, elsewhere, that they do not need it. Records of the earlier use carry another incarnation.
 //! - After a restart recovered segments are never appended to.
+//! - A record that was damaged, or whose sectors give EIO, takes no other with it: see [`scan`].
 //! - Segments are filled with zeroes when they are made: overwriting is 1.5 to 10 times cheaper than extending
 //!   or than writing into merely allocated space (measured).
 //!
 //! Power may go at any write here. While a segment is made: its header is written last, so the file is found without
-//! one and is made again. While a group is written: some of its records are found, in any combination; a scan stops at
-//! the first that is damaged, callers drop what follows a gap. While a segment is reused: either the old header stands,
+//! one and is made again. While a group is written: some of its records are found, in any combination; callers drop what
+//! follows a gap, each in the order of its own stream. While a segment is reused: either the old header stands,
 //! whose remaining records are all released, or the new one.
 
 pub mod format;
+mod scan;
 pub mod service;
 
 use std::cell::{Cell, RefCell};
@@ -31,11 +33,11 @@ use uuid::Uuid;
 
 use self::format::{RECORD_HEADER_LEN, SEGMENT_HEADER_LEN, SegmentHeader, finish_record, peek_record, record_is_whole, record_len};
 use super::uring::is_full;
-use super::{AlignedBuf, File, OpenMode, Storage};
+use super::{AlignedBuf, File, OpenMode, Storage, is_unreadable};
 use crate::sabotage;
 
-/// Bytes read at once while scanning and written at once while zeroing.
-const SCAN_BYTES: usize = 1 << 20;
+/// Bytes written at once while zeroing.
+const ZERO_BYTES: usize = 1 << 20;
 /// Bytes of each recovered body that are shown to the caller.
 pub const HEAD_BYTES: usize = 256;
 
@@ -128,7 +130,7 @@ impl LogError {
     pub fn is_lost(&self) -> bool {
         match self {
             LogError::Damaged { .. } => true,
-            LogError::Io { source, .. } => source.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()),
+            LogError::Io { source, .. } => is_unreadable(source),
             _ => false,
         }
     }
@@ -179,96 +181,11 @@ impl<S: Storage> Log<S> {
         let mut names: Vec<(u64, String)> =
             log.storage.list(dir).map_err(io)?.into_iter().filter_map(|name| Some((segment_number(&name)?, name))).collect();
         names.sort_unstable();
+        let patience = scan::Patience::default();
         for (number, name) in names {
-            log.recover_segment(number, &dir.join(name), &mut recovered).await?;
+            log.recover_segment(number, &dir.join(name), &patience, &mut recovered).await?;
         }
         Ok((log, recovered))
-    }
-
-    async fn recover_segment(&self, number: u64, path: &Path, recovered: &mut Vec<Recovered>) -> Result<(), LogError> {
-        let io = |source| LogError::Io { path: path.to_owned(), source };
-        let file = self.storage.open(path, OpenMode::Write).await.map_err(io)?;
-        let len = file.len().map_err(io)?;
-        let header = if len == self.options.segment_bytes {
-            SegmentHeader::decode(&file.read_at(0, SEGMENT_HEADER_LEN).await.map_err(io)?)
-        } else {
-            None
-        };
-        let Some(header) = header else {
-            // Power went while it was made, or the configured size changed while it was empty or full: only the first is safe to drop.
-            if len != self.options.segment_bytes && len >= SEGMENT_HEADER_LEN as u64 {
-                let page = file.read_at(0, SEGMENT_HEADER_LEN).await.map_err(io)?;
-                if SegmentHeader::decode(&page).is_some() {
-                    return self.recover_other_size(number, path, file, len, recovered).await;
-                }
-            }
-            drop(file);
-            self.storage.remove(path).map_err(io)?;
-            return self.storage.sync_dir(&self.dir).map_err(io);
-        };
-        self.scan(number, path, file, header, len, recovered).await
-    }
-
-    /// A segment written with another configured size is read as it is, and removed instead of recycled when it is released.
-    async fn recover_other_size(
-        &self,
-        number: u64,
-        path: &Path,
-        file: S::File,
-        len: u64,
-        recovered: &mut Vec<Recovered>,
-    ) -> Result<(), LogError> {
-        let page = file.read_at(0, SEGMENT_HEADER_LEN).await.map_err(|source| LogError::Io { path: path.to_owned(), source })?;
-        match SegmentHeader::decode(&page) {
-            Some(header) => self.scan(number, path, file, header, len, recovered).await,
-            None => Ok(()),
-        }
-    }
-
-    async fn scan(
-        &self,
-        number: u64,
-        path: &Path,
-        file: S::File,
-        header: SegmentHeader,
-        len: u64,
-        recovered: &mut Vec<Recovered>,
-    ) -> Result<(), LogError> {
-        let io = |source| LogError::Io { path: path.to_owned(), source };
-        if header.log != self.id {
-            return Err(LogError::Foreign { path: path.to_owned(), found: header.log, expected: self.id });
-        }
-        let mut at = SEGMENT_HEADER_LEN as u64;
-        let mut live = 0;
-        while at + RECORD_HEADER_LEN as u64 <= len {
-            let room = (len - at) as usize;
-            let first = file.read_at(at, room.min(4096)).await.map_err(io)?;
-            let Some(body_len) = peek_record(&first, header.incarnation, self.options.body_bytes_max) else { break };
-            let whole = record_len(body_len);
-            if whole > room {
-                break;
-            }
-            let record = file.read_at(at, whole).await.map_err(io)?;
-            if !record_is_whole(&record, body_len) {
-                break;
-            }
-            let location = Location { segment: number, offset: at, body_len: body_len as u32 };
-            let head = record[RECORD_HEADER_LEN..RECORD_HEADER_LEN + body_len.min(HEAD_BYTES)].to_vec();
-            recovered.push(Recovered { location, head });
-            live += 1;
-            at += whole as u64;
-            self.live_bytes.set(self.live_bytes.get() + whole as u64);
-        }
-        let segment = Segment {
-            path: path.to_owned(),
-            file,
-            incarnation: Cell::new(header.incarnation),
-            header_written: Cell::new(true),
-            filled: Cell::new(len),
-            live: Cell::new(live),
-        };
-        self.segments.borrow_mut().insert(number, Rc::new(segment));
-        Ok(())
     }
 
     /// Appends a group and makes it durable with one sync. Each buffer is [`RECORD_HEADER_LEN`] bytes of room and then
@@ -458,10 +375,10 @@ impl<S: Storage> Log<S> {
         let file = self.storage.open(&path, OpenMode::Create).await.map_err(io)?;
         let made = async {
             file.allocate(0, self.options.segment_bytes).await?;
-            let zeroes = AlignedBuf::zeroed(SCAN_BYTES).freeze();
+            let zeroes = AlignedBuf::zeroed(ZERO_BYTES).freeze();
             let mut at = 0;
             while at < self.options.segment_bytes {
-                let step = (self.options.segment_bytes - at).min(SCAN_BYTES as u64);
+                let step = (self.options.segment_bytes - at).min(ZERO_BYTES as u64);
                 file.write_at(at, zeroes.slice(..step as usize)).await?;
                 at += step;
             }
