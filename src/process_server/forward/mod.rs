@@ -80,14 +80,15 @@ async fn serve(server: &Rc<Server>, connection: &quinn::Connection) -> String {
     for disk in server.disks.values() {
         tasks.spawn_local(stream::run(server.clone(), disk.clone(), connection.clone()));
     }
-    // What is received only says that the other side sends; that it hears us is said by its acknowledgements, which the keep-alives
-    // draw every few seconds.
+    // What is received only says that the other side sends, and it repeats old acknowledgements with that. That it hears us is
+    // said by an acknowledgement of something new: a sample of the round-trip time, which moves its mean, in nanoseconds.
     let watch = async {
-        let (mut acknowledged, mut heard_us) = (0, clock::now());
+        let (mut mean, mut heard_us) = (Duration::ZERO, clock::now());
         loop {
             let stats = connection.stats();
             metrics::disk_gauge(metrics::LINK_MTU, "", f64::from(stats.path.current_mtu));
-            if std::mem::replace(&mut acknowledged, stats.frame_rx.acks) != stats.frame_rx.acks {
+            let asked = quic::probe(connection);
+            if std::mem::replace(&mut mean, stats.path.rtt) != stats.path.rtt || !asked {
                 heard_us = clock::now();
             }
             if clock::now().since(heard_us) >= Duration::from_secs(SILENCE_SECONDS) {
