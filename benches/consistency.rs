@@ -235,7 +235,7 @@ async fn one_machine_of_four_disks() {
         let before = (load.written.load(Ordering::Relaxed), Instant::now());
         let mut made = 0;
         for _ in 0..300 {
-            let request = Request::Mark { machine: "m0".to_owned(), label: None, app: false };
+            let request = Request::Mark { machine: "m0".to_owned(), label: None, app: false, wait_seconds: None };
             made += usize::from(client::call::<Marked>(&site.control, &request).await.is_ok());
             tokio::time::sleep(Duration::from_millis(40)).await;
         }

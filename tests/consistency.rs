@@ -194,7 +194,7 @@ fn tokens_never_arrive_in_a_point_before_they_were_sent() {
         if points.len() % 10 == 5 {
             let mut ids = vec![];
             for machine in estate.machines() {
-                let request = Request::Mark { machine: machine.clone(), label: None, app: false };
+                let request = Request::Mark { machine: machine.clone(), label: None, app: false, wait_seconds: None };
                 ids.push(estate.call::<Marked>(&estate.control(&machine), &request).unwrap().point);
             }
             naive.push(ids);

@@ -494,3 +494,30 @@ fn a_policy_that_is_set_counts_at_once_and_until_it_is_reset() {
     assert!(shown.contains("its own: points_max 1") && shown.contains("points_max  10000  (configuration)"), "{shown}");
     assert!(!set(&["--machine", "nobody", "--points-max", "1"]).status.success());
 }
+
+/// Who makes a point before something risky wants to know that it is there.
+#[test]
+fn a_mark_that_waits_says_whether_the_point_is_safe() {
+    let mut cluster = Cluster::start(Options { interval: "1h", ..Options::default() });
+    cluster.wait_for_delta();
+    let control = cluster.control("agent");
+    let mark = |limit: &str| {
+        let args = ["point", "mark", "--machine", "m1", "--wait", limit, "--control", &control];
+        std::process::Command::new(env!("CARGO_BIN_EXE_tidegate")).args(args).output().unwrap()
+    };
+    let text = |output: &std::process::Output| String::from_utf8_lossy(&[&output.stdout[..], &output.stderr[..]].concat()).into_owned();
+    let safe = mark("30");
+    assert!(safe.status.success() && text(&safe).contains("is safe at the master target"), "{}", text(&safe));
+    cluster.kill("master-target");
+    let late = mark("1");
+    assert!(!late.status.success() && text(&late).contains("still on its way"), "{}", text(&late));
+    // The master target comes back without what it knew: what was on its way belongs to a stream that is over.
+    let lost = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| mark("120"));
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        std::fs::remove_dir_all(cluster.path("master-target")).unwrap();
+        cluster.start_role("master-target");
+        waiting.join().unwrap()
+    });
+    assert!(!lost.status.success() && text(&lost).contains("was lost"), "{}", text(&lost));
+}

@@ -35,6 +35,9 @@ const SEGMENT_CHANGES: usize = 1024;
 /// What was not sent stays in memory up to this, as a quarter of the room at most: it keeps a stream busy while the log is read.
 const AHEAD_COST: u64 = 16 << 20;
 
+/// Times that the stream began anew of which is known what they lost.
+const FORGOTTEN_KEPT: usize = 64;
+
 /// No room: the change must be covered by the dirty map instead.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("the backlog is full")]
@@ -44,6 +47,17 @@ pub struct Full;
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("the stream cannot be continued from where the other side stands")]
 pub struct CannotResume;
+
+/// What became of a change that was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It is on its way.
+    Waits,
+    /// It is durable at the master target.
+    Safe,
+    /// The stream began anew before that.
+    Lost,
+}
 
 /// A change and when it was captured.
 #[derive(Clone, Debug)]
@@ -127,6 +141,8 @@ pub struct Backlog {
     /// Places in the log that are not needed any more.
     given_up: Vec<Location>,
     samples: VecDeque<(u64, Mono)>,
+    /// First and last number of what was forgotten, the latest times.
+    forgotten: VecDeque<(u64, u64)>,
 }
 
 impl Backlog {
@@ -153,6 +169,7 @@ impl Backlog {
             room,
             given_up: Vec::new(),
             samples: VecDeque::new(),
+            forgotten: VecDeque::new(),
         }
     }
 
@@ -366,7 +383,13 @@ impl Backlog {
             Body::Log(location) => Some(location),
             Body::Memory(_) => None,
         }));
-        let given_up = std::mem::take(&mut self.given_up);
+        let (given_up, mut forgotten) = (std::mem::take(&mut self.given_up), std::mem::take(&mut self.forgotten));
+        if self.safe < here {
+            if forgotten.len() == FORGOTTEN_KEPT {
+                forgotten.pop_front();
+            }
+            forgotten.push_back((self.safe + 1, here));
+        }
         *self = Self {
             life: self.life + 1,
             base: here,
@@ -375,6 +398,7 @@ impl Backlog {
             cached: here,
             safe: here,
             given_up,
+            forgotten,
             ..Self::new(epoch, self.room)
         };
     }
@@ -407,6 +431,17 @@ impl Backlog {
     /// Cost of what is in the log.
     pub fn log_bytes(&self) -> u64 {
         self.log
+    }
+
+    /// What became of the change with this number.
+    pub fn fate(&self, number: u64) -> Fate {
+        if self.forgotten.iter().any(|(first, last)| (*first..=*last).contains(&number)) {
+            Fate::Lost
+        } else if number <= self.safe {
+            Fate::Safe
+        } else {
+            Fate::Waits
+        }
     }
 
     /// The number of the last change that is journaled at the master target.

@@ -227,3 +227,25 @@ fn a_stream_that_flows_holds_next_to_nothing() {
     backlog.acknowledge(1, 2000, 2000);
     assert_eq!(backlog.memory_bytes(), 0);
 }
+
+#[test]
+fn what_became_of_a_change_is_known_over_moves_and_new_streams() {
+    let mut backlog = Backlog::new(1, memory(1 << 20));
+    let push = |backlog: &mut Backlog| backlog.push(write(512), Mono(0)).unwrap();
+    let (first, second) = (push(&mut backlog), push(&mut backlog));
+    (0..2).for_each(|_| drop(backlog.take_next(u64::MAX).unwrap()));
+    backlog.acknowledge(1, 2, 1);
+    assert_eq!((backlog.fate(first), backlog.fate(second)), (Fate::Safe, Fate::Waits));
+    // At another process server it is still the same change.
+    backlog.begin_move(2);
+    backlog.take_over(Position::new(1, 1)).unwrap();
+    assert_eq!((backlog.fate(first), backlog.fate(second)), (Fate::Safe, Fate::Waits));
+    backlog.restart(3);
+    let third = push(&mut backlog);
+    assert_eq!([first, second, third].map(|n| backlog.fate(n)), [Fate::Safe, Fate::Lost, Fate::Waits]);
+    backlog.take_next(u64::MAX).unwrap();
+    backlog.acknowledge(3, 1, 1);
+    assert_eq!([first, second, third].map(|n| backlog.fate(n)), [Fate::Safe, Fate::Lost, Fate::Safe]);
+    backlog.restart(4);
+    assert_eq!(backlog.fate(third), Fate::Safe, "nothing was forgotten");
+}

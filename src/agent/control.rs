@@ -2,15 +2,21 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::backlog::Fate;
 use super::rest::Trouble;
+use super::shared::Made;
 use super::{Agent, AgentShared, Command};
 use crate::clock;
 use crate::control::api::{ApiError, DiskView, MachineView, Marked, Request, RoleStatus, ScrubView, Verifying};
 use crate::control::server::{Answer, Role};
 use crate::model::{Health, PointKind, ReplicationState};
+
+/// How often is looked whether a point is safe.
+const LOOK: Duration = Duration::from_millis(20);
 
 struct Control {
     shared: Arc<AgentShared>,
@@ -102,7 +108,7 @@ impl Role for Control {
                 let message = format!("this agent protects machine {}, not {machine}: ask the agent of {machine}", self.shared.machine);
                 return Some(Err(ApiError { message }));
             }
-            let Request::Mark { label, app, .. } = request else {
+            let Request::Mark { label, app, wait_seconds, .. } = request else {
                 let (done, answer) = oneshot::channel();
                 let gone = || ApiError { message: "the agent is stopping".to_owned() };
                 if self.commands.send(Command::Resume(done)).await.is_err() {
@@ -118,6 +124,10 @@ impl Role for Control {
                 Ok(()) => answer.await.unwrap_or_else(|_| Err("the agent is stopping".to_owned())),
                 Err(_) => Err("the agent is stopping".to_owned()),
             };
+            let made = match (made, wait_seconds) {
+                (Ok(made), Some(seconds)) => self.wait_until_safe(&made, Duration::from_secs(u64::from(*seconds))).await.map(|()| made),
+                (made, _) => made,
+            };
             let marked = made.map(|made| {
                 let kind = if made.remark.is_none() { kind } else { PointKind::Crash };
                 Marked { point: made.point.to_string(), kind: kind.as_str().to_owned(), remark: made.remark }
@@ -132,6 +142,31 @@ impl Role for Control {
 }
 
 impl Control {
+    /// Until every disk's marker is durable at the master target.
+    async fn wait_until_safe(&self, made: &Made, limit: Duration) -> Result<(), String> {
+        let began = clock::now();
+        loop {
+            let fates: Vec<Fate> = self.shared.volumes.iter().zip(&made.numbers).map(|(v, number)| v.backlog().fate(*number)).collect();
+            if fates.contains(&Fate::Lost) {
+                return Err(format!(
+                    "point {} was lost: the stream of a disk began anew before it had arrived (the log of the agent says why). Make another one when the machine is in delta replication again",
+                    made.point
+                ));
+            }
+            if fates.iter().all(|fate| *fate == Fate::Safe) {
+                return Ok(());
+            }
+            if clock::now().since(began) >= limit {
+                return Err(format!(
+                    "point {} is not safe at the master target after {} s; it is still on its way, `tidegate status` says what holds it up",
+                    made.point,
+                    limit.as_secs()
+                ));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
     async fn verify(&self, disk: &str, what: Verifying) -> Result<ScrubView, ApiError> {
         let gone = || ApiError { message: "the agent is stopping".to_owned() };
         let found = self.shared.volumes.iter().enumerate().find(|(_, v)| v.label == disk || v.name.as_str() == disk);

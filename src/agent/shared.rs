@@ -149,6 +149,8 @@ impl Doorbell {
 pub struct Made {
     /// Its id.
     pub point: PointId,
+    /// The number of its marker in the backlog of each disk.
+    pub numbers: Vec<u64>,
     /// Why it is not what was asked for.
     pub remark: Option<String>,
 }

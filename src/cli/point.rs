@@ -84,7 +84,7 @@ pub(super) enum PointCommand {
     },
     /// Make a point now. Ask the agent of the machine, or the coordinator of the group.
     #[command(
-        after_help = "Examples:\n  tidegate point mark --machine web01 --label before-upgrade --control unix:/run/tidegate/agent.sock\n  tidegate point mark --group shop --app --control unix:/run/tidegate/coordinator.sock"
+        after_help = "Examples:\n  tidegate point mark --machine web01 --label before-upgrade --wait --control unix:/run/tidegate/agent.sock\n  tidegate point mark --group shop --app --control unix:/run/tidegate/coordinator.sock"
     )]
     Mark {
         /// Of which machine.
@@ -99,6 +99,9 @@ pub(super) enum PointCommand {
         /// Application-consistent: with the machine at rest, by the [[app.hook]] tables of the agent's configuration.
         #[arg(long)]
         app: bool,
+        /// Return when it is safe at the master target; fail if it is lost, or not safe after so many seconds.
+        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "60", conflicts_with = "group")]
+        wait: Option<u32>,
         #[command(flatten)]
         ask: Ask,
     },
@@ -330,14 +333,18 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
         PointCommand::Pin { point, ask: args } => pin(point, true, &args),
         PointCommand::Unpin { point, ask: args } => pin(point, false, &args),
         PointCommand::Mark { group: Some(group), label, app, ask: args, .. } => mark_group(group, app, label, &args),
-        PointCommand::Mark { machine, label, app, ask: args, .. } => {
+        PointCommand::Mark { machine, label, app, wait, ask: args, .. } => {
             let machine = machine.ok_or_else(|| Usage("which one? Give --machine or --group".to_owned()))?;
-            let marked: Marked = ask(&args.control, &Request::Mark { machine, label, app })?;
+            let marked: Marked = ask(&args.control, &Request::Mark { machine, label, app, wait_seconds: wait })?;
             if args.json {
                 return output::json(&marked);
             }
             if let Some(remark) = &marked.remark {
                 eprintln!("tidegate: the point is crash-consistent only: {remark}");
+            }
+            if wait.is_some() {
+                println!("point {} is safe at the master target, which lists it in a moment", marked.point);
+                return Ok(());
             }
             println!("point {} is on its way; `tidegate point list` at the master target shows it when every disk has it", marked.point);
             Ok(())

@@ -57,6 +57,8 @@ pub enum Request {
         label: Option<String>,
         /// Application-consistent.
         app: bool,
+        /// Answer when it is safe at the master target, or after so many seconds.
+        wait_seconds: Option<u32>,
     },
     /// The groups of a coordinator: [`GroupView`].
     Groups,

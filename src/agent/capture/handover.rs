@@ -98,7 +98,9 @@ impl Capture {
                 if capture.is_consistent() && capture.volumes.iter().all(|v| v.scrub_rests()) {
                     let _one_at_a_time = capture.marking.lock().await;
                     match capture.insert(Mark { point, ..Mark::plain(Some(LABEL.to_owned()), PointKind::Crash) }, clock::now()) {
-                        Ok(point) => return tracing::info!(machine = %capture.shared.machine, %point, "the final point is in the stream"),
+                        Ok(made) => {
+                            return tracing::info!(machine = %capture.shared.machine, point = %made.point, "the final point is in the stream");
+                        }
                         Err(skip) => tracing::debug!(%skip, "the final point waits"),
                     }
                 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use thiserror::Error;
 use uuid::Uuid;
 
-use super::Capture;
+use super::{Capture, Volume};
 use crate::agent::rest::Frozen;
 use crate::agent::rest::plan::Failure;
 use crate::agent::shared::Made;
@@ -201,14 +201,14 @@ impl Capture {
                 (PointKind::Crash, Some(failure.remark()))
             }
         };
-        let point = self.insert(Mark { remark: remark.clone(), ..Mark::plain(label, kind) }, started)?;
+        let made = self.insert(Mark { remark, ..Mark::plain(label, kind) }, started)?;
         metrics::observe(metrics::HOLD, clock::now().since(started));
-        Ok(Made { point, remark })
+        Ok(made)
     }
 
     /// Puts the marker into every stream. Nothing awaits here: no write can be sequenced or answered between two disks. `started`
     /// is when writes began to be held for it.
-    pub(super) fn insert(&self, mark: Mark, started: clock::Mono) -> Result<PointId, Skip> {
+    pub(super) fn insert(&self, mark: Mark, started: clock::Mono) -> Result<Made, Skip> {
         // A write that was under way may have met a full backlog.
         if !self.is_consistent() {
             return Err(Skip::NotConsistent);
@@ -232,10 +232,9 @@ impl Capture {
         if !marker.is_sane() {
             return Err(Skip::Label);
         }
-        for volume in &self.volumes {
-            volume.shared.backlog().push(ChangeKind::Mark(Box::new(marker.clone())), clock::now()).expect("a backlog always takes markers");
-        }
+        let push = |volume: &Rc<Volume>| volume.shared.backlog().push(ChangeKind::Mark(Box::new(marker.clone())), clock::now());
+        let numbers = self.volumes.iter().map(|volume| push(volume).expect("a backlog always takes markers")).collect();
         self.shared.wake.ring();
-        Ok(marker.point)
+        Ok(Made { point: marker.point, numbers, remark: marker.remark })
     }
 }

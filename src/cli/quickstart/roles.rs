@@ -126,7 +126,7 @@ impl Roles {
 
     /// Makes a point and waits until it is listed.
     pub(super) async fn mark(&self, label: &str) -> anyhow::Result<String> {
-        let request = Request::Mark { machine: MACHINE.to_owned(), label: Some(label.to_owned()), app: false };
+        let request = Request::Mark { machine: MACHINE.to_owned(), label: Some(label.to_owned()), app: false, wait_seconds: None };
         let marked: Marked = client::call(&self.control(), &request).await?;
         for _ in 0..6000 {
             if self.points().iter().any(|p| p.id.to_string() == marked.point) {
