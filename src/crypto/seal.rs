@@ -76,23 +76,33 @@ impl SealingSession {
     pub fn seal(&self, header: &mut BatchHeader, body: &[u8], packer: &mut Packer) -> AlignedBuf {
         let packed = packer.pack(body);
         let stored: &[u8] = packed.unwrap_or(body);
+        let mut out = AlignedBuf::with_capacity(RECORD_HEADER_LEN + HEADER_LEN + stored.len() + TAG_LEN);
+        self.seal_packed(header, body, packed, &mut out);
+        out
+    }
+
+    /// The same, behind what `out` holds, which has room for it.
+    pub fn seal_behind(&self, header: &mut BatchHeader, body: &[u8], packer: &mut Packer, out: &mut AlignedBuf) {
+        self.seal_packed(header, body, packer.pack(body), out);
+    }
+
+    fn seal_packed(&self, header: &mut BatchHeader, body: &[u8], packed: Option<&[u8]>, out: &mut AlignedBuf) {
+        let stored: &[u8] = packed.unwrap_or(body);
         header.compressed = packed.is_some();
         header.stored_len = (stored.len() + TAG_LEN) as u32;
         header.body_crc = crc32c::crc32c(body);
         header.salt = self.salt;
         header.nonce = self.next.fetch_add(1, Ordering::Relaxed);
         let aad = header.encode();
-        let mut out = AlignedBuf::with_capacity(RECORD_HEADER_LEN + HEADER_LEN + stored.len() + TAG_LEN);
-        out.pad_to(RECORD_HEADER_LEN);
+        out.pad_to(out.len() + RECORD_HEADER_LEN);
         out.extend(&aad);
+        let at = out.len();
         out.extend(stored);
-        let at = RECORD_HEADER_LEN + HEADER_LEN;
         let tag = self
             .cipher
             .encrypt_inout_detached(&nonce(header.nonce), &aad, (&mut out[at..]).into())
             .expect("a batch is far below the 64 GiB an AES-GCM message may have");
         out.extend(&tag);
-        out
     }
 }
 

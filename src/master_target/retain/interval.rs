@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::index::{self, ENTRIES_MAX, Source};
-use super::record::{read_record, sealed};
+use super::record::{self, Loose, Run, read_record};
 use super::{RetainError, Subject};
 use crate::crypto::seal::{OpenError, Opener, SealingSession};
 use crate::model::{Extent, OverlayMap, Piece, Position, SECTOR};
@@ -325,51 +325,43 @@ impl<F: File> Interval<F> {
         Ok(record_is_whole(&record, body_len).then(|| AlignedBuf::copy_of(&record[RECORD_HEADER_LEN..RECORD_HEADER_LEN + body_len])))
     }
 
-    /// Appends old content: `body` is the data of the parts that are no holes, in order. Durable after [`Interval::sync`].
-    pub(super) async fn append(
-        &self,
-        subject: &Subject,
-        session: &Arc<SealingSession>,
-        body: Vec<u8>,
-        parts: &[(Extent, bool)],
-    ) -> Result<(), RetainError> {
-        let record = sealed(subject, session, body, parts, self.next_record()).await;
-        self.place(vec![(parts, record)]).await
+    /// Appends one record. Durable after [`Interval::sync`].
+    pub(super) async fn append(&self, subject: &Subject, session: &Arc<SealingSession>, record: Loose) -> Result<(), RetainError> {
+        let first = self.next_records(1);
+        let run = self.seal(subject, session, vec![record], first).await;
+        self.place(run).await
     }
 
-    /// The number of the next record.
-    pub(super) fn next_record(&self) -> u64 {
-        self.records.set(self.records.get() + 1);
-        self.records.get()
+    /// The number of the first of the next `count` records.
+    pub(super) fn next_records(&self, count: u64) -> u64 {
+        self.records.set(self.records.get() + count);
+        self.records.get() - count + 1
+    }
+
+    /// Seals records for this file, numbered from `first`.
+    pub(super) async fn seal(&self, subject: &Subject, session: &Arc<SealingSession>, records: Vec<Loose>, first: u64) -> Run {
+        record::seal(subject, session, self.incarnation, records, first).await
     }
 
     /// Gives sealed records their places behind those before them; the answer writes them there, at once.
-    pub(super) fn place<P: AsRef<[(Extent, bool)]>>(&self, records: Vec<(P, AlignedBuf)>) -> impl Future<Output = Result<(), RetainError>> {
+    pub(super) fn place(&self, run: Run) -> impl Future<Output = Result<(), RetainError>> {
         let start = self.end.get();
-        let mut end = start;
-        for (parts, record) in &records {
-            let body_len = (record.len() - RECORD_HEADER_LEN) as u32;
+        for record in &run.records {
             let mut data_at = 0;
-            for (extent, hole) in parts.as_ref() {
-                let source = Source { record_at: end, body_len, data_at: (!hole).then_some(data_at) };
+            for (extent, hole) in &record.parts {
+                let source = Source { record_at: start + record.at, body_len: record.body_len, data_at: (!hole).then_some(data_at) };
                 if !hole {
                     data_at += extent.len as u32;
                 }
                 self.pending.borrow_mut().push((*extent, source));
             }
-            end += record_len(body_len as usize) as u64;
         }
+        let end = start + run.bytes.len() as u64;
         self.end.set(end);
-        let mut run = AlignedBuf::with_capacity((end - start) as usize);
-        for (_, mut record) in records {
-            finish_record(&mut record, self.incarnation);
-            run.extend(&record);
-            run.pad_to(run.len().next_multiple_of(4096));
-        }
         async move {
             let written = async {
                 self.reserve_to(end).await?;
-                self.file.write_at(start, run.freeze()).await
+                self.file.write_at(start, run.bytes.freeze()).await
             };
             written.await.map_err(|e| self.io(e))
         }

@@ -15,6 +15,7 @@ use std::path::Path;
 
 use super::index::Source;
 use super::interval::{Interval, file_name};
+use super::record::Loose;
 use super::{RetainError, Retention};
 use crate::crypto::seal::{Opener, Purpose};
 use crate::model::{Extent, OverlayMap, Position};
@@ -142,11 +143,11 @@ impl<S: Storage> Retention<S> {
         let mut kept: Option<(usize, u64, std::rc::Rc<AlignedBuf>)> = None;
         let mut todo = pieces.into_iter().peekable();
         while todo.peek().is_some() {
-            let mut body = Vec::new();
-            let mut parts = Vec::new();
+            let mut record = Loose { parts: Vec::new(), content: Vec::new() };
+            let mut held = 0;
             while let Some((extent, from, source)) = todo.peek().copied() {
                 let bytes = if source.data_at.is_some() { extent.len as usize } else { 0 };
-                if !parts.is_empty() && (body.len() + bytes > BATCH_DATA_TARGET || parts.len() == BATCH_EXTENTS_MAX) {
+                if !record.parts.is_empty() && (held + bytes > BATCH_DATA_TARGET || record.parts.len() == BATCH_EXTENTS_MAX) {
                     break;
                 }
                 if let Some(at) = source.data_at {
@@ -155,13 +156,14 @@ impl<S: Storage> Retention<S> {
                         _ => sources[from].read(source, &opener).await?,
                     };
                     let content = opened.get(at as usize..at as usize + extent.len as usize);
-                    body.extend_from_slice(content.ok_or_else(|| sources[from].damaged(source))?);
+                    record.content.push(AlignedBuf::copy_of(content.ok_or_else(|| sources[from].damaged(source))?));
+                    held += bytes;
                     kept = Some((from, source.record_at, opened));
                 }
-                parts.push((extent, source.data_at.is_none()));
+                record.parts.push((extent, source.data_at.is_none()));
                 todo.next();
             }
-            merged.append(subject, &self.session, body, &parts).await?;
+            merged.append(subject, &self.session, record).await?;
         }
         merged.publish();
         merged.close().await?;

@@ -41,19 +41,19 @@ use thiserror::Error;
 use self::history::History;
 pub use self::inspect::Loss;
 use self::interval::{Interval, file_name, parse_name};
+use self::record::Loose;
 pub use self::view::View;
-use crate::config::limits::APPLY_DEPTH;
 use crate::crypto::keyring::DataKey;
-use crate::crypto::seal::{OpenError, Opener, Packer, Purpose, SealingSession};
+use crate::crypto::seal::{OpenError, Opener, Purpose, SealingSession};
 use crate::disk::{Disk, DiskError, Image};
 use crate::model::{BLOCK, BlockSet, DiskId, Extent, Position};
 use crate::storage::{File, Storage};
 use crate::wire::batch::BATCH_EXTENTS_MAX;
 
-/// Records of old content that are read, sealed or written at once.
-const KEEP_DEPTH: usize = 32;
-/// Records written at once: about 1 MiB.
+/// Records sealed and written as one: about 1 MiB.
 const RUN_RECORDS: usize = 15;
+/// Of these, how many are read, sealed or written at once.
+const KEEP_RUNS: usize = 8;
 /// Reads of the replica for them that are under way.
 const READ_DEPTH: usize = 96;
 /// Data of one record. Small enough that a read of 64 KiB opens little else, large enough to seal, and to pad to a page.
@@ -342,32 +342,44 @@ impl<S: Storage> Retention<S> {
         // Space first: a file system that is full is noticed before anything was written.
         interval.reserve(groups.iter().map(|group| record::stored_at_most(group)).sum()).await?;
         let (reading, failed) = (tokio::sync::Semaphore::new(READ_DEPTH), Cell::new(false));
-        let sealed = groups.iter().map(|group| {
-            let number = interval.next_record();
+        // In long runs: a file system takes its time for each write that makes a file longer, and a hop to another thread, which
+        // seals, costs as much as sealing a record.
+        let sealed = groups.chunks(RUN_RECORDS).map(|groups| {
             let (reading, failed) = (&reading, &failed);
+            let first = interval.next_records(groups.len() as u64);
             async move {
                 if failed.get() {
                     return Ok(None);
                 }
-                let bytes: u64 = group.iter().filter(|(_, hole)| !hole).map(|(extent, _)| extent.len).sum();
-                let mut body = Vec::with_capacity(bytes as usize + group.len() * 16);
-                let reads = group.iter().filter(|(_, hole)| !hole).map(|(extent, _)| async move {
+                let content = groups.iter().flatten().filter(|(_, hole)| !hole);
+                let reads = content.map(|(extent, _)| async move {
                     let _one = reading.acquire().await;
                     image.read(*extent).await
                 });
-                let mut reads = futures_util::stream::iter(reads).buffered(APPLY_DEPTH);
-                while let Some(old) = reads.next().await {
-                    body.extend_from_slice(&old?);
+                let mut reads = futures_util::stream::iter(reads).buffered(READ_DEPTH);
+                let mut old = Vec::new();
+                while let Some(read) = reads.next().await {
+                    old.push(read?);
                 }
-                Ok::<_, RetainError>(Some((group, record::sealed(&self.subject, &self.session, body, group, number).await)))
+                let mut old = old.into_iter();
+                let records = groups.iter().map(|parts| {
+                    let count = parts.iter().filter(|(_, hole)| !hole).count();
+                    Loose { parts: parts.clone(), content: old.by_ref().take(count).collect() }
+                });
+                let records = records.collect();
+                Ok::<_, RetainError>(Some(interval.seal(&self.subject, &self.session, records, first).await))
             }
         });
-        // Written in long runs: a file system takes its time for each write that makes a file longer.
-        let written = futures_util::stream::iter(sealed).buffered(KEEP_DEPTH).chunks(RUN_RECORDS).map(|sealed| {
-            let placed = sealed.into_iter().collect::<Result<Vec<_>, _>>().map(|run| interval.place(run.into_iter().flatten().collect()));
-            async move { placed?.await }
+        let written = futures_util::stream::iter(sealed).buffered(KEEP_RUNS).map(|sealed| {
+            let placed = sealed.map(|run| run.map(|run| interval.place(run)));
+            async move {
+                match placed? {
+                    Some(writing) => writing.await,
+                    None => Ok(()),
+                }
+            }
         });
-        let mut written = std::pin::pin!(written.buffer_unordered(KEEP_DEPTH));
+        let mut written = std::pin::pin!(written.buffer_unordered(KEEP_RUNS));
         let mut result = Ok(());
         while let Some(done) = written.next().await {
             // What is under way is waited for in any case: it must not be written behind the back of the next attempt.
@@ -534,42 +546,4 @@ fn group(parts: Vec<(Extent, bool)>) -> Vec<Vec<(Extent, bool)>> {
     }
     groups.retain(|g| !g.is_empty());
     groups
-}
-
-/// Seals a record away from the I/O thread.
-async fn seal(
-    subject: &Subject,
-    session: &Arc<SealingSession>,
-    body: Vec<u8>,
-    data_len: usize,
-    extents: usize,
-    number: u64,
-) -> crate::storage::AlignedBuf {
-    let mut header = crate::wire::batch::BatchHeader {
-        compressed: false,
-        disk: subject.disk,
-        generation: subject.generation,
-        epoch: 0,
-        first: number,
-        last: number,
-        data_len: data_len as u32,
-        extents: extents as u32,
-        marker_len: 0,
-        digest: false,
-        stored_len: 0,
-        body_crc: 0,
-        age_us: 0,
-        accepted_wall_ms: 0,
-        salt: [0; 32],
-        nonce: 0,
-    };
-    let session = session.clone();
-    tokio::task::spawn_blocking(move || {
-        thread_local! {
-            static PACKER: RefCell<Packer> = RefCell::default();
-        }
-        PACKER.with(|packer| session.seal(&mut header, &body, &mut packer.borrow_mut()))
-    })
-    .await
-    .expect("sealing does not panic and the runtime outlives this task")
 }

@@ -7,26 +7,75 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::atlas::Spot;
-use super::{RetainError, Subject, seal};
-use crate::crypto::seal::{OpenError, Opener, SealingSession};
+use super::{RetainError, Subject};
+use crate::crypto::seal::{OpenError, Opener, Packer, SealingSession};
 use crate::model::Extent;
-use crate::storage::log::format::{RECORD_HEADER_LEN, peek_record, record_is_whole, record_len};
+use crate::storage::log::format::{RECORD_HEADER_LEN, finish_record, peek_record, record_is_whole, record_len};
 use crate::storage::{AlignedBuf, File};
-use crate::wire::batch::{BATCH_BYTES_MAX, ENTRY_LEN, HEADER_LEN, TAG_LEN, push_entry};
+use crate::wire::batch::{BATCH_BYTES_MAX, BatchHeader, ENTRY_LEN, HEADER_LEN, TAG_LEN, push_entry};
 
-/// Old content as a sealed record, with room for its header in front.
-pub(super) async fn sealed(
-    subject: &Subject,
-    session: &Arc<SealingSession>,
-    mut body: Vec<u8>,
-    parts: &[(Extent, bool)],
-    number: u64,
-) -> AlignedBuf {
-    let data_len = body.len();
-    for (extent, hole) in parts {
-        push_entry(&mut body, *extent, *hole);
-    }
-    seal(subject, session, body, data_len, parts.len(), number).await
+/// A record to be sealed: its parts, which are holes or not, and the content of those that are not, in order.
+pub(super) struct Loose {
+    pub(super) parts: Vec<(Extent, bool)>,
+    pub(super) content: Vec<AlignedBuf>,
+}
+
+/// Records one behind the other, as they stand in the file.
+pub(super) struct Run {
+    pub(super) bytes: AlignedBuf,
+    pub(super) records: Vec<Placed>,
+}
+
+/// A record of a run.
+pub(super) struct Placed {
+    pub(super) parts: Vec<(Extent, bool)>,
+    /// Where it begins in the run.
+    pub(super) at: u64,
+    pub(super) body_len: u32,
+}
+
+/// Seals records, numbered from `first`, away from the I/O thread.
+pub(super) async fn seal(subject: &Subject, session: &Arc<SealingSession>, incarnation: u64, records: Vec<Loose>, first: u64) -> Run {
+    let (disk, generation, session) = (subject.disk, subject.generation, session.clone());
+    let work = move || {
+        thread_local! {
+            static PACKER: RefCell<Packer> = RefCell::default();
+        }
+        let room: u64 = records.iter().map(|record| stored_at_most(&record.parts)).sum();
+        let mut run = Run { bytes: AlignedBuf::with_capacity(room as usize), records: Vec::with_capacity(records.len()) };
+        for (record, number) in records.into_iter().zip(first..) {
+            let data_len = record.content.iter().map(|content| content.len()).sum::<usize>();
+            let mut body = Vec::with_capacity(data_len + record.parts.len() * ENTRY_LEN);
+            record.content.iter().for_each(|content| body.extend_from_slice(content));
+            record.parts.iter().for_each(|(extent, hole)| push_entry(&mut body, *extent, *hole));
+            let mut header = BatchHeader {
+                compressed: false,
+                disk,
+                generation,
+                epoch: 0,
+                first: number,
+                last: number,
+                data_len: data_len as u32,
+                extents: record.parts.len() as u32,
+                marker_len: 0,
+                digest: false,
+                stored_len: 0,
+                body_crc: 0,
+                age_us: 0,
+                accepted_wall_ms: 0,
+                salt: [0; 32],
+                nonce: 0,
+            };
+            let at = run.bytes.len();
+            PACKER.with(|packer| session.seal_behind(&mut header, &body, &mut packer.borrow_mut(), &mut run.bytes));
+            let body_len = (run.bytes.len() - at - RECORD_HEADER_LEN) as u32;
+            finish_record(&mut run.bytes[at..], incarnation);
+            run.bytes.pad_to(at + record_len(body_len as usize));
+            run.records.push(Placed { parts: record.parts, at: at as u64, body_len });
+        }
+        run
+    };
+    tokio::task::spawn_blocking(work).await.expect("sealing does not panic and the runtime outlives this task")
 }
 
 /// Most bytes that a record of these parts takes in the file.
