@@ -253,17 +253,18 @@ impl DiskShared {
     /// Queues a journaled batch.
     pub fn push(&self, item: Item) {
         self.queue_bytes.fetch_add(item.location.stored_bytes(), Ordering::Relaxed);
-        if item.marked {
-            self.marker_waiting.store(true, Ordering::Relaxed);
+        {
+            let mut queue = self.lock_queue();
+            // Under the lock: whoever takes the queue meanwhile says what is left in it.
+            self.marker_waiting.fetch_or(item.marked, Ordering::Relaxed);
+            queue.push_back(item);
         }
-        self.lock_queue().push_back(item);
         self.queued.notify_one();
     }
 
     /// Takes batches in order until about `bytes` are taken.
     pub fn take(&self, bytes: u64) -> Vec<Item> {
         let mut queue = self.lock_queue();
-        self.marker_waiting.store(false, Ordering::Relaxed);
         let mut taken = Vec::new();
         let mut sum = 0;
         while sum < bytes
@@ -272,6 +273,7 @@ impl DiskShared {
             sum += item.body.as_ref().map_or(item.location.stored_bytes(), |(_, body)| body.len() as u64);
             taken.push(item);
         }
+        self.marker_waiting.store(queue.iter().any(|item| item.marked), Ordering::Relaxed);
         taken
     }
 
