@@ -173,6 +173,8 @@ fn a_process_server_is_drained_without_a_gap() {
     let drained = Instant::now();
     let text = cluster.tidegate(&["gateway", "drain", "--control", &cluster.control("process-server")]);
     let took = drained.elapsed();
+    assert!(cluster.get("process-server", "/readyz").contains(" 503 "), "whoever balances agents must not send any here");
+    assert!(cluster.get("process-server-2", "/readyz").contains(" 200 "));
     assert!(text.contains("may be stopped"), "{text}");
     wait_for_gateway(&cluster, "gw2");
     known.mark(&cluster, &writer, "elsewhere");

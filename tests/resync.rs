@@ -168,3 +168,41 @@ fn a_master_target_from_a_backup_is_found_out_and_made_whole() {
     same_as_source(&cluster);
     eprintln!("a master target from a backup: source and replica are the same again, the point from the backup is exact");
 }
+
+/// The machine is put back to a snapshot, its agent's state with it: what the replica has beyond it, this agent never made.
+#[test]
+fn a_source_from_a_snapshot_is_found_out_and_the_points_in_between_stay() {
+    let mut cluster = Cluster::start(options("1GiB"));
+    cluster.wait_for_delta();
+    let writer = Writer::start(cluster.nbd(0), SIZE, 2, 30 << 20, 25);
+    let mut known = Known::default();
+    std::thread::sleep(Duration::from_secs(1));
+    known.mark(&cluster, &writer, "before-the-snapshot");
+    writer.stop();
+    cluster.wait_for_delta();
+    cluster.terminate("agent");
+    let (state, disk) = (cluster.path("agent"), cluster.disk(0));
+    let (old_state, old_disk) = (cluster.path("agent-snapshot"), cluster.path("disk-snapshot"));
+    support::tool("cp", &["-a", s(&state), s(&old_state)]);
+    support::tool("cp", &["--sparse=always", s(&disk), s(&old_disk)]);
+    cluster.start_role("agent");
+    cluster.wait_for_delta();
+    let writer = Writer::start(cluster.nbd(0), SIZE, 2, 30 << 20, 26);
+    std::thread::sleep(Duration::from_secs(1));
+    known.mark(&cluster, &writer, "lost-by-the-snapshot");
+    writer.stop();
+    cluster.wait_for_delta();
+    known.check(&cluster);
+    cluster.terminate("agent");
+    std::fs::remove_dir_all(&state).unwrap();
+    std::fs::rename(&old_state, &state).unwrap();
+    // In place, as a hypervisor does it.
+    support::tool("dd", &[&format!("if={}", s(&old_disk)), &format!("of={}", s(&disk)), "bs=1M", "conv=notrunc", "status=none"]);
+    cluster.start_role("agent");
+    cluster.wait_for_delta();
+    assert!(cluster.log("agent").contains("is not held any more"), "{}", cluster.log("agent"));
+    known.mark_at_rest(&cluster, "after");
+    let points = known.check(&cluster);
+    same_as_source(&cluster);
+    eprintln!("a source from a snapshot: source and replica are the same, {points} points exact, also the one that the source lost");
+}

@@ -108,7 +108,7 @@ pub(super) async fn run(
         () = take_completions(server.clone(), completions) => tracing::error!("the cache has ended; the process server stops"),
         () = close_aged(server.clone()) => {}
         () = release(server.clone()) => {}
-        () = publish(server.clone()) => {}
+        () = publish(server.clone(), readiness.clone()) => {}
         () = space::watch(server.clone()) => {}
         () = ingest::accept(server.clone(), listener) => {}
         () = forward::run(server.clone()) => {}
@@ -370,7 +370,7 @@ async fn release(server: Rc<Server>) {
     }
 }
 
-async fn publish(server: Rc<Server>) {
+async fn publish(server: Rc<Server>, readiness: Readiness) {
     loop {
         let used = server.cache.figures.live_bytes.load(Ordering::Relaxed);
         let mut memory = 0;
@@ -407,6 +407,8 @@ async fn publish(server: Rc<Server>) {
             let mut view = server.view.lock().unwrap_or_else(PoisonError::into_inner);
             (view.cache_used_bytes, view.agents, view.disks) = (used, server.agents.get(), disks);
             view.draining = server.draining.load(Ordering::Relaxed);
+            // Whoever balances agents over process servers sends no more here.
+            readiness.set(!view.draining);
         }
         tokio::time::sleep(FIGURES_EVERY).await;
     }
