@@ -11,9 +11,7 @@ use std::time::{Duration, Instant};
 use support::bad_disk::BadDisk;
 use support::known::Known;
 use support::writer::Writer;
-use support::{Cluster, Options, same_bytes};
-use tidegate::model::Address;
-use tidegate::nbd::client::Client;
+use support::{Cluster, Options, Rng, same_bytes};
 
 const SIZE: u64 = 32 << 20;
 
@@ -26,14 +24,6 @@ fn options() -> Options {
         agent: "[scrub]\nrate = \"0MiB/s\"\n".to_owned(),
         ..Options::default()
     }
-}
-
-fn write(cluster: &Cluster, offset: u64, fill: u8, len: usize) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
-        let mut client = Client::connect(&Address::Unix(cluster.nbd(0)), "").await.unwrap();
-        client.write(offset, &vec![fill; len], true).await.unwrap();
-    });
 }
 
 fn resynchronisations(cluster: &Cluster) -> f64 {
@@ -104,9 +94,9 @@ fn unreadable_sectors_of_a_replica_are_healed_and_stop_nothing() {
     let mut cluster = Cluster::start(Options { target_state: Some(disk.point().join("master-target")), ..options() });
     cluster.wait_for_delta();
     let mut known = Known::default();
-    write(&cluster, 8 << 20, 1, 1 << 20);
+    cluster.write(0, 8 << 20, 1, 1 << 20);
     known.mark_at_rest(&cluster, "first");
-    write(&cluster, 20 << 20, 2, 1 << 20);
+    cluster.write(0, 20 << 20, 2, 1 << 20);
     known.mark_at_rest(&cluster, "second");
     known.check(&cluster);
     // A comparison meets it.
@@ -122,11 +112,11 @@ fn unreadable_sectors_of_a_replica_are_healed_and_stop_nothing() {
     // An overwrite meets it: the old content is gone, for the points that need it.
     known.0.clear();
     known.mark_at_rest(&cluster, "third");
-    write(&cluster, 24 << 20, 3, 1 << 20);
+    cluster.write(0, 24 << 20, 3, 1 << 20);
     known.mark_at_rest(&cluster, "fourth");
     known.check(&cluster);
     disk.spoil(&cluster.replica(0), (20 << 20) + 5, 3 * 4096);
-    write(&cluster, 20 << 20, 4, 256 << 10);
+    cluster.write(0, 20 << 20, 4, 256 << 10);
     cluster.wait_for_delta();
     known.0.clear();
     known.mark_at_rest(&cluster, "after");
@@ -148,12 +138,12 @@ fn unreadable_sectors_of_the_retention_journal_spare_the_points_that_do_not_need
     let disk = BadDisk::start(400 << 20);
     let mut cluster = Cluster::start(Options { target_state: Some(disk.point().join("master-target")), ..options() });
     cluster.wait_for_delta();
-    write(&cluster, 8 << 20, 1, 1 << 20);
+    cluster.write(0, 8 << 20, 1, 1 << 20);
     let mut known = Known::default();
     known.mark_at_rest(&cluster, "needs-it");
-    write(&cluster, 8 << 20, 2, 1 << 20);
+    cluster.write(0, 8 << 20, 2, 1 << 20);
     known.mark_at_rest(&cluster, "does-not");
-    write(&cluster, 9 << 20, 3, 1 << 20);
+    cluster.write(0, 9 << 20, 3, 1 << 20);
     known.mark_at_rest(&cluster, "newest");
     known.check(&cluster);
     let undo = |cluster: &Cluster| -> Vec<PathBuf> {
@@ -188,7 +178,7 @@ fn unreadable_sectors_of_the_retention_journal_spare_the_points_that_do_not_need
     );
     known.0.remove(0);
     assert_eq!(known.check(&cluster), 2);
-    write(&cluster, 0, 4, 1 << 20);
+    cluster.write(0, 0, 4, 1 << 20);
     known.mark_at_rest(&cluster, "after");
     cluster.kill("master-target");
     cluster.start_role("master-target");
@@ -244,6 +234,49 @@ fn unreadable_sectors_of_the_journal_are_sent_again() {
         "{} reads of the journal refused, while it ran and at a start: the replica is its source again, 2 points exact",
         disk.refused()
     );
+}
+
+/// All of the journal is gone, often in the middle of a checkpoint: the replica goes back to its last point, and whatever is listed
+/// is exact.
+#[test]
+fn without_its_journal_a_replica_goes_back_to_its_last_point() {
+    let target = "[apply]\ncheckpoint_interval = \"1s\"\n".to_owned();
+    let mut cluster = Cluster::start(Options { master_target: target, interval: "1s", ..options() });
+    cluster.wait_for_delta();
+    let writer = Writer::start(cluster.nbd(0), SIZE, 2, 6 << 20, 43);
+    let (mut known, mut rng, mut back, mut losses) = (Known::default(), Rng::new(7), 0, 0);
+    while back < 2 && losses < 25 {
+        losses += 1;
+        known.mark(&cluster, &writer, &format!("before-{losses}"));
+        known.check(&cluster);
+        std::thread::sleep(Duration::from_millis(100 + rng.below(900)));
+        // Markers close to each other: a checkpoint has some in its middle.
+        for n in 0..4 {
+            let label = format!("close-{losses}-{n}");
+            cluster.try_tidegate(&["point", "mark", "--machine", "m1", "--label", &label, "--control", &cluster.control("agent")]);
+            std::thread::sleep(Duration::from_millis(rng.below(30)));
+        }
+        cluster.kill("master-target");
+        std::fs::remove_dir_all(cluster.path("master-target/journal")).unwrap();
+        cluster.start_role("master-target");
+        back = cluster.log("master-target").matches("is at its last point again").count();
+        // The newest ones, which are nearest to what was lost.
+        let skip = known.0.len().saturating_sub(2);
+        known.0.drain(..skip);
+        known.check(&cluster);
+        // A point before that would be of the stream that is over.
+        cluster.wait("the agent begins anew", Duration::from_secs(60), || {
+            cluster.log("agent").matches("a new epoch of the stream begins").count() > losses
+        });
+        cluster.wait("it is sent again", Duration::from_secs(90), || cluster.agent_disk(0)["state"] == "delta");
+    }
+    writer.stop();
+    cluster.wait_for_delta();
+    known.mark_at_rest(&cluster, "after");
+    let points = known.check(&cluster);
+    assert!(back > 0, "none of {losses} losses came in the middle of a checkpoint");
+    assert!(same_bytes(&cluster.disk(0), &cluster.replica(0)));
+    eprintln!("{losses} journals lost, {back} of them in the middle of a checkpoint: {points} points exact, the replica is its source");
 }
 
 /// The same of a cache: its agent holds what it held.

@@ -230,6 +230,22 @@ impl Records {
         })
     }
 
+    /// A replica stands at its point `to` again, durably, and keeps nothing behind it: the intervals `starts` are forgotten. What the
+    /// journal holds of epochs up to now and behind `to` belongs to nobody from here on.
+    ///
+    /// # Errors
+    /// Those of the catalogue; nothing was changed then.
+    pub fn fall_back(&self, disk: DiskId, to: Position, starts: &[Position]) -> Result<(), CatalogueError> {
+        self.catalogue.write(|batch| {
+            let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
+            record.epoch = record.epoch.max(record.checkpoint.epoch);
+            (record.checkpoint, record.last_marker) = (to, Some(to));
+            record.begins.insert(record.epoch + 1, to);
+            batch.put(DISKS, disk.0.as_bytes(), &record)?;
+            starts.iter().try_for_each(|start| batch.remove(INTERVALS, &interval_key(disk, *start)))
+        })
+    }
+
     /// Damage was found in a replica, durably: before anything is written over it.
     ///
     /// # Errors

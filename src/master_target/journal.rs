@@ -68,22 +68,36 @@ pub fn sort(recovered: Vec<Recovered>) -> (Found, Vec<Location>) {
     (found, unneeded)
 }
 
-/// The batches of one disk that continue `checkpoint` without a gap, in order, and those that do not. `begins` says behind which
-/// position each epoch begins.
-pub fn replay(checkpoint: Position, begins: &BTreeMap<u64, Position>, mut found: Vec<Item>) -> (Vec<Item>, Vec<Location>) {
+/// What the journal holds of one disk.
+#[derive(Default)]
+pub struct Replayed {
+    /// The batches that continue the checkpoint without a gap, in order.
+    pub queue: Vec<Item>,
+    /// The others.
+    pub unneeded: Vec<Location>,
+    /// How many of these lie behind a gap: what stood there was acknowledged, and is gone.
+    pub cut_off: usize,
+}
+
+/// Puts in order what was found of one disk. `begins` says behind which position each epoch begins: what an older epoch has
+/// behind that was given up when it began.
+pub fn replay(checkpoint: Position, begins: &BTreeMap<u64, Position>, mut found: Vec<Item>) -> Replayed {
     found.sort_by_key(|item| (item.end.epoch, item.first, item.end.sequence));
     let mut at = checkpoint;
-    let (mut queue, mut unneeded) = (Vec::new(), Vec::new());
+    let mut replayed = Replayed::default();
     for item in found {
+        let given_up = begins.iter().any(|(epoch, behind)| *epoch > item.end.epoch && item.end > *behind);
         let begins = begins.get(&item.end.epoch).filter(|_| item.end.epoch > at.epoch);
-        if item.end > at && at.accepts(item.end.epoch, item.first) && begins.is_none_or(|begins| at >= *begins) {
+        let follows = at.accepts(item.end.epoch, item.first) && begins.is_none_or(|begins| at >= *begins);
+        if item.end > at && follows && !given_up {
             at = item.end;
-            queue.push(item);
+            replayed.queue.push(item);
         } else {
-            unneeded.push(item.location);
+            replayed.cut_off += usize::from(item.end > at && !given_up);
+            replayed.unneeded.push(item.location);
         }
     }
-    (queue, unneeded)
+    replayed
 }
 
 #[cfg(test)]
@@ -98,11 +112,23 @@ mod tests {
     #[test]
     fn a_batch_that_is_gone_from_the_end_of_an_epoch_is_missed() {
         let begins = BTreeMap::from([(6, Position::new(5, 9))]);
-        let ends = |found: Vec<Item>| replay(Position::new(5, 4), &begins, found).0.iter().map(|i| i.end).collect::<Vec<_>>();
+        let ends = |found: Vec<Item>| replay(Position::new(5, 4), &begins, found).queue.iter().map(|i| i.end).collect::<Vec<_>>();
         let whole = || vec![item(5, 5, 6), item(5, 7, 9), item(6, 1, 3)];
         assert_eq!(ends(whole()), [Position::new(5, 6), Position::new(5, 9), Position::new(6, 3)]);
         let mut gone = whole();
         gone.remove(1);
         assert_eq!(ends(gone), [Position::new(5, 6)], "the next epoch begins at 1 as always, and yet something is missing");
+    }
+
+    #[test]
+    fn what_an_epoch_was_begun_without_stays_given_up() {
+        // Number 5 of epoch 7 was lost; 8 began behind what was left, and its agent sent again what came after that.
+        let begins = BTreeMap::from([(8, Position::new(7, 2))]);
+        let found = vec![item(7, 3, 4), item(7, 6, 9), item(8, 1, 5)];
+        let replayed = replay(Position::new(7, 2), &begins, found);
+        assert_eq!(replayed.queue.iter().map(|i| i.end).collect::<Vec<_>>(), [Position::new(8, 5)]);
+        assert_eq!((replayed.unneeded.len(), replayed.cut_off), (2, 0));
+        let replayed = replay(Position::new(7, 2), &BTreeMap::new(), vec![item(7, 3, 4), item(7, 6, 9)]);
+        assert_eq!((replayed.queue.len(), replayed.cut_off), (1, 1), "nothing has begun since: what continues counts");
     }
 }

@@ -17,7 +17,7 @@ use tidegate::crypto::keyring::DataKey;
 use tidegate::crypto::seal::{Opener, Purpose};
 use tidegate::disk::{Disk as _, Format, Image};
 use tidegate::master_target::apply::plan::{can_judge, plan, writes};
-use tidegate::master_target::journal::replay;
+use tidegate::master_target::journal::{Replayed, replay};
 use tidegate::master_target::points::{Book, Pending};
 use tidegate::master_target::receive::claim::{self, Claim};
 use tidegate::master_target::receive::order::{Order, Verdict};
@@ -138,7 +138,7 @@ impl Target {
         let mut disks = HashMap::new();
         for (n, id) in self.ids.iter().enumerate() {
             let record = self.catalogue.disks[id].clone();
-            let (queue, unneeded) = replay(record.checkpoint, &record.begins, by_disk.remove(id).unwrap_or_default());
+            let Replayed { queue, unneeded, .. } = replay(record.checkpoint, &record.begins, by_disk.remove(id).unwrap_or_default());
             unneeded.into_iter().for_each(|at| log.release(at));
             let subject = Subject { disk: *id, generation: record.generation, key: record.key.clone() };
             let Ok(image) = Image::open(&self.storage, &image_path(n), Format::Raw).await else { return };

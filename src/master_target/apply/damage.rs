@@ -44,6 +44,39 @@ pub(super) fn why_not_listed(book: &Book, point: PointId) -> String {
 }
 
 impl Apply {
+    /// A checkpoint was cut off half-way, and what it applied is not in the journal any more: it can never be finished. The replica
+    /// holds parts of what comes behind its checkpoint, and intervals that count from there. It goes back to the last point that
+    /// it passed, which is exact, and from which everything is sent again; as if nothing had come since. Returns where it stands.
+    ///
+    /// If power goes while it is written: the same is found at the next start, and done again; intervals are only read. After it
+    /// was noted: what is left of them holds what the replica holds.
+    pub(super) async fn fall_back(&self, replica: &Replica) -> Result<Position, ApplyError> {
+        let disk = &replica.shared;
+        let stands = disk.condition().checkpointed;
+        let (records, id) = (self.records.clone(), disk.id);
+        let noted = replica.noted_marker.get();
+        // Without a point nobody needs what was kept.
+        let from = noted.unwrap_or_default();
+        if let Some(point) = noted {
+            super::roll::fall_back(&replica.image, &replica.retention, point).await?;
+        }
+        let starts = replica.retention.starts_from(from);
+        let forgotten = tokio::task::spawn_blocking(move || match noted {
+            Some(point) => records.fall_back(id, point, &starts),
+            None => records.forget_intervals(id, &starts),
+        });
+        forgotten.await.map_err(|e| std::io::Error::other(e.to_string()))??;
+        replica.retention.drop_from(from)?;
+        replica.last_marker.set(noted);
+        let to = noted.unwrap_or(stands);
+        disk.condition().checkpointed = to;
+        tracing::error!(
+            disk = disk.label, from = %stands, to = %to,
+            "a checkpoint was cut off half-way and cannot be finished, because a part of the journal is gone: the replica is at its last point again"
+        );
+        Ok(to)
+    }
+
     /// A batch rotted in the journal before it was in the replica. It is never applied, nor what follows it; both were
     /// acknowledged, so the agent is asked for more than it thinks is missing: the disk is in nobody's hands, and whoever takes it
     /// over learns that the replica stands before what was acknowledged.
@@ -53,7 +86,10 @@ impl Apply {
         let (records, id) = (self.records.clone(), disk.id);
         let released = tokio::task::spawn_blocking(move || records.release_disk(id)).await;
         released.map_err(|e| std::io::Error::other(e.to_string()))??;
-        let stands = disk.condition().checkpointed;
+        let mut stands = disk.condition().checkpointed;
+        if replica.retention.is_ahead_of(stands) {
+            stands = self.fall_back(replica).await?;
+        }
         tracing::error!(disk = disk.label, %error, stands = %stands, "a batch in the journal is damaged: the disk is compared and sent again behind what the replica has. Check the storage of the journal");
         let waiting = {
             // The network thread hands batches over under this lock: what it hands over later belongs to the next life.

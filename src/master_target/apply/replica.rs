@@ -15,10 +15,11 @@ use crate::crypto::keyring::DataKey;
 use crate::crypto::seal::{Opener, Purpose};
 use crate::disk::{Disk, DiskError, Format, Image};
 use crate::master_target::catalogue::{Content, Damage, ReplicaRecord};
-use crate::master_target::journal::{self, Found};
+use crate::master_target::journal::{self, Found, Replayed};
 use crate::master_target::retain::{Retention, Subject};
 use crate::master_target::shared::{DiskShared, Item, Travel};
 use crate::model::{Compare, DiskId, Hold, PointId, Position, SECTOR};
+use crate::observe::metrics;
 use crate::storage::lock::lock_files;
 use crate::storage::log::random_u64;
 use crate::storage::uring::{Uring, UringFile, create_dir_durable, is_full};
@@ -115,21 +116,38 @@ impl Apply {
                 record.size
             )));
         }
-        let (mut queue, mut unneeded) =
-            journal::replay(record.checkpoint, &record.begins, found.remove(&(disk.id, record.generation)).unwrap_or_default());
+        let found = found.remove(&(disk.id, record.generation)).unwrap_or_default();
+        let Replayed { mut queue, mut unneeded, cut_off } = journal::replay(record.checkpoint, &record.begins, found);
+        if cut_off > 0 {
+            metrics::count_reason(metrics::DAMAGED, "journal");
+            tracing::error!(
+                disk = disk.label,
+                batches = cut_off,
+                "a part of the journal is gone: what lies behind it is given up, and sent again or compared. Check the storage of the journal"
+            );
+        }
         if hold >= Hold::Committed {
             // What the old source still sent came after the point that was chosen for good.
             unneeded.extend(std::mem::take(&mut queue).into_iter().map(|item| item.location));
         }
-        self.journal.release(unneeded).await;
         let replica = self.assemble(disk, image, lock, key, &record).await.map_err(stop)?;
-        let journaled = queue.last().map_or(record.checkpoint, |item| item.end);
+        let mut checkpoint = record.checkpoint;
+        let mut journaled = queue.last().map_or(checkpoint, |item| item.end);
         replica.blind_until.set(journaled);
-        tracing::info!(disk = disk.label, checkpoint = %record.checkpoint, %journaled, "replica opened");
+        // What is held is not applied: then nothing finishes what was begun, either.
+        let reach = if hold >= Hold::Standing { checkpoint } else { journaled };
+        if replica.retention.is_ahead_of(reach) {
+            disk.condition().checkpointed = checkpoint;
+            checkpoint = self.fall_back(&replica).await.map_err(|e| stop(format!("it cannot be brought back to its last point: {e}")))?;
+            journaled = checkpoint;
+            unneeded.extend(std::mem::take(&mut queue).into_iter().map(|item| item.location));
+        }
+        self.journal.release(unneeded).await;
+        tracing::info!(disk = disk.label, %checkpoint, %journaled, "replica opened");
         {
             let mut condition = disk.condition();
             (condition.received, condition.journaled, condition.size) = (journaled, journaled, replica.image.size());
-            (condition.applied, condition.checkpointed) = (record.checkpoint, record.checkpoint);
+            (condition.applied, condition.checkpointed) = (checkpoint, checkpoint);
             condition.retained_bytes = replica.retention.bytes();
             condition.image = Some((record.format, path));
         }

@@ -65,6 +65,24 @@ pub async fn bring_back<S: Storage>(
     target: Position,
     progress: &Progress,
 ) -> Result<u64, ApplyError> {
+    rewrite(image, retention, target, progress, true).await
+}
+
+/// The same, of a replica whose present content nobody needs: nothing of it is kept.
+///
+/// # Errors
+/// [`ApplyError`]; the same again goes on.
+pub async fn fall_back<S: Storage>(image: &Image<S::File>, retention: &Retention<S>, target: Position) -> Result<u64, ApplyError> {
+    rewrite(image, retention, target, &Progress::default(), false).await
+}
+
+async fn rewrite<S: Storage>(
+    image: &Image<S::File>,
+    retention: &Retention<S>,
+    target: Position,
+    progress: &Progress,
+    keeping: bool,
+) -> Result<u64, ApplyError> {
     let view = retention.view(target).await?;
     let size = image.size();
     let mut extents = Vec::new();
@@ -91,7 +109,7 @@ pub async fn bring_back<S: Storage>(
             Ok::<_, ApplyError>(())
         }
     };
-    overwrite(&places, DEPTH, Some(keep), write).await?;
+    overwrite(&places, DEPTH, keeping.then_some(keep), write).await?;
     image.barrier().await?;
     Ok(total)
 }

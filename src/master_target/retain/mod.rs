@@ -442,6 +442,24 @@ impl<S: Storage> Retention<S> {
         Ok(())
     }
 
+    /// Begins of the intervals from `position` on that have a file.
+    pub fn starts_from(&self, position: Position) -> Vec<Position> {
+        self.files.borrow().range(position..).map(|(start, _)| *start).collect()
+    }
+
+    /// Nothing is kept from `position` on any more, which is where the replica stands again; the interval that begins there begins
+    /// anew. Whoever noted those intervals has forgotten them.
+    ///
+    /// # Errors
+    /// [`RetainError::Io`]; the same again goes on.
+    pub fn drop_from(&self, position: Position) -> Result<(), RetainError> {
+        self.current.borrow_mut().take();
+        self.touched.borrow_mut().clear();
+        self.missing.borrow_mut().retain(|start| *start < position);
+        self.starts_from(position).into_iter().try_for_each(|start| self.remove_file(start))?;
+        self.storage.sync_dir(&self.dir).map_err(|source| RetainError::Io { path: self.dir.clone(), source })
+    }
+
     /// Bytes of the intervals from `position` on: about what was overwritten since.
     pub fn bytes_since(&self, position: Position) -> u64 {
         self.files.borrow().range(position..).map(|(_, bytes)| *bytes).sum()
