@@ -201,9 +201,17 @@ fn recover_disks(
             let (generation, released) = record.as_ref().map_or((0, Default::default()), |r| (r.generation, r.released));
             let (ours, others): (Vec<_>, Vec<_>) = found.remove(&id).unwrap_or_default().into_iter().partition(|(g, _)| *g == generation);
             unneeded.extend(others.into_iter().map(|(_, q)| q.location));
-            let (stream, dropped) = Stream::recover(released, ours.into_iter().map(|(_, q)| q).collect());
+            let (stream, dropped, cut_off) = Stream::recover(released, ours.into_iter().map(|(_, q)| q).collect());
             unneeded.extend(dropped);
             let label = format!("{}/{name}", machine.name);
+            if cut_off > 0 {
+                metrics::count_reason(metrics::DAMAGED, "cache");
+                tracing::error!(
+                    disk = label,
+                    batches = cut_off,
+                    "a part of the cache is gone: what lies behind it is given up, its agent sends it again. Check the storage of the cache"
+                );
+            }
             let quota = settings.cache.size_max / 100 * settings.cache.disk_share_percent;
             let disk = Disk::new(id, machine, &label, stream, record.clone(), quota);
             if let Some(record) = record {

@@ -75,18 +75,19 @@ pub struct Stream {
 
 impl Stream {
     /// The stream as a restart finds it: everything through `released` is at the master target, `found` is in the cache.
-    /// Returns the stream and the locations of batches that are not needed or follow a gap.
-    pub fn recover(released: Position, mut found: Vec<Queued>) -> (Self, Vec<Location>) {
+    /// Returns the stream, the locations of batches that are not needed, and how many of these follow a gap.
+    pub fn recover(released: Position, mut found: Vec<Queued>) -> (Self, Vec<Location>, usize) {
         found.sort_by_key(|q| (q.end.epoch, q.first, q.end.sequence));
         let mut stream = Self { released, ..Self::default() };
         let mut at = released;
-        let mut unneeded = Vec::new();
+        let (mut unneeded, mut cut_off) = (Vec::new(), 0);
         for batch in found {
             if batch.end > at && at.accepts(batch.end.epoch, batch.first) {
                 at = batch.end;
                 stream.queue_bytes += batch.location.stored_bytes();
                 stream.queue.push_back(batch);
             } else {
+                cut_off += usize::from(batch.end > at);
                 unneeded.push(batch.location);
             }
         }
@@ -95,7 +96,7 @@ impl Stream {
         stream.forwarded = released;
         stream.acknowledged = released;
         stream.check();
-        (stream, unneeded)
+        (stream, unneeded, cut_off)
     }
 
     /// The agent opens the disk with `epoch`, which is not lower than the highest known. Returns the sequence to go on at.

@@ -91,9 +91,11 @@ pub trait Storage: Clone + 'static {
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 }
 
-/// Whether an error means that the disk does not give back what was written there (EIO).
+/// Whether an error means that the disk does not give back what was written there. Linux says EIO, ENODATA for a medium error
+/// and EILSEQ for one of protection information (`blk_errors` in block/blk-core.c).
 pub fn is_unreadable(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
+    use rustix::io::Errno;
+    [Errno::IO, Errno::NODATA, Errno::ILSEQ].iter().any(|kind| error.raw_os_error() == Some(kind.raw_os_error()))
 }
 
 /// The error every implementation gives for a write to a file whose sync failed.

@@ -141,7 +141,7 @@ impl Gateway {
             let (generation, released) = record.map_or((0, Position::default()), |r| (r.known.generation, r.released));
             let (ours, others): (Vec<_>, Vec<_>) = by_disk.remove(id).unwrap_or_default().into_iter().partition(|(g, _)| *g == generation);
             others.into_iter().for_each(|(_, q)| log.release(q.location));
-            let (stream, dropped) = Stream::recover(released, ours.into_iter().map(|(_, q)| q).collect());
+            let (stream, dropped, _) = Stream::recover(released, ours.into_iter().map(|(_, q)| q).collect());
             dropped.into_iter().for_each(|at| log.release(at));
             let session = record.map(|r| Arc::new(SealingSession::start(&r.key, Purpose::Stream, *id, generation)));
             let disk = Disk {
@@ -405,9 +405,6 @@ fn seal(running: &mut Running, id: DiskId, generation: u64, batch: RawBatch) {
     let mut folded = Folded::default();
     fold(&batch, &mut folded);
     let mut header = BatchHeader {
-        compressed: false,
-        disk: id,
-        generation,
         epoch: batch.epoch,
         first: batch.first,
         last: batch.last,
@@ -415,12 +412,7 @@ fn seal(running: &mut Running, id: DiskId, generation: u64, batch: RawBatch) {
         extents: folded.extents as u32,
         marker_len: folded.marker_len as u32,
         digest: matches!(batch.trailer, Some(Trailer::Digest(_))),
-        stored_len: 0,
-        body_crc: 0,
-        age_us: 0,
-        accepted_wall_ms: 0,
-        salt: [0; 32],
-        nonce: 0,
+        ..BatchHeader::new(id, generation)
     };
     let record = session.seal(&mut header, &folded.body, &mut Packer::default());
     running.pipeline.push((id, number, record));

@@ -182,9 +182,14 @@ impl<S: Storage> Log<S> {
             log.storage.list(dir).map_err(io)?.into_iter().filter_map(|name| Some((segment_number(&name)?, name))).collect();
         names.sort_unstable();
         let patience = scan::Patience::default();
+        let mut beginless = Vec::new();
         for (number, name) in names {
-            log.recover_segment(number, &dir.join(name), &patience, &mut recovered).await?;
+            let path = dir.join(name);
+            if !log.recover_segment(number, &path, &patience, &mut recovered).await? {
+                beginless.push(path);
+            }
         }
+        log.move_aside(beginless)?;
         Ok((log, recovered))
     }
 

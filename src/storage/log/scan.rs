@@ -4,49 +4,56 @@
 //! the record it stands in, and no other, of this disk or of another one. That may also find records of the last group
 //! behind one that power loss cut off. Callers put what is found in the order of each stream, and drop what follows a gap.
 //!
-//! Sectors that give EIO are read twice before they count as lost, only so many are, and only on a disk that still gives back
-//! what it gave a moment ago: one that gives nothing back is not one with bad sectors, and to start without what it holds
-//! would be to give that up.
+//! To start without a record is to give it up. So a segment that could not be read is read once more, some time later; so
+//! many pages, and so much time, and no more; and only on a disk that still gives back what it gave before. A disk that
+//! gives nothing back is not one with bad sectors: the log is not opened then.
 
 use std::cell::Cell;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::Duration;
 
 use super::format::{RECORD_HEADER_LEN, SEGMENT_HEADER_LEN, SegmentHeader, incarnation_of, peek_record, record_is_whole, record_len};
 use super::{HEAD_BYTES, Location, Log, LogError, Recovered, Segment};
+use crate::clock;
 use crate::storage::aligned::ALIGN;
 use crate::storage::{AlignedBuf, File, OpenMode, Storage, is_unreadable};
 
 /// Bytes read at once while the next record is looked for.
 const SCAN_BYTES: u64 = 1 << 20;
-/// Pages of one log that may give EIO.
-const UNREADABLE_PAGES_MAX: u32 = 256;
+/// Pages of one log that may be given up as unreadable.
+const UNREADABLE_PAGES_MAX: u32 = 64;
+/// Time that reads of one log may fail for: a drive takes seconds for each.
+const UNREADABLE_TIME_MAX: Duration = Duration::from_secs(60);
+/// Before what could not be read is read again: a path or a controller may have been away for a moment.
+const READ_AGAIN: Duration = Duration::from_millis(200);
 const PAGE: u64 = ALIGN as u64;
 
 /// How much of a log could not be read so far.
 #[derive(Default)]
 pub(super) struct Patience {
     pages: Cell<u32>,
-    /// The last page of this segment that could.
+    time: Cell<Duration>,
+    /// The last place that could be read of this segment.
     good: Cell<Option<u64>>,
 }
 
 impl Patience {
-    /// Reads, twice if need be. `None` if sectors there give EIO, of which `pages` are counted.
+    /// Reads. `None` if sectors there cannot be read, of which `pages` are counted.
     async fn read<F: File>(&self, file: &F, offset: u64, len: usize, pages: u32) -> io::Result<Option<AlignedBuf>> {
-        let mut read = file.read_at(offset, len).await;
-        if read.as_ref().is_err_and(is_unreadable) {
-            read = file.read_at(offset, len).await;
-        }
-        match read {
+        let began = clock::now();
+        match file.read_at(offset, len).await {
             Err(error) if is_unreadable(&error) => {
                 self.pages.set(self.pages.get() + pages);
-                if self.pages.get() > UNREADABLE_PAGES_MAX { Err(error) } else { Ok(None) }
+                self.time.set(self.time.get() + clock::now().since(began));
+                let too_much = self.pages.get() > UNREADABLE_PAGES_MAX || self.time.get() > UNREADABLE_TIME_MAX;
+                if too_much { Err(error) } else { Ok(None) }
             }
-            other => {
+            Err(error) => Err(error),
+            Ok(bytes) => {
                 self.good.set(Some(offset));
-                other.map(Some)
+                Ok(Some(bytes))
             }
         }
     }
@@ -60,46 +67,59 @@ impl Patience {
     }
 }
 
+/// What a segment file is.
+enum Kind {
+    /// In use, with this many records.
+    Used { incarnation: u64, live: u64 },
+    /// Never used: power went while it was made.
+    Unused,
+    /// Neither header nor first record is left: nobody knows which of its records are of its last use.
+    Beginless,
+}
+
 impl<S: Storage> Log<S> {
-    /// Finds the records of a segment and takes it into the table.
+    /// Finds the records of a segment and takes it into the table. False if its beginning is gone: see [`Log::move_aside`].
     pub(super) async fn recover_segment(
         &self,
         number: u64,
         path: &Path,
         patience: &Patience,
         recovered: &mut Vec<Recovered>,
-    ) -> Result<(), LogError> {
+    ) -> Result<bool, LogError> {
         let io = |source| LogError::Io { path: path.to_owned(), source };
         let file = self.storage.open(path, OpenMode::Write).await.map_err(io)?;
         let len = file.len().map_err(io)?;
-        patience.good.set(None);
-        let before = patience.pages.get();
-        let mut page = None;
-        if len >= SEGMENT_HEADER_LEN as u64 {
-            page = patience.read(&file, 0, SEGMENT_HEADER_LEN, 1).await.map_err(io)?;
+        let (found, pages) = (recovered.len(), patience.pages.get());
+        let mut kind = self.read_segment(number, path, &file, len, patience, recovered).await;
+        let unreadable = match &kind {
+            Ok(_) => patience.pages.get() > pages,
+            Err(error) => matches!(error, LogError::Io { source, .. } if is_unreadable(source)),
+        };
+        if unreadable {
+            tracing::warn!(path = %path.display(), "some of a segment cannot be read; it is read once more");
+            recovered.truncate(found);
+            patience.pages.set(pages);
+            tokio::time::sleep(READ_AGAIN).await;
+            kind = self.read_segment(number, path, &file, len, patience, recovered).await;
         }
-        let incarnation = match page.as_deref().and_then(SegmentHeader::decode) {
-            Some(header) if header.log != self.id => {
-                return Err(LogError::Foreign { path: path.to_owned(), found: header.log, expected: self.id });
-            }
-            Some(header) => header.incarnation,
-            // Power went while it was made: nothing was ever written to it.
-            None if len < SEGMENT_HEADER_LEN as u64 || page.as_ref().is_some_and(|page| page.iter().all(|&b| b == 0)) => {
+        let kind = kind?;
+        let lost = patience.pages.get() - pages;
+        if lost > 0 {
+            patience.confirm(&file).await.map_err(io)?;
+            tracing::error!(path = %path.display(), pages = lost, "some of a segment cannot be read: the records there are given up. Look after the disk");
+        }
+        let (incarnation, live) = match kind {
+            Kind::Used { incarnation, live } => (incarnation, live),
+            Kind::Beginless => return Ok(false),
+            Kind::Unused => {
                 drop(file);
                 self.storage.remove(path).map_err(io)?;
-                return self.storage.sync_dir(&self.dir).map_err(io);
+                return self.storage.sync_dir(&self.dir).map(|()| true).map_err(io);
             }
-            // Damaged: a header is one sector, which power loss does not tear. The first record says the same.
-            None => match self.first_incarnation(&file, len, patience).await.map_err(io)? {
-                Some(incarnation) => incarnation,
-                None => return self.move_aside(path).map_err(io),
-            },
         };
+        let bytes: u64 = recovered[found..].iter().map(|record| record.location.stored_bytes()).sum();
+        self.live_bytes.set(self.live_bytes.get() + bytes);
         // One that was made with another configured size is read as it is, and removed instead of recycled when it is released.
-        let live = self.scan(number, path, &file, incarnation, len, patience, recovered).await.map_err(io)?;
-        if patience.pages.get() > before {
-            patience.confirm(&file).await.map_err(io)?;
-        }
         let segment = Segment {
             path: path.to_owned(),
             file,
@@ -109,7 +129,63 @@ impl<S: Storage> Log<S> {
             live: Cell::new(live),
         };
         self.segments.borrow_mut().insert(number, Rc::new(segment));
+        Ok(true)
+    }
+
+    /// Segments of which neither header nor first record is left. What they held is lost to the log; the files are left to whoever
+    /// wants to look at them, under names that are not in the way.
+    ///
+    /// # Errors
+    /// [`LogError::Io`] if no other segment could be read: that is not damage but a disk that is away.
+    pub(super) fn move_aside(&self, paths: Vec<PathBuf>) -> Result<(), LogError> {
+        for path in paths {
+            let io = |source| LogError::Io { path: path.clone(), source };
+            if self.segments.borrow().is_empty() {
+                let why = "no segment of this log can be read: check the disk; to start without what the log held, move its folder away";
+                return Err(io(io::Error::other(why)));
+            }
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let aside = path.with_file_name(format!("unreadable-{name}"));
+            self.storage.rename(&path, &aside).map_err(io)?;
+            self.storage.sync_dir(&self.dir).map_err(io)?;
+            tracing::error!(
+                path = %aside.display(),
+                "the beginning of a segment is damaged or cannot be read: it is moved aside, and what it held is sent again or compared; look after the disk, then remove the file"
+            );
+        }
         Ok(())
+    }
+
+    async fn read_segment(
+        &self,
+        number: u64,
+        path: &Path,
+        file: &S::File,
+        len: u64,
+        patience: &Patience,
+        recovered: &mut Vec<Recovered>,
+    ) -> Result<Kind, LogError> {
+        let io = |source| LogError::Io { path: path.to_owned(), source };
+        patience.good.set(None);
+        if len < SEGMENT_HEADER_LEN as u64 {
+            return Ok(Kind::Unused);
+        }
+        let page = patience.read(file, 0, SEGMENT_HEADER_LEN, 1).await.map_err(io)?;
+        let incarnation = match page.as_deref().and_then(SegmentHeader::decode) {
+            Some(header) if header.log != self.id => {
+                return Err(LogError::Foreign { path: path.to_owned(), found: header.log, expected: self.id });
+            }
+            Some(header) => header.incarnation,
+            // Damaged, or cleared by who repaired the sector: a header is one sector, which power loss does not tear. The first
+            // record says the same; without one nothing was ever written behind a page of zeroes.
+            None => match self.first_incarnation(file, len, patience).await.map_err(io)? {
+                Some(incarnation) => incarnation,
+                None if page.is_some_and(|page| page.iter().all(|&b| b == 0)) => return Ok(Kind::Unused),
+                None => return Ok(Kind::Beginless),
+            },
+        };
+        let live = self.scan(number, path, file, incarnation, len, patience, recovered).await.map_err(io)?;
+        Ok(Kind::Used { incarnation, live })
     }
 
     /// The incarnation that the first record says, if it is whole. One of an earlier use is no danger: all its records were
@@ -122,20 +198,6 @@ impl<S: Storage> Log<S> {
         let Some(page) = patience.read(file, at, ALIGN, 0).await? else { return Ok(None) };
         let incarnation = incarnation_of(&page);
         Ok(self.whole_record(file, at, incarnation, len, patience).await?.map(|_| incarnation))
-    }
-
-    /// A segment of which neither header nor first record is left: nobody knows which of its records are of its last use. What
-    /// it held is lost to the log; the file is left to whoever wants to look at it.
-    fn move_aside(&self, path: &Path) -> io::Result<()> {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let aside = path.with_file_name(format!("unreadable-{name}"));
-        self.storage.rename(path, &aside)?;
-        self.storage.sync_dir(&self.dir)?;
-        tracing::error!(
-            path = %aside.display(),
-            "the beginning of a segment is damaged or cannot be read: it is moved aside, and what it held is sent again or compared; look after the disk, then remove the file"
-        );
-        Ok(())
     }
 
     /// Reads a segment through and returns how many records it has.
@@ -170,7 +232,6 @@ impl<S: Storage> Log<S> {
             recovered.push(Recovered { location, head });
             live += 1;
             at += location.stored_bytes();
-            self.live_bytes.set(self.live_bytes.get() + location.stored_bytes());
         }
         Ok(live)
     }
