@@ -188,9 +188,31 @@ fn a_process_server_is_drained_without_a_gap() {
     cluster.tidegate(&["gateway", "drain", "--control", &cluster.control("process-server-2")]);
     wait_for_gateway(&cluster, "gw1");
     known.mark(&cluster, &writer, "back");
+    writer.stop();
+    // All of them: it stays where it is, and that drain does not end.
+    let mut waits = std::process::Command::new(env!("CARGO_BIN_EXE_tidegate"))
+        .args(["gateway", "drain", "--control", &cluster.control("process-server")])
+        .spawn()
+        .unwrap();
+    cluster.wait("the agent says that it has nowhere to go", Duration::from_secs(20), || {
+        cluster.json("agent", &["status"])[0]["reason"].as_str().is_some_and(|reason| reason.contains("no other one takes this machine"))
+    });
+    std::thread::sleep(Duration::from_secs(4));
+    assert!(waits.try_wait().unwrap().is_none(), "an agent is still there");
+    assert_eq!(gateway(&cluster), "gw1");
+    // Both in service again: it moves once at most, not from one to the other.
+    let moves = || cluster.log("agent").matches("connected to the process server").count();
+    let so_far = moves();
+    for role in ["process-server-2", "process-server"] {
+        cluster.tidegate(&["gateway", "resume", "--control", &cluster.control(role)]);
+    }
+    std::thread::sleep(Duration::from_secs(6));
+    assert!(moves() <= so_far + 1, "{} moves in 6 s", moves() - so_far);
+    waits.kill().unwrap();
+    waits.wait().unwrap();
+    known.mark_at_rest(&cluster, "in-service");
     let points = known.check(&cluster);
     assert_eq!(cluster.metric("agent", "tidegate_resynchronisations_total"), before);
-    writer.stop();
     eprintln!("drained in {:.1} s and back, {points} points materialised, 0 differences", took.as_secs_f64());
 }
 

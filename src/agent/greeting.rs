@@ -31,7 +31,7 @@ pub(super) enum SessionError {
     Tls(#[from] TlsError),
     #[error(transparent)]
     Identity(#[from] PkiError),
-    #[error("connection lost: {0}")]
+    #[error("connection lost: {}", lost(.0))]
     Io(#[from] io::Error),
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -45,10 +45,17 @@ pub(super) enum SessionError {
     Draining,
     #[error("the process server is cut off from the master target, and another one is not: going there")]
     CutOff(usize),
+    #[error("the process server is to be taken out of service, and another one is not: going there")]
+    Leaves(usize),
     #[error("the agent's log: {0}")]
     Spill(#[from] SpillError),
     #[error("the capture thread has ended")]
     Stopped,
+}
+
+/// A library's words for an end without a goodbye help nobody.
+fn lost(error: &io::Error) -> String {
+    if error.kind() == io::ErrorKind::UnexpectedEof { "the process server ended it without a word".to_owned() } else { error.to_string() }
 }
 
 /// Connects, and is welcomed within `limit`. Answers the connection and the process server's name, by its certificate.

@@ -40,6 +40,7 @@ const SEEK_MAX: Duration = Duration::from_secs(60);
 /// A master target that comes back is found by one process server this much sooner than by another.
 const RECONNECTS: Duration = Duration::from_secs(15);
 const CUT_OFF_HERE: &str = "the process server does not reach the master target: changes are safe in its cache, and wait there";
+const GOING: &str = "the process server is to be taken out of service, and no other one takes this machine: it stays there";
 const CUT_OFF: &str = "no process server reaches the master target: changes are safe in the cache of the one that serves, and wait there";
 
 /// What the session needs of the agent.
@@ -71,8 +72,7 @@ async fn reconnect(parts: Rc<Parts>) {
         let started = clock::now();
         let served = Cell::new(None);
         let others = choice.others().map(|other| (other, addresses[other].as_str())).collect();
-        let attempt =
-            Attempt { address: &addresses[choice.current()], others, last_resort: choice.is_last_resort(started), served: &served };
+        let attempt = Attempt { address: &addresses[choice.current()], others, served: &served };
         let result = connect_and_run(&parts, &attempt).await;
         shared.connected.store(false, Ordering::Relaxed);
         for volume in &shared.volumes {
@@ -95,8 +95,7 @@ async fn reconnect(parts: Rc<Parts>) {
             told.clear();
         }
         let wait = match error {
-            SessionError::Draining => choice.leave(now),
-            SessionError::CutOff(better) => choice.go_to(better),
+            SessionError::CutOff(better) | SessionError::Leaves(better) => choice.go_to(better),
             _ => choice.failed(now),
         };
         let jitter = Duration::from_micros(crate::storage::log::random_u64() % micros(wait).max(1) / 2);
@@ -113,8 +112,8 @@ struct Link {
     carrier: Name,
     /// There are others.
     may_leave: bool,
-    /// The others could not be reached.
-    last_resort: bool,
+    /// It is to be taken out of service.
+    draining: Cell<bool>,
     slots: Vec<Slot>,
     work: Notify,
     reopen: RefCell<Vec<(usize, Duration)>>,
@@ -145,7 +144,6 @@ struct Slot {
 struct Attempt<'a> {
     address: &'a str,
     others: Vec<(usize, &'a str)>,
-    last_resort: bool,
     /// When it served a disk last.
     served: &'a Cell<Option<Mono>>,
 }
@@ -170,7 +168,7 @@ async fn connect_and_run(parts: &Parts, attempt: &Attempt<'_>) -> Result<(), Ses
         spill: parts.spill.clone(),
         carrier,
         may_leave: !parts.settings.process_server.standby.is_empty(),
-        last_resort: attempt.last_resort,
+        draining: Cell::new(false),
         slots: shared.volumes.iter().map(|_| Slot::default()).collect(),
         work: Notify::new(),
         report_now: Cell::new(false),
@@ -185,7 +183,7 @@ async fn connect_and_run(parts: &Parts, attempt: &Attempt<'_>) -> Result<(), Ses
             true => SessionError::NotServed(address.to_owned()),
             false => SessionError::Stopped,
         }),
-        better = link.seek(parts, &attempt.others) => Err(SessionError::CutOff(better)),
+        better = link.seek(parts, &attempt.others) => Err(if link.draining.get() { SessionError::Leaves(better) } else { SessionError::CutOff(better) }),
     }
 }
 
@@ -226,8 +224,8 @@ async fn receive(link: Rc<Link>, mut read: ReadHalf<TlsStream<TcpStream>>) -> Re
                 *link.shared.target.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(name);
             }
             ServerMessage::Link { up } => link.reaches(up),
-            ServerMessage::Draining if link.may_leave && !link.last_resort => return Err(SessionError::Draining),
-            ServerMessage::Alive | ServerMessage::Draining => {}
+            ServerMessage::Draining => link.draining.set(true),
+            ServerMessage::Alive => {}
             ServerMessage::Goodbye { message } => return Err(SessionError::Goodbye(message)),
             ServerMessage::Welcome => return Err(WireError::Illegal("second welcome").into()),
         }
@@ -333,8 +331,8 @@ impl Link {
         }
     }
 
-    /// Ends with another process server that reaches the master target, when this one has not for `switch_after`, or is to be taken
-    /// out of service and was the last resort. When none does the master target is gone, and nothing is gained by moving: here at
+    /// Ends with another process server that takes agents and reaches the master target, when this one has not reached it for
+    /// `switch_after`, or is to be taken out of service. When none does the master target is gone, and nothing is gained by moving: here at
     /// least everything is durable.
     async fn seek(&self, parts: &Parts, others: &[(usize, &str)]) -> usize {
         let settings = &parts.settings.process_server;
@@ -346,7 +344,7 @@ impl Link {
                 last.get_or_insert_with(|| CUT_OFF_HERE.to_owned());
             }
             let cut_off = self.cut_off.get().is_some_and(|since| clock::now().since(since) >= settings.switch_after);
-            if !cut_off && !self.last_resort {
+            if !cut_off && !self.draining.get() {
                 pause = settings.switch_after;
                 continue;
             }
@@ -354,7 +352,7 @@ impl Link {
             let can_move = self.shared.volumes.iter().all(|volume| volume.backlog().can_move());
             for (other, address) in others.iter().filter(|_| can_move) {
                 if greeting::is_better(&parts.credentials, self.shared.machine_id, address, SPEAKS).await {
-                    if self.last_resort {
+                    if self.draining.get() {
                         return *other;
                     }
                     tokio::time::sleep(RECONNECTS).await;
@@ -363,6 +361,10 @@ impl Link {
                     }
                 }
             }
+            if self.draining.get() {
+                let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                last.get_or_insert_with(|| GOING.to_owned());
+            }
             if self.cut_off.get().is_some() {
                 let mut last = self.shared.last_error.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
                 if last.as_deref().is_none_or(|told| told == CUT_OFF_HERE) {
@@ -370,7 +372,7 @@ impl Link {
                 }
             }
             tokio::time::sleep(pause).await;
-            pause = if self.last_resort { settings.switch_after } else { (pause * 2).min(SEEK_MAX) };
+            pause = if self.draining.get() { settings.switch_after } else { (pause * 2).min(SEEK_MAX) };
         }
     }
 
