@@ -214,24 +214,7 @@ mod tests {
     }
 
     fn header(data_len: u32) -> BatchHeader {
-        BatchHeader {
-            compressed: false,
-            disk: disk(),
-            generation: 1,
-            epoch: 1,
-            first: 1,
-            last: 1,
-            data_len,
-            extents: 0,
-            marker_len: 0,
-            digest: false,
-            stored_len: 0,
-            body_crc: 0,
-            age_us: 0,
-            accepted_wall_ms: 0,
-            salt: [0; 32],
-            nonce: 0,
-        }
+        BatchHeader { epoch: 1, first: 1, last: 1, data_len, ..BatchHeader::new(disk(), 1) }
     }
 
     fn sealed(body: &[u8]) -> Vec<u8> {

@@ -93,6 +93,28 @@ pub struct BatchHeader {
 }
 
 impl BatchHeader {
+    /// The header of a batch of nothing, whose maker says what it holds, and which is not sealed.
+    pub const fn new(disk: DiskId, generation: u64) -> Self {
+        Self {
+            compressed: false,
+            disk,
+            generation,
+            epoch: 0,
+            first: 0,
+            last: 0,
+            data_len: 0,
+            extents: 0,
+            marker_len: 0,
+            digest: false,
+            stored_len: 0,
+            body_crc: 0,
+            age_us: 0,
+            accepted_wall_ms: 0,
+            salt: [0; 32],
+            nonce: 0,
+        }
+    }
+
     /// Length of the plain body.
     pub fn body_len(&self) -> usize {
         self.data_len as usize + self.extents as usize * ENTRY_LEN + self.marker_len as usize

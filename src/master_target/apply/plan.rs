@@ -85,22 +85,14 @@ mod tests {
             body.extend(postcard::to_stdvec(&marker).unwrap());
         }
         let header = BatchHeader {
-            compressed: false,
-            disk: DiskId(Uuid::nil()),
-            generation: 1,
             epoch: 1,
             first: last,
             last,
             data_len: data_len as u32,
             extents: extents.len() as u32,
             marker_len: (body.len() - table_end) as u32,
-            digest: false,
             stored_len: 16,
-            body_crc: 0,
-            age_us: 0,
-            accepted_wall_ms: 0,
-            salt: [0; 32],
-            nonce: 0,
+            ..BatchHeader::new(DiskId(Uuid::nil()), 1)
         };
         (header, body)
     }

@@ -48,24 +48,9 @@ pub(super) async fn seal(subject: &Subject, session: &Arc<SealingSession>, incar
             let mut body = Vec::with_capacity(data_len + record.parts.len() * ENTRY_LEN);
             record.content.iter().for_each(|content| body.extend_from_slice(content));
             record.parts.iter().for_each(|(extent, hole)| push_entry(&mut body, *extent, *hole));
-            let mut header = BatchHeader {
-                compressed: false,
-                disk,
-                generation,
-                epoch: 0,
-                first: number,
-                last: number,
-                data_len: data_len as u32,
-                extents: record.parts.len() as u32,
-                marker_len: 0,
-                digest: false,
-                stored_len: 0,
-                body_crc: 0,
-                age_us: 0,
-                accepted_wall_ms: 0,
-                salt: [0; 32],
-                nonce: 0,
-            };
+            let extents = record.parts.len() as u32;
+            let numbered = BatchHeader { first: number, last: number, ..BatchHeader::new(disk, generation) };
+            let mut header = BatchHeader { data_len: data_len as u32, extents, ..numbered };
             let at = run.bytes.len();
             PACKER.with(|packer| session.seal_behind(&mut header, &body, &mut packer.borrow_mut(), &mut run.bytes));
             let body_len = (run.bytes.len() - at - RECORD_HEADER_LEN) as u32;

@@ -139,9 +139,8 @@ mod tests {
             let mut folded = Folded::default();
             fold(&batch, &mut folded);
             let header = BatchHeader {
-                compressed: false, disk: DiskId(uuid::Uuid::nil()), generation: 1, epoch: 1, first: 1, last: 9,
-                data_len: folded.data_len as u32, extents: folded.extents as u32, marker_len: 0, digest: false, stored_len: 16,
-                body_crc: 0, age_us: 0, accepted_wall_ms: 0, salt: [0; 32], nonce: 0,
+                epoch: 1, first: 1, last: 9, data_len: folded.data_len as u32, extents: folded.extents as u32, stored_len: 16,
+                ..BatchHeader::new(DiskId(uuid::Uuid::nil()), 1)
             };
             let mut applied = vec![0xeeu8; 100 * sector];
             for entry in parse_entries(&header, &folded.body).unwrap() {

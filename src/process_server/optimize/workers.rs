@@ -50,9 +50,6 @@ fn work(queue: &Receiver<Job>, cache: &CacheHandle) {
     while let Ok(job) = queue.recv() {
         fold(&job.batch, &mut folded);
         let mut header = BatchHeader {
-            compressed: false,
-            disk: job.disk,
-            generation: job.generation,
             epoch: job.batch.epoch,
             first: job.batch.first,
             last: job.batch.last,
@@ -60,12 +57,9 @@ fn work(queue: &Receiver<Job>, cache: &CacheHandle) {
             extents: folded.extents as u32,
             marker_len: folded.marker_len as u32,
             digest: matches!(job.batch.trailer, Some(Trailer::Digest(_))),
-            stored_len: 0,
-            body_crc: 0,
             age_us: micros(clock::now().since(job.batch.captured)),
             accepted_wall_ms: clock::wall_ms(),
-            salt: [0; 32],
-            nonce: 0,
+            ..BatchHeader::new(job.disk, job.generation)
         };
         // The content goes back to its pool before the thread may wait for the cache.
         drop(job.batch);
