@@ -376,19 +376,20 @@ impl Backlog {
         self.check();
     }
 
-    /// Forgets everything and starts `epoch`. The caller has made sure that the dirty map covers what is forgotten.
-    pub fn restart(&mut self, epoch: u64) {
-        let here = self.next - 1;
+    /// Forgets everything and starts `epoch`. The caller has made sure that the dirty map covers what is forgotten. `all_lost`:
+    /// the master target may have lost what was safe, too.
+    pub fn restart(&mut self, epoch: u64, all_lost: bool) {
+        let (here, kept) = (self.next - 1, if all_lost { 0 } else { self.safe });
         self.given_up.extend(self.segments.drain(..).filter_map(|s| match s.body {
             Body::Log(location) => Some(location),
             Body::Memory(_) => None,
         }));
         let (given_up, mut forgotten) = (std::mem::take(&mut self.given_up), std::mem::take(&mut self.forgotten));
-        if self.safe < here {
+        if kept < here {
             if forgotten.len() == FORGOTTEN_KEPT {
                 forgotten.pop_front();
             }
-            forgotten.push_back((self.safe + 1, here));
+            forgotten.push_back((kept + 1, here));
         }
         *self = Self {
             life: self.life + 1,

@@ -176,7 +176,7 @@ proptest! {
                     if backlog.resume(there.durable - there.base + 1).is_err() {
                         // Everything again, by the map.
                         there.epoch += 1;
-                        backlog.restart(there.epoch);
+                        backlog.restart(there.epoch, false);
                         (there.received, there.durable, there.safe, there.base) = (made, made, made, made);
                     }
                 }
@@ -191,7 +191,7 @@ proptest! {
                         Ok(()) => (there.received, there.durable, there.safe, there.base) = (stands, stands, stands, stands),
                         Err(_) => {
                             there.epoch += 1;
-                            backlog.restart(there.epoch);
+                            backlog.restart(there.epoch, false);
                             (there.received, there.durable, there.safe, there.base) = (made, made, made, made);
                         }
                     }
@@ -240,12 +240,14 @@ fn what_became_of_a_change_is_known_over_moves_and_new_streams() {
     backlog.begin_move(2);
     backlog.take_over(Position::new(1, 1)).unwrap();
     assert_eq!((backlog.fate(first), backlog.fate(second)), (Fate::Safe, Fate::Waits));
-    backlog.restart(3);
+    backlog.restart(3, false);
     let third = push(&mut backlog);
     assert_eq!([first, second, third].map(|n| backlog.fate(n)), [Fate::Safe, Fate::Lost, Fate::Waits]);
     backlog.take_next(u64::MAX).unwrap();
     backlog.acknowledge(3, 1, 1);
     assert_eq!([first, second, third].map(|n| backlog.fate(n)), [Fate::Safe, Fate::Lost, Fate::Safe]);
-    backlog.restart(4);
+    backlog.restart(4, false);
     assert_eq!(backlog.fate(third), Fate::Safe, "nothing was forgotten");
+    backlog.restart(5, true);
+    assert_eq!(backlog.fate(third), Fate::Lost, "the master target has lost what it had");
 }

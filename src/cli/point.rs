@@ -39,13 +39,18 @@ pub(super) enum PointCommand {
         ask: Ask,
     },
     /// Clear points that became unusable from `point list --bad` and from the status. Ask the master target.
-    #[command(after_help = "Examples:\n  tidegate point forget 3f2a\n  tidegate point forget --all --machine web01")]
+    #[command(
+        after_help = "Examples:\n  tidegate point forget 3f2a\n  tidegate point forget --all --machine web01\n\nPoints whose content is kept are left alone without --kept."
+    )]
     Forget {
         /// Its id, or the beginning of it.
         point: Option<String>,
         /// All of them.
         #[arg(long, conflicts_with = "point")]
         all: bool,
+        /// Also those that could be put back with `point restore`: their content is deleted.
+        #[arg(long)]
+        kept: bool,
         /// Of one machine only.
         #[arg(long)]
         machine: Option<String>,
@@ -99,7 +104,7 @@ pub(super) enum PointCommand {
         /// Application-consistent: with the machine at rest, by the [[app.hook]] tables of the agent's configuration.
         #[arg(long)]
         app: bool,
-        /// Return when it is safe at the master target; fail if it is lost, or not safe after so many seconds.
+        /// Return when it is durable at the master target; fail if it is lost, or has not arrived after so many seconds.
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "60", conflicts_with = "group")]
         wait: Option<u32>,
         #[command(flatten)]
@@ -249,12 +254,16 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
         PointCommand::Forget { point: None, all: false, .. } => {
             Err(Usage("which one? Give the id of an unusable point, or --all".to_owned()).into())
         }
-        PointCommand::Forget { point, all: _, machine, ask: args } => {
-            let count: usize = ask(&args.control, &Request::ForgetBad { point, machine })?;
+        PointCommand::Forget { point, all: _, kept, machine, ask: args } => {
+            let count: usize = ask(&args.control, &Request::ForgetBad { point, machine: machine.clone(), kept })?;
             if args.json {
                 return output::json(&serde_json::json!({ "forgotten": count }));
             }
             println!("{count} unusable {} cleared", if count == 1 { "point" } else { "points" });
+            let left: Vec<BadPointView> = ask(&args.control, &Request::BadPoints { machine })?;
+            if !kept && !left.is_empty() {
+                println!("{} left that may be the good copies: `tidegate point restore` them, or forget them with --kept", left.len());
+            }
             Ok(())
         }
         PointCommand::Restore { point, ask: args } => {
@@ -343,7 +352,10 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
                 eprintln!("tidegate: the point is crash-consistent only: {remark}");
             }
             if wait.is_some() {
-                println!("point {} is safe at the master target, which lists it in a moment", marked.point);
+                println!(
+                    "point {} is safe at the master target; `tidegate point list` there shows it when every disk has it",
+                    marked.point
+                );
                 return Ok(());
             }
             println!("point {} is on its way; `tidegate point list` at the master target shows it when every disk has it", marked.point);

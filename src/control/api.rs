@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 pub use super::coordinator::{GroupLast, GroupMarked, GroupMemberView, GroupMissing, GroupValues, GroupView};
 pub use super::failovers::{Decision, JobDiskView, JobView, PlanView, StepView};
 use super::groups::{GroupAsk, GroupStatus};
+pub use super::scrub::{ScrubView, Verifying};
 use crate::model::{Address, Choice, Health, JobKind};
 
 /// A request.
@@ -57,7 +58,7 @@ pub enum Request {
         label: Option<String>,
         /// Application-consistent.
         app: bool,
-        /// Answer when it is safe at the master target, or after so many seconds.
+        /// Answer when it is durable at the master target, or after so long.
         wait_seconds: Option<u32>,
     },
     /// The groups of a coordinator: [`GroupView`].
@@ -207,6 +208,8 @@ pub enum Request {
         point: Option<String>,
         /// Of one machine only.
         machine: Option<String>,
+        /// Also those that could be put back.
+        kept: bool,
     },
     /// Put a point back on the list that a comparison with the source took off it: [`PointView`].
     RestoreBad {
@@ -232,45 +235,6 @@ pub enum Request {
 pub struct ApiError {
     /// What is wrong and what to do.
     pub message: String,
-}
-
-/// A comparison of a disk with its replica.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct ScrubView {
-    /// MACHINE/NAME.
-    pub disk: String,
-    /// It is under way.
-    pub running: bool,
-    /// Share of the disk that is compared, in the one under way or in the last.
-    pub done_bytes: u64,
-    /// Bytes of the disk.
-    pub total_bytes: u64,
-    /// Bytes that differed.
-    pub differing_bytes: u64,
-    /// Bytes of the disk that could not be read, and were not compared.
-    #[serde(default)]
-    pub unread_bytes: u64,
-    /// How long it took, or takes since.
-    pub seconds: f64,
-    /// How long ago the last one ended; absent without one.
-    pub last_age_seconds: Option<f64>,
-    /// Bytes that differed in that.
-    #[serde(default)]
-    pub last_differing_bytes: Option<u64>,
-    /// Why nothing can be compared now.
-    pub waits: Option<String>,
-}
-
-/// Which comparison of a disk is meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Verifying {
-    /// A new one, which begins now.
-    Begin,
-    /// The last one that was begun so.
-    Asked,
-    /// Whichever is under way, or was last.
-    Any,
 }
 
 /// How far a process server is that is taken out of service.

@@ -5,4 +5,5 @@ pub mod client;
 pub mod coordinator;
 pub mod failovers;
 pub mod groups;
+pub mod scrub;
 pub mod server;

@@ -53,12 +53,21 @@ pub async fn mark(
     done.map_err(|e| records.failed(io::Error::other(e.to_string())))??;
     let count = bad.len();
     let mut book = shared.book();
+    let newest = bad.iter().map(|b| (b.point.machine, b.point.order)).max();
     book.mark_bad(bad);
     book.forget_pending(points);
+    // How old the newest point is, is known again with the next one.
+    let hidden = newest.filter(|(machine, order)| book.of(*machine).iter().all(|p| p.order < *order));
     drop(book);
+    shared.disks.iter().filter(|d| hidden.is_some_and(|(machine, _)| d.machine == machine)).for_each(|d| d.condition().newest = None);
     if count > 0 {
         let disk = shared.disk(disk).map_or_else(|| disk.to_string(), |d| d.label.clone());
-        tracing::error!(disk, points = count, cause, "recovery points became unusable and are not listed any more; the others are good");
+        tracing::error!(
+            disk,
+            points = count,
+            cause,
+            "recovery points became unusable and are not listed any more; those that are listed are good"
+        );
     }
     Ok(count)
 }

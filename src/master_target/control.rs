@@ -127,8 +127,8 @@ impl Role for Control {
                 Request::Recoveries => to_value(&self.recoveries.list()),
                 Request::BadPoints { machine } => self.bad_points(machine.as_deref()).and_then(|points| to_value(&points)),
                 Request::RestoreBad { point } => self.restore_bad(point).await.and_then(|view| to_value(&view)),
-                Request::ForgetBad { point, machine } => {
-                    self.forget_bad(point.as_deref(), machine.as_deref()).await.and_then(|count| to_value(&count))
+                Request::ForgetBad { point, machine, kept } => {
+                    self.forget_bad(point.as_deref(), machine.as_deref(), *kept).await.and_then(|count| to_value(&count))
                 }
                 Request::Verify { point } => match self.find_point(point) {
                     Ok(point) => self.verify.start(point.id).await.and_then(|view| to_value(&view)),
@@ -366,17 +366,21 @@ pub(super) fn check_machine(names: &HashMap<MachineId, String>, wanted: Option<&
 }
 
 /// A disk that goes on well, whose history was damaged, says so until somebody has seen it.
-fn tell_bad(shared: &TargetShared, disk: DiskId, view: &mut DiskView) {
+fn tell_bad(shared: &TargetShared, machine: MachineId, disk: DiskId, view: &mut DiskView) {
     let book = shared.book();
     let bad: Vec<&BadPoint> = book.bad().into_iter().filter(|b| b.disk == disk).collect();
     if let (Health::Healthy, Some(newest)) = (view.health, bad.iter().max_by_key(|b| b.wall_ms)) {
         let points = if bad.len() == 1 { "1 recovery point".to_owned() } else { format!("{} recovery points", bad.len()) };
         view.health = Health::Warning;
-        view.reason = Some(format!("{points} became unusable: {}; the others are good", newest.cause));
-        view.remedy = Some(
+        let others = if book.of(machine).is_empty() { "there are no others" } else { "the others are good" };
+        view.reason = Some(format!("{points} became unusable: {}; {others}", newest.cause));
+        let remedy = if bad.iter().any(|b| b.kept) {
+            "find out which storage was damaged before anything else: if it was the source's, `tidegate point restore P` puts the good copies of \
+             `tidegate point list --bad` back; `tidegate point forget` clears this, and deletes them for good"
+        } else {
             "look at `tidegate point list --bad`, check the storage of the master target; `tidegate point forget P` (or --all) clears this"
-                .to_owned(),
-        );
+        };
+        view.remedy = Some(remedy.to_owned());
     }
 }
 
@@ -385,7 +389,7 @@ fn machines(shared: &TargetShared) -> Vec<MachineView> {
     let mut machines: Vec<MachineView> = Vec::new();
     for disk in &shared.disks {
         let mut view = disk_view(disk, now);
-        tell_bad(shared, disk.id, &mut view);
+        tell_bad(shared, disk.machine, disk.id, &mut view);
         match machines.iter_mut().find(|m| m.id == disk.machine.to_string()) {
             Some(machine) => {
                 machine.health = machine.health.max(view.health);
@@ -423,7 +427,8 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
         (Rung::Applied, condition.applied),
         (Rung::Checkpointed, condition.checkpointed),
     ];
-    let (health, reason, remedy) = judge(&condition, condition.size, report.as_ref().map(|r| r.state));
+    let (health, reason, remedy) =
+        judge(&condition, condition.size, report.as_ref().map(|r| r.state), condition.report.as_ref().map(|(_, at)| now.since(*at)));
     let parts = condition.newest.map(|n| [n.travel.source, n.travel.gateway, n.travel.link, n.apply].map(|d| d.as_secs_f64()));
     DiskView {
         name: disk.name.to_string(),
@@ -450,7 +455,12 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
     }
 }
 
-fn judge(condition: &Condition, size: u64, state: Option<ReplicationState>) -> (Health, Option<String>, Option<String>) {
+fn judge(
+    condition: &Condition,
+    size: u64,
+    state: Option<ReplicationState>,
+    silent: Option<Duration>,
+) -> (Health, Option<String>, Option<String>) {
     let told = |health, reason: &str, remedy: &str| (health, Some(reason.to_owned()), Some(remedy.to_owned()));
     if condition.hold != Hold::None && condition.error.is_none() {
         let remedy = match condition.hold {
@@ -477,11 +487,13 @@ fn judge(condition: &Condition, size: u64, state: Option<ReplicationState>) -> (
         (None, None) if size == 0 => {
             told(Health::Critical, "nothing has arrived yet", "start the agent and the process server, look at their logs")
         }
-        (None, None) => told(
-            Health::Critical,
-            "nothing heard from the agent for 15 s",
-            "check the agent, the process server and the network between them",
-        ),
+        (None, None) => {
+            let reason = match silent {
+                Some(silent) => format!("nothing heard from the agent for {} s", silent.as_secs()),
+                None => "nothing heard from the agent since this master target was started".to_owned(),
+            };
+            told(Health::Critical, &reason, "check the agent, the process server and the network between them")
+        }
         (None, Some(ReplicationState::InitialReplication)) => {
             told(Health::Warning, "initial replication is under way", "wait; points begin when it is complete")
         }

@@ -81,8 +81,9 @@ fn several(text: &str, count: usize) -> String {
 
 fn missing(book: &Book, text: &str) -> String {
     let begins = |id: PointId| text.len() >= 4 && id.to_string().starts_with(text);
-    if let Some(bad) = book.bad().iter().find(|b| begins(b.point.id)) {
-        return format!("recovery point {} became unusable: {}; choose another one", bad.point.id, bad.cause);
+    if let Some(bad) = book.bad().iter().find(|b| begins(b.point.id) || b.point.label.as_deref() == Some(text)) {
+        let kept = if bad.kept { ", or put it back with `tidegate point restore` if it is the good copy" } else { "" };
+        return format!("recovery point {} became unusable: {}; choose another one{kept}", bad.point.id, bad.cause);
     }
     if let Some(entry) = book.groups().unfinished_points().find(|e| begins(e.statement.point)) {
         let why =

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -124,7 +124,7 @@ pub struct DiskShared {
     pub adopt: Option<PathBuf>,
     queue: Mutex<VecDeque<Item>>,
     /// A batch with a marker waits.
-    pub marker_waiting: AtomicBool,
+    pub markers_waiting: AtomicUsize,
     /// Bytes in the journal of this disk.
     pub queue_bytes: AtomicU64,
     /// Rung when something was queued.
@@ -154,7 +154,7 @@ impl DiskShared {
             configured_size: disk.size,
             adopt: disk.adopt.clone(),
             queue: Mutex::default(),
-            marker_waiting: AtomicBool::new(false),
+            markers_waiting: AtomicUsize::new(0),
             queue_bytes: AtomicU64::new(0),
             queued: Notify::new(),
             wanted: Mutex::new(Wanted::Run),
@@ -247,7 +247,9 @@ impl DiskShared {
     /// Forgets what waits to be applied.
     pub fn clear_queue(&self) -> Vec<Item> {
         self.queue_bytes.store(0, Ordering::Relaxed);
-        self.lock_queue().drain(..).collect()
+        let mut queue = self.lock_queue();
+        self.markers_waiting.store(0, Ordering::Relaxed);
+        queue.drain(..).collect()
     }
 
     /// Queues a journaled batch.
@@ -256,7 +258,7 @@ impl DiskShared {
         {
             let mut queue = self.lock_queue();
             // Under the lock: whoever takes the queue meanwhile says what is left in it.
-            self.marker_waiting.fetch_or(item.marked, Ordering::Relaxed);
+            self.markers_waiting.fetch_add(usize::from(item.marked), Ordering::Relaxed);
             queue.push_back(item);
         }
         self.queued.notify_one();
@@ -273,7 +275,7 @@ impl DiskShared {
             sum += item.body.as_ref().map_or(item.location.stored_bytes(), |(_, body)| body.len() as u64);
             taken.push(item);
         }
-        self.marker_waiting.store(queue.iter().any(|item| item.marked), Ordering::Relaxed);
+        self.markers_waiting.fetch_sub(taken.iter().filter(|item| item.marked).count(), Ordering::Relaxed);
         taken
     }
 

@@ -37,9 +37,10 @@ impl Control {
         match (found.len(), found.pop()) {
             (1, Some(bad)) if text.len() >= 4 => Ok(bad),
             (1, _) => Err(format!("{text:?} is too short to name a point: give at least four characters")),
-            (0, _) if self.find_point(text).is_ok() => {
-                Err(format!("point {text} is good and listed: the policy decides when it goes, see `tidegate policy show`"))
-            }
+            (0, _) if self.find_point(text).is_ok() => Err(format!(
+                "point {text} is on the list: there is nothing to put back or to clear; when it goes is up to `tidegate policy show`"
+            )),
+            (0, _) if text.len() < 4 => Err(format!("{text:?} is too short to name a point: give at least four characters")),
             (0, _) => Err(format!("no unusable point begins with {text:?}: see `tidegate point list --bad`")),
             (n, _) => Err(format!("{text} begins the ids of {n} unusable points: give more of it")),
         }
@@ -61,11 +62,20 @@ impl Control {
     }
 
     /// Durable when it returns.
-    pub(super) async fn forget_bad(&self, point: Option<&str>, machine: Option<&str>) -> Result<usize, String> {
+    pub(super) async fn forget_bad(&self, point: Option<&str>, machine: Option<&str>, kept: bool) -> Result<usize, String> {
         let _alone = self.shared.noting.lock().await;
         let ids: Vec<PointId> = match point {
-            Some(text) => vec![self.find_bad(text, machine)?.point.id],
-            None => self.bad_of(machine)?.into_iter().map(|b| b.point.id).collect(),
+            Some(text) => {
+                let bad = self.find_bad(text, machine)?;
+                if bad.kept && !kept {
+                    return Err(format!(
+                        "point {} may be the good copy: find out which storage was damaged; then `tidegate point restore` it, or forget it with --kept",
+                        bad.point.id
+                    ));
+                }
+                vec![bad.point.id]
+            }
+            None => self.bad_of(machine)?.into_iter().filter(|b| kept || !b.kept).map(|b| b.point.id).collect(),
         };
         let (records, cleared) = (self.records.clone(), ids.clone());
         let noted = tokio::task::spawn_blocking(move || records.clear_bad(&cleared)).await;

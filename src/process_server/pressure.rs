@@ -18,6 +18,8 @@ use std::time::Duration;
 
 /// Percent by which it must be better before a level is left.
 const AWAY: u64 = 2;
+/// Below this part of its bound a cache is not said to fill, however long it takes to send.
+const SLOW_FROM_PERCENT: u64 = 5;
 /// Data that takes longer to send than this counts as `warn`, and twice as long as `shrink`.
 const DRAIN_WARN: Duration = Duration::from_secs(30 * 60);
 
@@ -119,7 +121,9 @@ pub fn level(space: &Space, thresholds: &Thresholds, before: Level) -> Level {
     };
     // As if there were less, for whoever comes from below.
     let by_space = at(percent).max(at(percent.saturating_sub(AWAY)).min(before));
-    let by_time = match space.drain {
+    // A trickle that takes long is no pressure.
+    let fills = space.capacity.saturating_sub(space.free) >= space.capacity / 100 * SLOW_FROM_PERCENT;
+    let by_time = match space.drain.filter(|_| fills) {
         Some(drain) if drain >= 2 * DRAIN_WARN => Level::Shrink,
         Some(drain) if drain >= DRAIN_WARN => Level::Warn,
         _ => Level::Normal,

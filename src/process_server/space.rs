@@ -33,12 +33,18 @@ pub(super) async fn watch(server: Rc<Server>) {
         let passed = now.since(last).as_secs_f64();
         last = now;
         let gone = std::mem::replace(&mut sent, server.released_bytes.get());
+        if !server.link_up.get() {
+            // How fast it will go once there is somebody to send to, nobody knows.
+            look(&server, &thresholds, None).await;
+            continue;
+        }
         rate += ((server.released_bytes.get() - gone) as f64 / passed.max(0.001) - rate) * (passed / RATE_OVER).min(1.0);
-        look(&server, &thresholds, rate).await;
+        look(&server, &thresholds, Some(rate)).await;
     }
 }
 
-async fn look(server: &Server, thresholds: &Thresholds, rate: f64) {
+/// `rate`: bytes a second that were sent lately, if that says anything.
+async fn look(server: &Server, thresholds: &Thresholds, rate: Option<f64>) {
     let figures = &server.cache.figures;
     let used = figures.live_bytes.load(Ordering::Relaxed);
     let made = figures.made_bytes.load(Ordering::Relaxed);
@@ -51,13 +57,14 @@ async fn look(server: &Server, thresholds: &Thresholds, rate: f64) {
     let least = bound.min(LEAST_SEGMENTS * server.settings.cache.segment);
     let capacity = bound.min(made.saturating_add(growth)).max(least);
     let free = (made.saturating_sub(used).saturating_add(growth)).min(capacity.saturating_sub(used));
-    let drain = (rate > 1.0).then(|| Duration::from_secs_f64((used as f64 / rate).min(1e9)));
+    let drain = rate.filter(|rate| *rate > 1.0).map(|rate| Duration::from_secs_f64((used as f64 / rate).min(1e9)));
     let space = Space { capacity, free, drain };
     let before = server.level.get();
     let now = level(&space, thresholds, before);
     server.level.set(now);
     if now != before {
-        tracing::warn!(from = before.as_str(), to = now.as_str(), free, capacity, "the cache fills, or empties");
+        let what = if now > before { "the cache fills" } else { "the cache empties" };
+        tracing::warn!(from = before.as_str(), to = now.as_str(), free, capacity, drain_seconds = drain.map(|d| d.as_secs()), "{what}");
         if now <= Level::Warn
             && let Err(error) = server.reserve.keep()
         {

@@ -391,7 +391,7 @@ impl Volume {
                 h.generation = generation.unwrap_or(h.generation);
             })
             .await?;
-        self.backlog.restart(self.map.header().epoch);
+        self.backlog.restart(self.map.header().epoch, everything);
         let marked = self.map.marked();
         let missing = if everything { RegionSet::full(marked.regions()) } else { marked };
         self.resyncs += u64::from(self.regions.restart(&missing));

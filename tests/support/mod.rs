@@ -13,6 +13,8 @@ pub use rng::Rng;
 
 use serde_json::Value;
 use tempfile::TempDir;
+use tidegate::model::Address;
+use tidegate::nbd::client::Client;
 
 pub mod bad_disk;
 pub mod block_log;
@@ -206,6 +208,15 @@ impl Cluster {
     /// Socket of a disk's export.
     pub fn nbd(&self, index: usize) -> PathBuf {
         self.path(&format!("d{index}.sock"))
+    }
+
+    /// Writes `len` times the byte `fill` to a disk, durably, as an application would.
+    pub fn write(&self, index: usize, offset: u64, fill: u8, len: usize) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(async {
+            let mut client = Client::connect(&Address::Unix(self.nbd(index)), "").await.expect("the disk is served");
+            client.write(offset, &vec![fill; len], true).await.expect("a write is taken");
+        });
     }
 
     /// URI of a disk's export.

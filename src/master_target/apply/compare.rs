@@ -228,7 +228,7 @@ pub async fn settle(apply: &Apply, replica: &Replica) -> Result<(), ApplyError> 
     }
     let points = apply.shared.book().with_disk(replica.shared.id);
     let bad: Vec<PointId> = points.into_iter().filter(|(_, at, _)| touched.contains(at)).map(|(id, ..)| id).collect();
-    let cause = "a comparison with the source found damage in the replica, which was healed since";
+    let cause = "source and replica differed: one of the two was damaged; the replica now holds what the source has";
     // Their content is kept: if it was the source that rotted, they are the only good copies.
     let marked = bad::mark(&apply.shared, &apply.records, replica.shared.id, &bad, cause, true).await;
     if let Err(error) = marked {

@@ -404,7 +404,7 @@ impl Apply {
             }
             loop {
                 // A marker is not kept waiting: the age of the newest point is what people are judged by.
-                let due = if disk.marker_waiting.load(Ordering::Relaxed) { interval.min(MARKER_CHECKPOINT) } else { interval };
+                let due = if disk.markers_waiting.load(Ordering::Relaxed) > 0 { interval.min(MARKER_CHECKPOINT) } else { interval };
                 let since = clock::now().since(last);
                 if disk.waiting_bytes() >= bytes || since >= due {
                     break;

@@ -18,8 +18,8 @@ use crate::crypto::seal::{OpenError, Opener};
 use crate::model::{Extent, Position};
 use crate::storage::{AlignedBuf, OpenMode, Storage};
 
-/// Files of closed intervals that one disk keeps open.
-const FILES_OPEN_MAX: usize = 256;
+/// Files of closed intervals that one disk keeps open, as far as the process may: to open one costs as much as to read it.
+const FILES_OPEN_MAX: usize = 1024;
 /// An atlas up to this size stays in memory without a view: 8 million extents.
 const KEPT_BYTES: usize = 128 << 20;
 
@@ -192,19 +192,31 @@ impl<S: Storage> History<S> {
         if let Some(file) = here {
             return Ok(file);
         }
-        let opened = self.storage.open(&closed.path, OpenMode::Read).await;
+        let opened = loop {
+            match self.storage.open(&closed.path, OpenMode::Read).await {
+                // Others need descriptors too: fewer are kept.
+                Err(e) if e.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) && self.close_oldest() => {}
+                other => break other,
+            }
+        };
         let file = Rc::new(opened.map_err(|source| RetainError::Io { path: closed.path.clone(), source })?);
         if closed.file.replace(Some(file.clone())).is_none() {
-            let mut open = self.open.borrow_mut();
-            open.push_back(closed.clone());
-            if open.len() > FILES_OPEN_MAX
-                && let Some(oldest) = open.pop_front()
-            {
-                // Reads of it that are under way keep it until they are done.
-                oldest.file.take();
+            self.open.borrow_mut().push_back(closed.clone());
+            if self.open.borrow().len() > FILES_OPEN_MAX {
+                self.close_oldest();
             }
         }
         Ok(file)
+    }
+
+    /// False if none is open. Reads of it that are under way keep it until they are done.
+    fn close_oldest(&self) -> bool {
+        loop {
+            let Some(oldest) = self.open.borrow_mut().pop_front() else { return false };
+            if oldest.file.take().is_some() {
+                return true;
+            }
+        }
     }
 
     fn closed(&self, start: Position, incarnation: u64) -> Rc<Closed<S::File>> {

@@ -83,12 +83,13 @@ async fn serve(server: &Rc<Server>, connection: &quinn::Connection) -> String {
     // What is received only says that the other side sends, and it repeats old acknowledgements with that. That it hears us is
     // said by an acknowledgement of something new: a sample of the round-trip time, which moves its mean, in nanoseconds.
     let watch = async {
-        let (mut mean, mut heard_us) = (Duration::ZERO, clock::now());
+        let (mut last, mut heard_us) = ((Duration::ZERO, 0), clock::now());
         loop {
             let stats = connection.stats();
             metrics::disk_gauge(metrics::LINK_MTU, "", f64::from(stats.path.current_mtu));
-            let asked = quic::probe(connection);
-            if std::mem::replace(&mut mean, stats.path.rtt) != stats.path.rtt || !asked {
+            // One of another version may not take what is asked with: then any acknowledgement has to do.
+            let now = (stats.path.rtt, if quic::probe(connection) { 0 } else { stats.frame_rx.acks });
+            if std::mem::replace(&mut last, now) != now {
                 heard_us = clock::now();
             }
             if clock::now().since(heard_us) >= Duration::from_secs(SILENCE_SECONDS) {

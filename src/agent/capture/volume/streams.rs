@@ -109,7 +109,7 @@ impl Volume {
             .await?;
         let epoch = self.map.header().epoch;
         // No await from here on: a write captured between these steps would be in neither.
-        self.shared.backlog().restart(epoch);
+        self.shared.backlog().restart(epoch, restart != Restart::Marked);
         // A new replica holds nothing, whatever the map says.
         let marked = self.map.marked();
         let missing = if restart == Restart::Marked { marked } else { RegionSet::full(marked.regions()) };
