@@ -56,16 +56,33 @@ async fn filled(path: &Path, format: Format, size: u64, random: usize) -> Image<
     image
 }
 
+/// 16 KiB places of one checkpoint, as folding leaves them: sorted, each once.
+fn places(image: &Image<UringFile>, seed: u64, checkpoint: u64) -> Vec<(Extent, ())> {
+    const BLOCK: u64 = 16 << 10;
+    let numbers = (0..CHECKPOINT / BLOCK).map(|n| scattered(seed + checkpoint * CHECKPOINT + n, image.size() / BLOCK) * BLOCK);
+    let places: std::collections::BTreeSet<u64> = numbers.collect();
+    places.into_iter().map(|at| (Extent::new(at, BLOCK), ())).collect()
+}
+
+/// MB/s of reading such places and nothing else: what keeping old content cannot do without.
+async fn reading(image: &Image<UringFile>, seed: u64, bytes: u64) -> f64 {
+    let started = Instant::now();
+    for checkpoint in 0..bytes / CHECKPOINT {
+        let reads = places(image, seed, checkpoint).into_iter().map(|(extent, ())| image.read(extent));
+        let mut reads = futures_util::stream::iter(reads).buffer_unordered(DEPTH);
+        while let Some(read) = reads.next().await {
+            read.unwrap();
+        }
+    }
+    bytes as f64 / started.elapsed().as_secs_f64() / 1e6
+}
+
 /// MB/s of overwrites.
 async fn apply(image: &Image<UringFile>, retention: Option<&Retention<Uring>>, seed: u64, bytes: u64) -> f64 {
-    const BLOCK: u64 = 16 << 10;
     let data = content(1 << 20, 4096, seed);
     let started = Instant::now();
     for checkpoint in 0..bytes / CHECKPOINT {
-        let numbers = (0..CHECKPOINT / BLOCK).map(|n| scattered(seed + checkpoint * CHECKPOINT + n, image.size() / BLOCK) * BLOCK);
-        // As folding leaves them: sorted, each once.
-        let places: std::collections::BTreeSet<u64> = numbers.collect();
-        let places: Vec<(Extent, ())> = places.into_iter().map(|at| (Extent::new(at, BLOCK), ())).collect();
+        let places = places(image, seed, checkpoint);
         if let Some(retention) = retention {
             retention.begin(Position::new(1, seed * 1000 + checkpoint + 1)).await.unwrap();
         }
@@ -88,17 +105,17 @@ fn applying(dir: &Path) {
         uring::run(async {
             let path = dir.join("replica");
             let image = filled(&path, format, 4 << 30, 4096).await;
-            let mut ratios = Vec::new();
             for round in 0..ROUNDS as u64 {
                 let undo = dir.join(format!("undo-{round}"));
                 let without = apply(&image, None, 10 + round, 1 << 30).await;
                 let retention = Retention::open(Uring::direct(), &undo, subject(), None).await.unwrap();
                 let with = apply(&image, Some(&retention), 20 + round, 1 << 30).await;
-                ratios.push(without / with);
+                let read = reading(&image, 30 + round, 1 << 30).await;
                 println!(
-                    "random 16 KiB overwrites of an allocated {} replica, a point every 64 MiB: {with:.0} MB/s, without points {without:.0} MB/s, costs {:.2} times as much",
+                    "random 16 KiB overwrites of an allocated {} replica, a point every 64 MiB: {with:.0} MB/s, without points {without:.0} MB/s, costs {:.2} times as much; reading such places alone {read:.0} MB/s, so that with nothing else it would be {:.2} times",
                     format.as_str(),
-                    without / with
+                    without / with,
+                    1.0 + without / read
                 );
                 std::fs::remove_dir_all(&undo).unwrap();
             }

@@ -268,7 +268,8 @@ fn without_its_journal_a_replica_goes_back_to_its_last_point() {
         cluster.wait("the agent begins anew", Duration::from_secs(60), || {
             cluster.log("agent").matches("a new epoch of the stream begins").count() > losses
         });
-        cluster.wait("it is sent again", Duration::from_secs(90), || cluster.agent_disk(0)["state"] == "delta");
+        let mark = ["point", "mark", "--machine", "m1", "--control", &cluster.control("agent")];
+        cluster.wait("points go on", Duration::from_secs(90), || cluster.try_tidegate(&mark).status.success());
     }
     writer.stop();
     cluster.wait_for_delta();

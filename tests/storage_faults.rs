@@ -210,6 +210,9 @@ fn what_is_lost_of_a_log_is_one_record_and_no_other() {
         file.write_at(0, AlignedBuf::zeroed(4096).freeze()).await.unwrap();
         file.sync_data().await.unwrap();
         assert_eq!(found(&storage).await.unwrap(), [1, 2, 3]);
+        storage.spoil(&segment, FIRST);
+        assert!(found(&storage).await.is_err(), "that is no segment that was never used");
+        assert!(storage.file_len(&segment).is_some());
         // Not bad sectors any more but a disk that fails: nothing is given up.
         let large = Options { segment_bytes: 2 << 20, ..OPTIONS };
         let storage = Faulty::default();
@@ -407,20 +410,28 @@ async fn loss_round(seed: u64, format: Format, falls_back: bool) -> Result<u64, 
         let _ = site.apply(&steps, &mut rng).await;
         storage.crash(&mut rng);
         site.verify(seed).await?;
+        let mut stands = Position::new(site.epoch, site.checkpoint as u64);
         loop {
             let (image, retention) = site.open().await?;
-            if !falls_back || !retention.is_ahead_of(Position::new(site.epoch, site.checkpoint as u64)) {
+            if !falls_back || !retention.is_ahead_of(stands) {
                 break;
             }
             times += 1;
-            let from = site.last_marker.unwrap_or_default();
+            stands = site.last_marker.unwrap_or_default();
             if let Some(marker) = site.last_marker {
                 fall_back(&image, &retention, marker).await.map_err(|e| text(&e))?;
             }
-            // Power goes again before what was kept is removed: the next start does the same again.
-            if rng.below(2) == 0 {
-                retention.drop_from(from).map_err(|e| text(&e))?;
-                break;
+            // Power goes again before what was kept is removed, or in the middle of that: the next start does the same again.
+            match rng.below(3) {
+                0 => {}
+                1 => {
+                    storage.fail_at(1 + rng.below(7), Fault::Dead);
+                    let _ = retention.drop_from(stands);
+                }
+                _ => {
+                    retention.drop_from(stands).map_err(|e| text(&e))?;
+                    break;
+                }
             }
             storage.crash(&mut rng);
             site.verify(seed).await?;

@@ -12,6 +12,8 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// While there are others to try.
 const ROUND_MAX: Duration = Duration::from_secs(1);
+/// How long one that took no disk is not gone to for being better.
+const UNFIT_FOR: Duration = Duration::from_secs(60);
 
 /// See the module.
 #[derive(Debug)]
@@ -19,6 +21,7 @@ pub struct Choice {
     switch_after: Duration,
     current: usize,
     count: usize,
+    unfit: Vec<Option<Mono>>,
     /// When the current one served the disks last, or failed first.
     since: Option<Mono>,
     backoff: Duration,
@@ -27,7 +30,7 @@ pub struct Choice {
 impl Choice {
     /// `count` process servers, of which the first is tried first.
     pub fn new(count: usize, switch_after: Duration) -> Self {
-        Self { switch_after, current: 0, count, since: None, backoff: BACKOFF_FIRST }
+        Self { switch_after, current: 0, count, unfit: vec![None; count], since: None, backoff: BACKOFF_FIRST }
     }
 
     /// The one to try.
@@ -35,10 +38,16 @@ impl Choice {
         self.current
     }
 
-    /// The others, in the order in which they would be tried.
-    pub fn others(&self) -> impl Iterator<Item = usize> + use<> {
+    /// The others, in the order in which they would be tried, and until when each is known not to serve.
+    pub fn others(&self) -> impl Iterator<Item = (usize, Option<Mono>)> {
         let (current, count) = (self.current, self.count);
-        (1..count).map(move |step| (current + step) % count)
+        (1..count).map(move |step| (current + step) % count).map(|other| (other, self.unfit[other]))
+    }
+
+    /// The current one took no disk, although it is there: for a while it is no better than another.
+    pub fn took_nothing(&mut self, now: Mono) -> Duration {
+        self.unfit[self.current] = Some(now.plus(UNFIT_FOR));
+        self.failed(now)
     }
 
     /// Another one was found to serve better.
@@ -102,6 +111,9 @@ mod tests {
         choice.failed(at(117));
         assert_eq!(choice.current(), 0, "round and round");
         choice.go_to(2);
-        assert_eq!((choice.current(), choice.others().collect::<Vec<_>>()), (2, vec![0, 1]));
+        assert_eq!((choice.current(), choice.others().map(|(other, _)| other).collect::<Vec<_>>()), (2, vec![0, 1]));
+        choice.took_nothing(at(120));
+        choice.took_nothing(at(126));
+        assert_eq!(choice.others().collect::<Vec<_>>(), [(1, None), (2, Some(at(186)))], "not to and fro");
     }
 }

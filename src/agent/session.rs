@@ -71,7 +71,7 @@ async fn reconnect(parts: Rc<Parts>) {
     while !shared.stopping.load(Ordering::Relaxed) {
         let started = clock::now();
         let served = Cell::new(None);
-        let others = choice.others().map(|other| (other, addresses[other].as_str())).collect();
+        let others = choice.others().map(|(other, unfit)| (other, addresses[other].as_str(), unfit)).collect();
         let attempt = Attempt { address: &addresses[choice.current()], others, served: &served };
         let result = connect_and_run(&parts, &attempt).await;
         shared.connected.store(false, Ordering::Relaxed);
@@ -96,6 +96,7 @@ async fn reconnect(parts: Rc<Parts>) {
         }
         let wait = match error {
             SessionError::CutOff(better) | SessionError::Leaves(better) => choice.go_to(better),
+            SessionError::NotServed(_) => choice.took_nothing(now),
             _ => choice.failed(now),
         };
         let jitter = Duration::from_micros(crate::storage::log::random_u64() % micros(wait).max(1) / 2);
@@ -143,7 +144,7 @@ struct Slot {
 /// One attempt at one process server.
 struct Attempt<'a> {
     address: &'a str,
-    others: Vec<(usize, &'a str)>,
+    others: Vec<(usize, &'a str, Option<Mono>)>,
     /// When it served a disk last.
     served: &'a Cell<Option<Mono>>,
 }
@@ -334,7 +335,7 @@ impl Link {
     /// Ends with another process server that takes agents and reaches the master target, when this one has not reached it for
     /// `switch_after`, or is to be taken out of service. When none does the master target is gone, and nothing is gained by moving: here at
     /// least everything is durable.
-    async fn seek(&self, parts: &Parts, others: &[(usize, &str)]) -> usize {
+    async fn seek(&self, parts: &Parts, others: &[(usize, &str, Option<Mono>)]) -> usize {
         let settings = &parts.settings.process_server;
         let mut pause = settings.switch_after;
         loop {
@@ -350,7 +351,8 @@ impl Link {
             }
             // What this one alone still has would have to be read from the disk again, without its points: rather wait.
             let can_move = self.shared.volumes.iter().all(|volume| volume.backlog().can_move());
-            for (other, address) in others.iter().filter(|_| can_move) {
+            let fit = |unfit: &Option<Mono>| unfit.is_none_or(|until| clock::now() >= until);
+            for (other, address, _) in others.iter().filter(|(_, _, unfit)| can_move && fit(unfit)) {
                 if greeting::is_better(&parts.credentials, self.shared.machine_id, address, SPEAKS).await {
                     if self.draining.get() {
                         return *other;

@@ -238,9 +238,10 @@ impl Records {
     pub fn fall_back(&self, disk: DiskId, to: Position, starts: &[Position]) -> Result<(), CatalogueError> {
         self.catalogue.write(|batch| {
             let Some(mut record) = batch.get::<ReplicaRecord>(DISKS, disk.0.as_bytes())? else { return Ok(()) };
-            record.epoch = record.epoch.max(record.checkpoint.epoch);
+            // As when a disk is released: nothing that continues the stream from before is taken any more.
+            (record.epoch, record.carrier) = (record.epoch.max(record.checkpoint.epoch).saturating_add(1), Some(nobody()));
             (record.checkpoint, record.last_marker) = (to, Some(to));
-            record.begins.insert(record.epoch + 1, to);
+            record.begins.insert(record.epoch, to);
             batch.put(DISKS, disk.0.as_bytes(), &record)?;
             starts.iter().try_for_each(|start| batch.remove(INTERVALS, &interval_key(disk, *start)))
         })

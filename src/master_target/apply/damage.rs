@@ -49,7 +49,8 @@ impl Apply {
     /// it passed, which is exact, and from which everything is sent again; as if nothing had come since. Returns where it stands.
     ///
     /// If power goes while it is written: the same is found at the next start, and done again; intervals are only read. After it
-    /// was noted: what is left of them holds what the replica holds.
+    /// was noted, and while they are removed: the same, with what is left of them, which says the same of the replica (see
+    /// [`crate::master_target::retain::Retention::drop_from`]).
     pub(super) async fn fall_back(&self, replica: &Replica) -> Result<Position, ApplyError> {
         let disk = &replica.shared;
         let stands = disk.condition().checkpointed;
@@ -57,10 +58,16 @@ impl Apply {
         let noted = replica.noted_marker.get();
         // Without a point nobody needs what was kept.
         let from = noted.unwrap_or_default();
-        if let Some(point) = noted {
-            super::roll::fall_back(&replica.image, &replica.retention, point).await?;
+        // What is damaged of what was kept: the points that need it leave the list before anything of it goes.
+        for start in replica.retention.damaged_at_start() {
+            self.inspect_one(replica, start, None).await;
         }
-        let starts = replica.retention.starts_from(from);
+        if let Some(point) = noted {
+            for start in super::roll::fall_back(&replica.image, &replica.retention, point).await? {
+                self.inspect_one(replica, start, None).await;
+            }
+        }
+        let starts: Vec<Position> = replica.retention.starts_from(from).into_iter().collect();
         let forgotten = tokio::task::spawn_blocking(move || match noted {
             Some(point) => records.fall_back(id, point, &starts),
             None => records.forget_intervals(id, &starts),

@@ -11,6 +11,8 @@
 //!
 //! Costs: reads and writes what was overwritten since the point, once; nothing of the rest of the disk.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::checkpoint::ApplyError;
@@ -19,7 +21,7 @@ use super::replica::Replica;
 use crate::config::limits::APPLY_DEPTH;
 use crate::disk::{Disk, Image};
 use crate::master_target::retain::Retention;
-use crate::model::{Extent, Position};
+use crate::model::{BLOCK, Extent, Position};
 use crate::storage::{File, Storage};
 
 /// Bytes read at once.
@@ -65,15 +67,22 @@ pub async fn bring_back<S: Storage>(
     target: Position,
     progress: &Progress,
 ) -> Result<u64, ApplyError> {
-    rewrite(image, retention, target, progress, true).await
+    rewrite(image, retention, target, progress, None).await
 }
 
-/// The same, of a replica whose present content nobody needs: nothing of it is kept.
+/// The same, of a replica whose present content nobody needs: nothing of it is kept. Blocks whose old content is damaged stay as
+/// they are. Returns the begins of the intervals that have the damage: points that need it are not exact.
 ///
 /// # Errors
 /// [`ApplyError`]; the same again goes on.
-pub async fn fall_back<S: Storage>(image: &Image<S::File>, retention: &Retention<S>, target: Position) -> Result<u64, ApplyError> {
-    rewrite(image, retention, target, &Progress::default(), false).await
+pub async fn fall_back<S: Storage>(
+    image: &Image<S::File>,
+    retention: &Retention<S>,
+    target: Position,
+) -> Result<BTreeSet<Position>, ApplyError> {
+    let damaged = RefCell::default();
+    rewrite(image, retention, target, &Progress::default(), Some(&damaged)).await?;
+    Ok(damaged.into_inner())
 }
 
 async fn rewrite<S: Storage>(
@@ -81,7 +90,7 @@ async fn rewrite<S: Storage>(
     retention: &Retention<S>,
     target: Position,
     progress: &Progress,
-    keeping: bool,
+    falling_back: Option<&RefCell<BTreeSet<Position>>>,
 ) -> Result<u64, ApplyError> {
     let view = retention.view(target).await?;
     let size = image.size();
@@ -103,13 +112,28 @@ async fn rewrite<S: Storage>(
     let write = |extent: Extent, ()| {
         let view = &view;
         async move {
-            let old = view.read(image, extent).await?;
-            write_sparse(image, extent, old).await?;
+            match (view.read(image, extent).await, falling_back) {
+                (Ok(old), _) => write_sparse(image, extent, old).await?,
+                (Err(error), Some(damaged)) if error.damaged_interval().is_some() => {
+                    // Block by block: what needs nothing of the damage is not left behind.
+                    for at in (extent.offset..extent.end()).step_by(BLOCK as usize) {
+                        let block = Extent::new(at, BLOCK.min(extent.end() - at));
+                        match view.read(image, block).await {
+                            Ok(old) => write_sparse(image, block, old).await?,
+                            Err(error) => match error.damaged_interval() {
+                                Some(start) => drop(damaged.borrow_mut().insert(start)),
+                                None => return Err(error.into()),
+                            },
+                        }
+                    }
+                }
+                (Err(error), _) => return Err(error.into()),
+            }
             progress.done.fetch_add(extent.len, Ordering::Relaxed);
             Ok::<_, ApplyError>(())
         }
     };
-    overwrite(&places, DEPTH, keeping.then_some(keep), write).await?;
+    overwrite(&places, DEPTH, falling_back.is_none().then_some(keep), write).await?;
     image.barrier().await?;
     Ok(total)
 }

@@ -442,9 +442,10 @@ impl<S: Storage> Retention<S> {
         Ok(())
     }
 
-    /// Begins of the intervals from `position` on that have a file.
-    pub fn starts_from(&self, position: Position) -> Vec<Position> {
-        self.files.borrow().range(position..).map(|(start, _)| *start).collect()
+    /// Begins of the intervals from `position` on that have a file, or should have one.
+    pub fn starts_from(&self, position: Position) -> BTreeSet<Position> {
+        let (files, missing) = (self.files.borrow(), self.missing.borrow());
+        files.range(position..).map(|(start, _)| *start).chain(missing.range(position..).copied()).collect()
     }
 
     /// Nothing is kept from `position` on any more, which is where the replica stands again; the interval that begins there begins
@@ -453,11 +454,21 @@ impl<S: Storage> Retention<S> {
     /// # Errors
     /// [`RetainError::Io`]; the same again goes on.
     pub fn drop_from(&self, position: Position) -> Result<(), RetainError> {
+        let starts = self.starts_from(position);
+        self.history.reshape();
         self.current.borrow_mut().take();
         self.touched.borrow_mut().clear();
         self.missing.borrow_mut().retain(|start| *start < position);
-        self.starts_from(position).into_iter().try_for_each(|start| self.remove_file(start))?;
-        self.storage.sync_dir(&self.dir).map_err(|source| RetainError::Io { path: self.dir.clone(), source })
+        // What a view has of them is what the replica has; of what comes they have nothing.
+        let views: Vec<Rc<View<S>>> = self.views.borrow().iter().filter_map(Weak::upgrade).collect();
+        views.iter().for_each(|view| view.drop_live_from(position));
+        // The newest first, each for good before the next: what is left then still says what the replica has been given. The oldest
+        // alone does; one behind it that was left without it would say something else.
+        for start in starts.into_iter().rev() {
+            self.remove_file(start)?;
+            self.storage.sync_dir(&self.dir).map_err(|source| RetainError::Io { path: self.dir.clone(), source })?;
+        }
+        Ok(())
     }
 
     /// Bytes of the intervals from `position` on: about what was overwritten since.

@@ -155,6 +155,12 @@ impl<S: Storage> View<S> {
         }
     }
 
+    /// Nothing is kept from `position` on any more.
+    pub(super) fn drop_live_from(&self, position: Position) {
+        self.live.borrow_mut().retain(|interval| interval.start() < position);
+        self.quiet.set(None);
+    }
+
     /// The interval that begins at `start` was closed, and is found in the history now.
     pub(super) fn retire(&self, start: Position) {
         self.live.borrow_mut().retain(|interval| interval.start() != start);

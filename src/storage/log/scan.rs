@@ -177,27 +177,26 @@ impl<S: Storage> Log<S> {
             }
             Some(header) => header.incarnation,
             // Damaged, or cleared by who repaired the sector: a header is one sector, which power loss does not tear. The first
-            // record says the same; without one nothing was ever written behind a page of zeroes.
-            None => match self.first_incarnation(file, len, patience).await.map_err(io)? {
-                Some(incarnation) => incarnation,
-                None if page.is_some_and(|page| page.iter().all(|&b| b == 0)) => return Ok(Kind::Unused),
-                None => return Ok(Kind::Beginless),
-            },
+            // record says the same; one of an earlier use is no danger, all its records were released, and callers know what they
+            // released. Zeroes in both places: nothing was ever written.
+            None => {
+                let first = match len >= SEGMENT_HEADER_LEN as u64 + PAGE {
+                    true => patience.read(file, SEGMENT_HEADER_LEN as u64, ALIGN, 1).await.map_err(io)?,
+                    false => Some(AlignedBuf::zeroed(ALIGN)),
+                };
+                let zero = |page: &Option<AlignedBuf>| page.as_ref().is_some_and(|page| page.iter().all(|&b| b == 0));
+                if zero(&page) && zero(&first) {
+                    return Ok(Kind::Unused);
+                }
+                let incarnation = first.map_or(0, |first| incarnation_of(&first));
+                if self.whole_record(file, SEGMENT_HEADER_LEN as u64, incarnation, len, patience).await.map_err(io)?.is_none() {
+                    return Ok(Kind::Beginless);
+                }
+                incarnation
+            }
         };
         let live = self.scan(number, path, file, incarnation, len, patience, recovered).await.map_err(io)?;
         Ok(Kind::Used { incarnation, live })
-    }
-
-    /// The incarnation that the first record says, if it is whole. One of an earlier use is no danger: all its records were
-    /// released, and callers know what they released.
-    async fn first_incarnation(&self, file: &S::File, len: u64, patience: &Patience) -> io::Result<Option<u64>> {
-        let at = SEGMENT_HEADER_LEN as u64;
-        if at + PAGE > len {
-            return Ok(None);
-        }
-        let Some(page) = patience.read(file, at, ALIGN, 0).await? else { return Ok(None) };
-        let incarnation = incarnation_of(&page);
-        Ok(self.whole_record(file, at, incarnation, len, patience).await?.map(|_| incarnation))
     }
 
     /// Reads a segment through and returns how many records it has.
