@@ -73,12 +73,12 @@ enum Kind {
     Used { incarnation: u64, live: u64 },
     /// Never used: power went while it was made.
     Unused,
-    /// Neither header nor first record is left: nobody knows which of its records are of its last use.
+    /// Neither its header nor any record is left.
     Beginless,
 }
 
 impl<S: Storage> Log<S> {
-    /// Finds the records of a segment and takes it into the table. False if its beginning is gone: see [`Log::move_aside`].
+    /// Finds the records of a segment and takes it into the table. False if nothing of it is left: see [`Log::move_aside`].
     pub(super) async fn recover_segment(
         &self,
         number: u64,
@@ -132,7 +132,7 @@ impl<S: Storage> Log<S> {
         Ok(true)
     }
 
-    /// Segments of which neither header nor first record is left. What they held is lost to the log; the files are left to whoever
+    /// Segments of which neither the header nor any record is left. What they held is lost to the log; the files are left to whoever
     /// wants to look at them, under names that are not in the way.
     ///
     /// # Errors
@@ -150,7 +150,7 @@ impl<S: Storage> Log<S> {
             self.storage.sync_dir(&self.dir).map_err(io)?;
             tracing::error!(
                 path = %aside.display(),
-                "the beginning of a segment is damaged or cannot be read: it is moved aside, and what it held is sent again or compared; look after the disk, then remove the file"
+                "a segment is damaged or cannot be read: it is moved aside, and what it held is sent again or compared; look after the disk, then remove the file"
             );
         }
         Ok(())
@@ -176,27 +176,38 @@ impl<S: Storage> Log<S> {
                 return Err(LogError::Foreign { path: path.to_owned(), found: header.log, expected: self.id });
             }
             Some(header) => header.incarnation,
-            // Damaged, or cleared by who repaired the sector: a header is one sector, which power loss does not tear. The first
-            // record says the same; one of an earlier use is no danger, all its records were released, and callers know what they
-            // released. Zeroes in both places: nothing was ever written.
+            // Damaged, or cleared by who repaired the sector; or never written, although a record behind it was, when power went. The
+            // first whole record says the same. One of an earlier use is no danger: all its records were released, and callers
+            // know what they released.
             None => {
-                let first = match len >= SEGMENT_HEADER_LEN as u64 + PAGE {
-                    true => patience.read(file, SEGMENT_HEADER_LEN as u64, ALIGN, 1).await.map_err(io)?,
-                    false => Some(AlignedBuf::zeroed(ALIGN)),
-                };
-                let zero = |page: &Option<AlignedBuf>| page.as_ref().is_some_and(|page| page.iter().all(|&b| b == 0));
-                if zero(&page) && zero(&first) {
-                    return Ok(Kind::Unused);
+                let before = patience.pages.get();
+                match self.first_incarnation(file, len, patience).await.map_err(io)? {
+                    Some(incarnation) => incarnation,
+                    None if patience.pages.get() == before && page.is_some_and(|page| page.iter().all(|&b| b == 0)) => {
+                        return Ok(Kind::Unused);
+                    }
+                    None => return Ok(Kind::Beginless),
                 }
-                let incarnation = first.map_or(0, |first| incarnation_of(&first));
-                if self.whole_record(file, SEGMENT_HEADER_LEN as u64, incarnation, len, patience).await.map_err(io)?.is_none() {
-                    return Ok(Kind::Beginless);
-                }
-                incarnation
             }
         };
         let live = self.scan(number, path, file, incarnation, len, patience, recovered).await.map_err(io)?;
         Ok(Kind::Used { incarnation, live })
+    }
+
+    /// The incarnation of the first whole record.
+    async fn first_incarnation(&self, file: &S::File, len: u64, patience: &Patience) -> io::Result<Option<u64>> {
+        let mut at = SEGMENT_HEADER_LEN as u64;
+        while at + PAGE <= len {
+            if let Some(page) = patience.read(file, at, ALIGN, 1).await? {
+                let incarnation = incarnation_of(&page);
+                let begins = peek_record(&page, incarnation, self.options.body_bytes_max).is_some();
+                if begins && self.whole_record(file, at, incarnation, len, patience).await?.is_some() {
+                    return Ok(Some(incarnation));
+                }
+            }
+            at += PAGE;
+        }
+        Ok(None)
     }
 
     /// Reads a segment through and returns how many records it has.
