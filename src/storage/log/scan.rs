@@ -197,17 +197,17 @@ impl<S: Storage> Log<S> {
     /// The incarnation of the first whole record.
     async fn first_incarnation(&self, file: &S::File, len: u64, patience: &Patience) -> io::Result<Option<u64>> {
         let mut at = SEGMENT_HEADER_LEN as u64;
-        while at + PAGE <= len {
-            if let Some(page) = patience.read(file, at, ALIGN, 1).await? {
-                let incarnation = incarnation_of(&page);
-                let begins = peek_record(&page, incarnation, self.options.body_bytes_max).is_some();
-                if begins && self.whole_record(file, at, incarnation, len, patience).await?.is_some() {
-                    return Ok(Some(incarnation));
-                }
+        loop {
+            at = self.next_record(file, at, None, len, patience).await?;
+            if at + PAGE > len {
+                return Ok(None);
+            }
+            let incarnation = patience.read(file, at, ALIGN, 1).await?.map_or(0, |page| incarnation_of(&page));
+            if self.whole_record(file, at, incarnation, len, patience).await?.is_some() {
+                return Ok(Some(incarnation));
             }
             at += PAGE;
         }
-        Ok(None)
     }
 
     /// Reads a segment through and returns how many records it has.
@@ -227,7 +227,7 @@ impl<S: Storage> Log<S> {
         while at + PAGE <= len {
             let Some(record) = self.whole_record(file, at, incarnation, len, patience).await? else {
                 gap = gap.or(Some(at));
-                at = self.next_record(file, at + PAGE, incarnation, len, patience).await?;
+                at = self.next_record(file, at + PAGE, Some(incarnation), len, patience).await?;
                 continue;
             };
             if let Some(from) = gap.take() {
@@ -259,8 +259,8 @@ impl<S: Storage> Log<S> {
         Ok(record_is_whole(&bytes, body_len).then_some(Found { bytes, body_len }))
     }
 
-    /// The first page from `from` on that may begin a record; the end of the segment if none does.
-    async fn next_record(&self, file: &S::File, from: u64, incarnation: u64, len: u64, patience: &Patience) -> io::Result<u64> {
+    /// The first page from `from` on that may begin a record, of this incarnation or of any; the end of the segment if none does.
+    async fn next_record(&self, file: &S::File, from: u64, incarnation: Option<u64>, len: u64, patience: &Patience) -> io::Result<u64> {
         let (mut at, mut one_by_one_until) = (from, from);
         while at + PAGE <= len {
             let step = if at < one_by_one_until { PAGE } else { SCAN_BYTES.min(len - at) / PAGE * PAGE };
@@ -273,7 +273,8 @@ impl<S: Storage> Log<S> {
                 }
                 continue;
             };
-            let begins = |page: &[u8]| peek_record(page, incarnation, self.options.body_bytes_max).is_some();
+            let of = |page: &[u8]| incarnation.unwrap_or_else(|| incarnation_of(page));
+            let begins = |page: &[u8]| peek_record(page, of(page), self.options.body_bytes_max).is_some();
             if let Some(index) = pages.chunks(ALIGN).position(begins) {
                 return Ok(at + index as u64 * PAGE);
             }
