@@ -69,6 +69,9 @@ struct Tally {
     resyncs: u64,
     fenced: u64,
     compared: u64,
+    /// Bits turned in a journal or a cache.
+    rotted: u64,
+    fell_back: u64,
     rounds: u64,
     group_points: u64,
     messages: u64,
@@ -91,6 +94,8 @@ struct World {
     /// Full points of the group that were made while there were faults.
     full_before_healing: usize,
     room: Room,
+    /// Steps between two checkpoints of the master target, about.
+    between_checkpoints: u64,
     tally: Tally,
     story: bool,
 }
@@ -105,6 +110,8 @@ impl World {
         // Small rooms, so that they are full again and again.
         let room =
             Room { memory: [300 << 10, 600 << 10, 4 << 20][rng.below(3) as usize], log: [0, 512 << 10, 8 << 20][rng.below(3) as usize] };
+        // It may be slow: then its journal holds much, and a checkpoint passes several points.
+        let between_checkpoints = [4, 16, 48][rng.below(3) as usize];
         let mut agents = Vec::new();
         for (machine, disks) in &machines {
             agents.push(Agent::start(*machine, disks, room).await);
@@ -130,6 +137,7 @@ impl World {
             faults: true,
             full_before_healing: 0,
             room,
+            between_checkpoints,
             tally: Tally::default(),
             story,
         }
@@ -157,6 +165,7 @@ impl World {
             20 if self.rng.below(12) == 0 => self.burn().await,
             21 => self.check_one().await?,
             22 if !self.target.thin(&mut self.rng).await => self.crash_target(),
+            23 => self.rot_something().await,
             24 => self.trouble_the_group(),
             _ => {}
         }
@@ -220,7 +229,18 @@ impl World {
             }
         }
         let batches = 1 + self.rng.below(12) as usize;
-        if self.rng.below(4) == 0 && !self.target.checkpoint(batches).await {
+        let due = self.rng.below(if self.faults { self.between_checkpoints } else { 4 }) == 0;
+        if due && self.faults && self.rng.below(3) == 0 {
+            // Somewhere in the middle of it.
+            self.tally.faults += 1;
+            let n = 1 + self.rng.below(60);
+            self.target.storage.fail_at(n, Fault::Dead);
+        }
+        if due && !self.target.checkpoint(batches).await {
+            if self.faults && self.rng.below(2) == 0 {
+                self.target.storage.heal();
+                self.rot_in_target().await;
+            }
             self.crash_target();
         }
         self.check_across()
@@ -366,6 +386,18 @@ impl World {
         self.tell(|| format!("operation {n} of {} fails: {fault:?}", ["an agent", "gw1", "gw2", "the master target"][which]));
     }
 
+    async fn rot_something(&mut self) {
+        let which = self.rng.below(4) as usize;
+        let Some(gateway) = self.gateways.get(which) else { return self.rot_in_target().await };
+        self.tally.rotted += u64::from(gateway.rot(&mut self.rng).await);
+        self.tell(|| format!("a bit turns in the cache of gw{}", which + 1));
+    }
+
+    async fn rot_in_target(&mut self) {
+        self.tally.rotted += u64::from(self.target.rot(&mut self.rng).await);
+        self.tell(|| "a bit turns in the journal".to_owned());
+    }
+
     async fn burn(&mut self) {
         let n = self.rng_gateway();
         self.tally.burnt += 1;
@@ -467,10 +499,9 @@ impl World {
     fn check_across(&self) -> Result<(), String> {
         for volume in self.agents.iter().flat_map(|agent| &agent.volumes) {
             let safe = volume.backlog.safe_position();
-            if self.target.journaled(volume.id).is_some_and(|journaled| journaled < safe) {
-                return Err(
-                    self.fail(&format!("{safe} counts as safe, {} is journaled", self.target.journaled(volume.id).expect("it is up")))
-                );
+            let Some(journaled) = self.target.journaled(volume.id) else { continue };
+            if journaled < safe {
+                return Err(self.fail(&format!("disk {}: {safe} counts as safe, {journaled} is journaled", volume.id)));
             }
         }
         Ok(())
@@ -565,10 +596,15 @@ impl World {
         (groups, points.len())
     }
 
-    /// A point of all machines that was made after the faults is listed with every part.
-    fn is_group_whole(&self) -> bool {
+    /// A point of all machines that was made after the faults is listed with every part. Everything is safe and applied: one that
+    /// is not whole lost a part with a stream that began anew, and another one is made.
+    fn is_group_whole(&mut self) -> bool {
         let Some(made) = self.group.full.get(self.full_before_healing) else { return false };
-        self.groups().0.entry(*made).is_some_and(|entry| entry.is_whole())
+        let whole = self.groups().0.entry(*made).is_some_and(|entry| entry.is_whole());
+        if !whole {
+            self.full_before_healing = self.group.full.len();
+        }
+        whole
     }
 }
 
@@ -579,14 +615,14 @@ async fn run_seed(seed: u64, story: bool) -> Result<Tally, String> {
     }
     world.heal().await?;
     world.tally.fenced = world.target.fenced;
-    world.tally.compared = world.target.compared;
+    (world.tally.compared, world.tally.fell_back) = (world.target.compared, world.target.fell_back);
     world.tally.resyncs = world.agents.iter().flat_map(|agent| &agent.volumes).map(|v| v.resyncs).sum();
     world.tally.rounds = world.group.rounds;
     Ok(world.tally)
 }
 
 fn run_one(seed: u64, story: bool) -> Result<Tally, String> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(run_seed(seed, story))
 }
 
@@ -622,6 +658,8 @@ fn whatever_fails_no_answered_write_is_lost_and_no_listed_point_is_wrong() {
             (&mut sum.resyncs, tally.resyncs),
             (&mut sum.fenced, tally.fenced),
             (&mut sum.compared, tally.compared),
+            (&mut sum.rotted, tally.rotted),
+            (&mut sum.fell_back, tally.fell_back),
             (&mut sum.rounds, tally.rounds),
             (&mut sum.group_points, tally.group_points),
             (&mut sum.messages, tally.messages),
@@ -637,6 +675,7 @@ fn whatever_fails_no_answered_write_is_lost_and_no_listed_point_is_wrong() {
                 && sum.resyncs > 100
                 && sum.fenced > 50
                 && sum.burnt > 50
+                && sum.fell_back > 0
                 && sum.group_points > 500,
         "the runs are too tame"
     );

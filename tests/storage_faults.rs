@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use support::Rng;
-use support::faulty_storage::{Fault, Faulty};
+use support::faulty_storage::{Fault, Faulty, FaultyFile};
 use tidegate::agent::dirty_map::DirtyMap;
 use tidegate::crypto::keyring::DataKey;
 use tidegate::disk::{Disk, Format, Image};
@@ -22,7 +22,7 @@ use tidegate::storage::{AlignedBuf, File, OpenMode, Storage};
 use uuid::Uuid;
 
 fn run<T>(work: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(work)
+    tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap().block_on(work)
 }
 
 const DIR: &str = "/log";
@@ -320,9 +320,13 @@ impl Site {
     /// Every point of the durable checkpoint must be exact, whatever the replica went through since.
     async fn verify(&self, seed: u64) -> Result<(), String> {
         let (image, retention) = self.open().await.map_err(|e| format!("seed {seed}: {e}"))?;
+        self.compare(&image, &retention, seed).await
+    }
+
+    async fn compare(&self, image: &Image<FaultyFile>, retention: &Retention<Faulty>, seed: u64) -> Result<(), String> {
         for (at, expected) in &self.points {
             let view = retention.view(*at).await.map_err(|e| format!("seed {seed}: point {at}: {e}"))?;
-            let found = view.read(&image, Extent::new(0, SIZE)).await.map_err(|e| format!("seed {seed}: point {at}: {e}"))?;
+            let found = view.read(image, Extent::new(0, SIZE)).await.map_err(|e| format!("seed {seed}: point {at}: {e}"))?;
             if found[..] != expected[..] {
                 let first = found.iter().zip(expected).position(|(a, b)| a != b).unwrap_or(0);
                 return Err(format!("seed {seed}: point {at} differs at byte {first}"));
@@ -420,9 +424,7 @@ async fn loss_round(seed: u64, format: Format, falls_back: bool) -> Result<u64, 
             }
             times += 1;
             stands = site.last_marker.unwrap_or_default();
-            if let Some(marker) = site.last_marker {
-                fall_back(&image, &retention, marker).await.map_err(|e| text(&e))?;
-            }
+            fall_back(&image, &retention, site.last_marker).await.map_err(|e| text(&e))?;
             // Power goes again before what was kept is removed, or in the middle of that: the next start does the same again.
             match rng.below(3) {
                 0 => {}
@@ -432,6 +434,8 @@ async fn loss_round(seed: u64, format: Format, falls_back: bool) -> Result<u64, 
                 }
                 _ => {
                     retention.drop_from(stands).map_err(|e| text(&e))?;
+                    // Whoever looked before must not look for what is gone.
+                    site.compare(&image, &retention, seed).await?;
                     break;
                 }
             }

@@ -305,13 +305,16 @@ impl Backlog {
         std::mem::take(&mut self.given_up)
     }
 
-    /// A new connection to the process server that has this epoch wants to go on at `resume_at`.
+    /// A new connection to the process server that has this epoch wants to go on at `resume_at`; the master target stands at
+    /// `stands`, if it was asked.
     ///
     /// # Errors
-    /// [`CannotResume`] if that change is not held any more, or was never sent.
-    pub fn resume(&mut self, resume_at: u64) -> Result<(), CannotResume> {
+    /// [`CannotResume`] if that change is not held any more, or was never sent; or if the master target does not have any more what
+    /// the epoch began behind.
+    pub fn resume(&mut self, resume_at: u64, stands: Option<Position>) -> Result<(), CannotResume> {
         let number = resume_at.checked_sub(1).map(|n| n + self.base).ok_or(CannotResume)?;
-        if self.moving.is_some() || number < self.kept() || number < self.safe || number > self.sent {
+        let lost = stands.is_some_and(|stands| stands < self.stood);
+        if lost || self.moving.is_some() || number < self.kept() || number < self.safe || number > self.sent {
             return Err(CannotResume);
         }
         // What lies between was received, but is not durable there: it stays here until it is.

@@ -57,7 +57,9 @@ fn a_stream_that_moved_does_not_go_on_below_where_it_began() {
     backlog.begin_move(6);
     assert_eq!(backlog.take_over(Position::new(4, 2)), Err(CannotResume), "the master target lost what it had");
     assert_eq!(backlog.take_over(Position::new(4, 3)), Ok(()), "nothing of the epoch in between had arrived");
-    assert_eq!(backlog.resume(2), Err(CannotResume), "nothing was sent of this one yet");
+    assert_eq!(backlog.resume(2, None), Err(CannotResume), "nothing was sent of this one yet");
+    assert_eq!(backlog.resume(1, Some(Position::new(4, 3))), Ok(()), "nothing of this one has arrived yet");
+    assert_eq!(backlog.resume(1, Some(Position::new(4, 2))), Err(CannotResume), "it began behind what the master target lost since");
 }
 
 #[test]
@@ -69,16 +71,16 @@ fn what_is_cached_is_sent_again_until_it_is_safe_and_gives_way_when_there_is_no_
     }
     backlog.acknowledge(1, 3, 1);
     assert_eq!(backlog.bytes(), 0);
-    assert_eq!(backlog.resume(1), Err(CannotResume), "that is safe: whoever lost it must say so otherwise");
-    assert_eq!(backlog.resume(2), Ok(()));
+    assert_eq!(backlog.resume(1, None), Err(CannotResume), "that is safe: whoever lost it must say so otherwise");
+    assert_eq!(backlog.resume(2, None), Ok(()));
     assert_eq!(backlog.take_next(u64::MAX).unwrap().0.sequence, 2);
     assert_eq!(backlog.take_next(u64::MAX).unwrap().0.sequence, 3);
-    assert_eq!(backlog.resume(5), Err(CannotResume), "never made");
+    assert_eq!(backlog.resume(5, None), Err(CannotResume), "never made");
     backlog.acknowledge(1, 3, 1);
     backlog.push(write(300 << 10), Mono(0)).unwrap();
     backlog.push(write(300 << 10), Mono(0)).unwrap();
-    assert_eq!(backlog.resume(2), Err(CannotResume), "it made room for what is not even cached");
-    assert_eq!(backlog.resume(4), Ok(()));
+    assert_eq!(backlog.resume(2, None), Err(CannotResume), "it made room for what is not even cached");
+    assert_eq!(backlog.resume(4, None), Ok(()));
 }
 
 #[test]
@@ -173,7 +175,7 @@ proptest! {
                 5 => {
                     if flag { there.durable = there.safe; }
                     there.received = there.durable;
-                    if backlog.resume(there.durable - there.base + 1).is_err() {
+                    if backlog.resume(there.durable - there.base + 1, None).is_err() {
                         // Everything again, by the map.
                         there.epoch += 1;
                         backlog.restart(there.epoch, false);

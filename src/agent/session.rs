@@ -269,7 +269,7 @@ impl Link {
             let mut backlog = volume.backlog();
             match told.stands {
                 Some(stands) if backlog.is_moving() => backlog.take_over(stands),
-                _ => backlog.resume(told.resume_at),
+                stands => backlog.resume(told.resume_at, stands),
             }
         };
         if continued.is_err() {
@@ -413,10 +413,10 @@ impl Link {
         self.answered(index, answer).await.map(drop)
     }
 
-    async fn carry(&self, index: usize, above: Option<u64>) -> Result<(), SessionError> {
+    async fn carry(&self, index: usize, above: Option<u64>) -> Result<Position, SessionError> {
         let (done, answer) = oneshot::channel();
         self.command(Command::Carry { volume: index, carrier: self.carrier.clone(), above, done }).await?;
-        self.answered(index, answer).await.map(drop)
+        self.answered(index, answer).await
     }
 
     async fn answered<T>(&self, index: usize, answer: oneshot::Receiver<Result<T, String>>) -> Result<T, SessionError> {
@@ -553,14 +553,14 @@ async fn open_slots(link: &Rc<Link>, staging: &mut Vec<u8>) -> Result<(), Sessio
         }
         let volume = &link.shared.volumes[index];
         link.slots[index].open.set(false);
-        link.carry(index, None).await?;
+        let relies_on = link.carry(index, None).await?;
         let (epoch, takes_over) = {
             let backlog = volume.backlog();
             (backlog.epoch(), backlog.is_moving())
         };
         let size = volume.size();
         link.slots[index].size.set(size);
-        let open = AgentMessage::Open { slot: index as u32, disk: volume.id, size, epoch, takes_over };
+        let open = AgentMessage::Open { slot: index as u32, disk: volume.id, size, epoch, takes_over, relies_on };
         staging.extend_from_slice(&control_frame(&open)?);
     }
     Ok(())

@@ -175,8 +175,8 @@ pub enum Command {
         carrier: Name,
         /// The highest epoch known there, if it refused the disk for that.
         above: Option<u64>,
-        /// The epoch, or why there is none.
-        done: oneshot::Sender<Result<u64, String>>,
+        /// What the replica is relied on to have, or why it cannot be opened.
+        done: oneshot::Sender<Result<Position, String>>,
     },
     /// Whether the replica has everything because of which regions were marked clean. If not, all of the disk is compared with
     /// it, in a new epoch.

@@ -22,6 +22,9 @@ pub struct Here {
     pub accepted: Position,
     /// What the master target is known to have.
     pub acknowledged: Position,
+    /// Nothing is missing between what the master target has and the newest change, and it takes all of that: see
+    /// [`super::stream::Stream::follows`].
+    pub follows: bool,
 }
 
 /// What the master target says.
@@ -58,7 +61,7 @@ pub fn judge(known: Option<Known>, here: Here, there: There, claim: Option<u64>)
     let same = known.generation == there.generation && known.epoch >= there.epoch;
     // Ahead of what went through here: the disk was sent by another process server, or this one lost what it had. Behind what
     // it acknowledged: it lost what it had.
-    if same && there.journaled <= here.accepted && there.journaled >= here.acknowledged {
+    if same && here.follows && there.journaled <= here.accepted && there.journaled >= here.acknowledged {
         return Adoption::GoesOn;
     }
     Adoption::Anew {
@@ -73,7 +76,7 @@ mod tests {
     const THERE: There = There { generation: 7, epoch: 3, journaled: Position::new(3, 10) };
 
     fn here(accepted: u64, acknowledged: u64) -> Here {
-        Here { accepted: Position::new(3, accepted), acknowledged: Position::new(3, acknowledged) }
+        Here { accepted: Position::new(3, accepted), acknowledged: Position::new(3, acknowledged), follows: true }
     }
 
     #[test]
@@ -82,6 +85,8 @@ mod tests {
         assert_eq!(judge(known, here(12, 9), THERE, None), Adoption::GoesOn);
         assert_eq!(judge(known, here(9, 9), THERE, None), Adoption::Anew { epoch: 4 }, "it has what did not pass here");
         assert_eq!(judge(known, here(12, 11), THERE, None), Adoption::Anew { epoch: 4 }, "it lost what it acknowledged");
+        let gap = Here { follows: false, ..here(12, 9) };
+        assert_eq!(judge(known, gap, THERE, None), Adoption::Anew { epoch: 4 }, "what comes behind a gap stands on what is gone");
         assert_eq!(judge(Some(Known { generation: 7, epoch: 2 }), here(12, 9), THERE, None), Adoption::Anew { epoch: 4 });
         assert_eq!(judge(Some(Known { generation: 6, epoch: 9 }), here(12, 9), THERE, None), Adoption::Anew { epoch: 3 });
         assert_eq!(judge(None, Here::default(), THERE, None), Adoption::Anew { epoch: 3 }, "the disk is new here");

@@ -13,7 +13,7 @@ const DISKS: Table = Table::new("disks");
 const SERVER: Table = Table::new("server");
 
 /// Changes with the types stored here.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 
 /// One disk's record.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -24,6 +24,9 @@ pub struct DiskRecord {
     pub wrapped_key: Vec<u8>,
     /// The highest epoch obeyed.
     pub epoch: u64,
+    /// The epoch in which this stream began here. What the cache still has of older ones was given up then: it does not lead to
+    /// where this one began.
+    pub begun: u64,
     /// Everything through here is at the master target and may be gone from the cache.
     pub released: Position,
     /// Bytes of the disk that the master target has room for: nothing behind is accepted.

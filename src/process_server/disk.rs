@@ -144,6 +144,12 @@ impl Disk {
         taken_over.filter(|stands| acknowledged <= *stands).or(self.told.get().then_some(acknowledged))
     }
 
+    /// Whether what an agent relies on is at the master target or in the cache, or the agent is told where the master target stands
+    /// and sees for itself. Else a master target that lost something since would be given what comes behind the loss.
+    pub fn vouches_for(&self, relies_on: Position) -> bool {
+        self.told.get() || self.stream.borrow().has_through(relies_on)
+    }
+
     /// Enters a closed batch into the pipeline.
     pub fn enter_pipeline(&self, batch: &RawBatch) -> u64 {
         self.stream.borrow_mut().closed(Position::new(batch.epoch, batch.last), batch.cost)

@@ -198,8 +198,9 @@ fn recover_disks(
     for machine in &settings.machine {
         for (id, name) in machine.disk_ids() {
             let record = records.disk(id)?;
-            let (generation, released) = record.as_ref().map_or((0, Default::default()), |r| (r.generation, r.released));
-            let (ours, others): (Vec<_>, Vec<_>) = found.remove(&id).unwrap_or_default().into_iter().partition(|(g, _)| *g == generation);
+            let (generation, begun, released) = record.as_ref().map_or((0, 0, Default::default()), |r| (r.generation, r.begun, r.released));
+            let found = found.remove(&id).unwrap_or_default().into_iter();
+            let (ours, others): (Vec<_>, Vec<_>) = found.partition(|(g, queued)| *g == generation && queued.end.epoch >= begun);
             unneeded.extend(others.into_iter().map(|(_, q)| q.location));
             let (stream, dropped, cut_off) = Stream::recover(released, ours.into_iter().map(|(_, q)| q).collect());
             unneeded.extend(dropped);

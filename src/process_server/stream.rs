@@ -66,6 +66,8 @@ pub struct Stream {
     sent: usize,
     highest_sent: Position,
     queue_bytes: u64,
+    /// Batches that the master target does not have were given up: what is accepted behind them stands on what is gone.
+    gap: bool,
     /// Cost accepted and not cached.
     outstanding: u64,
     /// Cost accepted since the agent opened the disk.
@@ -220,12 +222,24 @@ impl Stream {
             self.sent = self.sent.saturating_sub(1);
         }
         self.queue_bytes -= gone.iter().map(|q| q.location.stored_bytes()).sum::<u64>();
+        self.gap |= !gone.is_empty();
         gone
     }
 
     /// The epoch of the oldest change that is not acknowledged, if there is one.
     pub fn waiting_epoch(&self) -> Option<u64> {
         self.queue.front().map(|q| q.end.epoch).or(self.pipeline.front().map(|b| b.end.epoch))
+    }
+
+    /// Whether a master target that obeys `epoch` and stands at `position` can be sent everything behind that, without a gap.
+    pub fn follows(&self, position: Position, epoch: u64) -> bool {
+        let mut waiting = self.queue.iter().map(|q| q.end).chain(self.pipeline.iter().map(|b| b.end));
+        !self.gap && waiting.find(|end| *end > position).is_none_or(|end| end.epoch >= epoch)
+    }
+
+    /// Whether everything through `position` is at the master target or here, as far as is known here.
+    pub fn has_through(&self, position: Position) -> bool {
+        !self.gap && position <= self.accepted
     }
 
     /// What was accepted.

@@ -238,6 +238,8 @@ pub enum AgentMessage {
         epoch: u64,
         /// The stream comes from another process server and goes on where the master target stands: it must be asked.
         takes_over: bool,
+        /// The agent keeps no trace of changes through here: the master target must have them, or this process server.
+        relies_on: Position,
     },
     /// How a disk does; once a second.
     Report {

@@ -210,6 +210,7 @@ impl Agent {
                     size: DISK_BYTES,
                     epoch: volume.backlog.epoch(),
                     takes_over: volume.backlog.is_moving(),
+                    relies_on: volume.map.header().cleaned,
                 }));
             }
             for _ in 0..most {
@@ -369,7 +370,7 @@ impl Volume {
         }
         let continued = match stands {
             Some(stands) if self.backlog.is_moving() => self.backlog.take_over(stands),
-            _ => self.backlog.resume(resume_at),
+            _ => self.backlog.resume(resume_at, stands),
         };
         match continued {
             Ok(()) => self.open = true,

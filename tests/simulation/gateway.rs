@@ -33,6 +33,7 @@ use super::Wire;
 use super::support::Rng;
 use super::support::faulty_storage::Faulty;
 
+const CACHE: &str = "/cache";
 const OPTIONS: Options = Options { segment_bytes: 2 << 20, segments_max: 8, body_bytes_max: BATCH_BYTES_MAX };
 const WINDOW: u64 = 256 << 10;
 
@@ -40,6 +41,7 @@ const WINDOW: u64 = 256 << 10;
 #[derive(Clone)]
 struct Record {
     known: Known,
+    begun: u64,
     released: Position,
     key: DataKey,
 }
@@ -121,7 +123,7 @@ impl Gateway {
 
     /// Starts on what is there.
     pub async fn start(&mut self) {
-        let Ok((log, found)) = Log::open(self.storage.clone(), Path::new("/cache"), Uuid::from_u128(self.log_id), OPTIONS).await else {
+        let Ok((log, found)) = Log::open(self.storage.clone(), Path::new(CACHE), Uuid::from_u128(self.log_id), OPTIONS).await else {
             return;
         };
         let mut by_disk: HashMap<DiskId, Vec<(u64, Queued)>> = HashMap::new();
@@ -138,8 +140,9 @@ impl Gateway {
         let mut disks = HashMap::new();
         for id in &self.ids {
             let record = self.records.get(id);
-            let (generation, released) = record.map_or((0, Position::default()), |r| (r.known.generation, r.released));
-            let (ours, others): (Vec<_>, Vec<_>) = by_disk.remove(id).unwrap_or_default().into_iter().partition(|(g, _)| *g == generation);
+            let (generation, begun, released) = record.map_or((0, 0, Position::default()), |r| (r.known.generation, r.begun, r.released));
+            let found = by_disk.remove(id).unwrap_or_default().into_iter();
+            let (ours, others): (Vec<_>, Vec<_>) = found.partition(|(g, queued)| *g == generation && queued.end.epoch >= begun);
             others.into_iter().for_each(|(_, q)| log.release(q.location));
             let (stream, dropped, _) = Stream::recover(released, ours.into_iter().map(|(_, q)| q).collect());
             dropped.into_iter().for_each(|at| log.release(at));
@@ -170,6 +173,16 @@ impl Gateway {
         self.storage.crash(rng);
     }
 
+    /// A bit turns in a batch that waits in its cache. False if there is none.
+    pub async fn rot(&self, rng: &mut Rng) -> bool {
+        let Some(running) = &self.running else { return false };
+        let waiting = self.ids.iter().filter_map(|id| running.disks[id].stream.next_to_forward()).map(|queued| queued.location);
+        let waiting: Vec<Location> = waiting.collect();
+        let Some(location) = waiting.get(rng.below(waiting.len().max(1) as u64) as usize) else { return false };
+        let Ok(record) = running.log.read(*location).await else { return false };
+        self.storage.rot_in(Path::new(CACHE), &record, rng)
+    }
+
     /// All of it is gone, disk and catalogue.
     pub fn burn(&mut self) {
         (self.running, self.storage) = (None, Faulty::default());
@@ -187,13 +200,15 @@ impl Gateway {
     /// Hears the agent of these disks once; what it answers at once.
     pub fn hear(&mut self, disks: &[DiskId], message: Wire) -> Result<Vec<ServerMessage>, String> {
         match message {
-            Wire::Control(AgentMessage::Open { slot, disk, epoch, takes_over, .. }) => Ok(vec![self.open(slot, disk, epoch, takes_over)]),
+            Wire::Control(AgentMessage::Open { slot, disk, epoch, takes_over, relies_on, .. }) => {
+                Ok(vec![self.open(slot, disk, epoch, takes_over, relies_on)])
+            }
             Wire::Control(_) => Ok(vec![]),
             Wire::Change(bytes) => self.change(disks, &bytes).map(|()| vec![]),
         }
     }
 
-    fn open(&mut self, slot: u32, id: DiskId, epoch: u64, takes_over: bool) -> ServerMessage {
+    fn open(&mut self, slot: u32, id: DiskId, epoch: u64, takes_over: bool, relies_on: Position) -> ServerMessage {
         let refused = |reason| ServerMessage::Refused { slot, reason, message: String::new() };
         let Some(running) = &mut self.running else { return refused(Refusal::NotReady) };
         let disk = running.disks.get_mut(&id).expect("registered");
@@ -207,7 +222,8 @@ impl Gateway {
             self.links.remove(&id);
         }
         let Some(record) = self.records.get_mut(&id) else { return refused(Refusal::NotReady) };
-        if disk.claim.is_some() || disk.session.is_none() {
+        let vouches = disk.told || disk.stream.has_through(relies_on);
+        if disk.claim.is_some() || disk.session.is_none() || !vouches {
             return refused(Refusal::NotReady);
         }
         let highest = record.known.epoch.max(disk.stream.epoch());
@@ -352,7 +368,8 @@ impl Gateway {
             }
             Down::Opened { there, key, asked } => {
                 let known = self.records.get(&id).map(|r| r.known);
-                let here = Here { accepted: disk.stream.accepted(), acknowledged: disk.stream.acknowledged() };
+                let follows = disk.stream.follows(there.journaled, there.epoch);
+                let here = Here { accepted: disk.stream.accepted(), acknowledged: disk.stream.acknowledged(), follows };
                 let claim = link.claim.filter(|claim| *claim == asked);
                 (link.open, link.asked) = (true, false);
                 let begin = match judge(known, here, there, claim) {
@@ -366,14 +383,10 @@ impl Gateway {
                 };
                 disk.told = true;
                 let gone = match begin {
-                    None => {
-                        let mut gone = disk.stream.link_opened(there.journaled);
-                        gone.extend(disk.stream.drop_epochs_before(there.epoch));
-                        gone
-                    }
+                    None => disk.stream.link_opened(there.journaled),
                     Some(epoch) => {
-                        let record =
-                            Record { known: Known { generation: there.generation, epoch }, released: there.journaled, key: key.clone() };
+                        let known = Known { generation: there.generation, epoch };
+                        let record = Record { known, begun: epoch, released: there.journaled, key: key.clone() };
                         self.records.insert(id, record);
                         disk.session = Some(Arc::new(SealingSession::start(&key, Purpose::Stream, id, there.generation)));
                         disk.batcher.close();

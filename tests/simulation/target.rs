@@ -10,13 +10,14 @@
 )]
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use tidegate::crypto::keyring::DataKey;
 use tidegate::crypto::seal::{Opener, Purpose};
 use tidegate::disk::{Disk as _, Format, Image};
 use tidegate::master_target::apply::plan::{can_judge, plan, writes};
+use tidegate::master_target::apply::roll;
 use tidegate::master_target::journal::{Replayed, replay};
 use tidegate::master_target::points::{Book, Pending};
 use tidegate::master_target::receive::claim::{self, Claim};
@@ -37,6 +38,7 @@ use super::gateway::{Down, Up};
 use super::support::Rng;
 use super::support::faulty_storage::{Faulty, FaultyFile};
 
+const JOURNAL: &str = "/journal";
 const OPTIONS: Options = Options { segment_bytes: 2 << 20, segments_max: 16, body_bytes_max: BATCH_BYTES_MAX };
 
 #[derive(Clone)]
@@ -75,6 +77,8 @@ struct Running {
     log: Log<Faulty>,
     disks: HashMap<DiskId, Disk>,
     writes: Vec<(DiskId, u64, AlignedBuf)>,
+    /// What the checkpoint that is under way is made of.
+    applying: Vec<Location>,
 }
 
 /// The master target.
@@ -87,6 +91,14 @@ pub struct Target {
     pub fenced: u64,
     /// Digests that were compared.
     pub compared: u64,
+    /// The highest position of each disk that was ever journaled.
+    journaled: HashMap<DiskId, Position>,
+    /// The same, when its journal may have lost something of it.
+    lost: HashMap<DiskId, Position>,
+    /// A bit of its journal was turned since it was started.
+    rotted: bool,
+    /// Replicas that went back to their last point.
+    pub fell_back: u64,
 }
 
 fn image_path(n: usize) -> PathBuf {
@@ -116,7 +128,20 @@ impl Target {
             };
             catalogue.disks.insert(*id, record);
         }
-        Self { storage, ids, machines: machines.iter().cloned().collect(), catalogue, running: None, fenced: 0, compared: 0 }
+        let machines = machines.iter().cloned().collect();
+        Self {
+            storage,
+            ids,
+            machines,
+            catalogue,
+            running: None,
+            fenced: 0,
+            compared: 0,
+            journaled: HashMap::new(),
+            lost: HashMap::new(),
+            rotted: false,
+            fell_back: 0,
+        }
     }
 
     pub fn is_up(&self) -> bool {
@@ -125,7 +150,7 @@ impl Target {
 
     /// Starts on what is there. Stays down if its storage fails.
     pub async fn start(&mut self) {
-        let Ok((log, found)) = Log::open(self.storage.clone(), std::path::Path::new("/journal"), Uuid::from_u128(99), OPTIONS).await else {
+        let Ok((log, found)) = Log::open(self.storage.clone(), Path::new(JOURNAL), Uuid::from_u128(99), OPTIONS).await else {
             return;
         };
         let mut by_disk: HashMap<DiskId, Vec<Item>> = HashMap::new();
@@ -144,10 +169,17 @@ impl Target {
             let Ok(image) = Image::open(&self.storage, &image_path(n), Format::Raw).await else { return };
             let opened = Retention::open_noted(self.storage.clone(), &retain_path(n), subject, record.last_marker, &record.intervals).await;
             let Ok(retention) = opened else { return };
-            let journaled = queue.last().map_or(record.checkpoint, |item| item.end);
+            let mut queue: VecDeque<Item> = queue.into();
+            let mut journaled = queue.back().map_or(record.checkpoint, |item| item.end);
+            if retention.is_ahead_of(journaled) {
+                let Some(to) = fall_back(self.catalogue.disks.get_mut(id).expect("registered"), &image, &retention).await else { return };
+                self.fell_back += 1;
+                queue.drain(..).for_each(|item| log.release(item.location));
+                journaled = to;
+            }
             let disk = Disk {
                 order: Order::new(journaled),
-                queue: queue.into(),
+                queue,
                 image,
                 retention,
                 opener: Opener::new(record.key.clone(), Purpose::Stream, *id, record.generation),
@@ -157,7 +189,27 @@ impl Target {
             };
             disks.insert(*id, disk);
         }
-        self.running = Some(Running { log, disks, writes: Vec::new() });
+        if std::mem::take(&mut self.rotted) {
+            self.lost = self.journaled.clone();
+        }
+        for (id, disk) in &disks {
+            let highest = self.journaled.entry(*id).or_default();
+            *highest = (*highest).max(disk.order.acknowledged());
+        }
+        self.running = Some(Running { log, disks, writes: Vec::new(), applying: Vec::new() });
+    }
+
+    /// A bit turns in a batch that its journal holds and no replica has. False if there is none.
+    pub async fn rot(&mut self, rng: &mut Rng) -> bool {
+        let Some(running) = &self.running else { return false };
+        let queued = self.ids.iter().flat_map(|id| running.disks[id].queue.iter().map(|item| item.location));
+        // Of a checkpoint that was cut off: what it would be finished with.
+        let waiting = if running.applying.is_empty() { queued.collect() } else { running.applying.clone() };
+        let Some(location) = waiting.get(rng.below(waiting.len().max(1) as u64) as usize) else { return false };
+        // Its storage may fail just now.
+        let Ok(record) = running.log.read(*location).await else { return false };
+        self.rotted |= self.storage.rot_in(Path::new(JOURNAL), &record, rng);
+        self.rotted
     }
 
     /// Power goes.
@@ -242,6 +294,8 @@ impl Target {
         for ((id, number), (location, _)) in tags.into_iter().zip(placed) {
             let disk = running.disks.get_mut(&id).expect("registered");
             disk.queue.extend(disk.order.journaled(number, location));
+            let highest = self.journaled.entry(id).or_default();
+            *highest = (*highest).max(disk.order.acknowledged());
             told.extend(disk.owner.map(|gateway| (id, gateway, disk.order.acknowledged())));
         }
         Some(told)
@@ -266,6 +320,7 @@ impl Target {
         let disk = running.disks.get_mut(&id).expect("registered");
         let items: Vec<Item> = disk.queue.drain(..most.min(disk.queue.len())).collect();
         let Some(end) = items.last().map(|item| item.end) else { return Ok(()) };
+        running.applying = items.iter().map(|item| item.location).collect();
         let mut bodies: Vec<(BatchHeader, Bytes)> = Vec::new();
         for item in &items {
             let record = running.log.read(item.location).await.map_err(|e| e.to_string())?;
@@ -317,7 +372,7 @@ impl Target {
             self.catalogue.pending.extend(changes.pending);
             self.catalogue.listed.extend(changes.listed.map(|point| (point.id, point)));
         }
-        items.iter().for_each(|item| running.log.release(item.location));
+        running.applying.drain(..).for_each(|at| running.log.release(at));
         Ok(())
     }
 
@@ -391,8 +446,26 @@ impl Target {
         self.running.as_ref().is_some_and(|r| r.writes.is_empty() && r.disks.values().all(|d| d.queue.is_empty()))
     }
 
-    /// Everything through here is durable.
+    /// Everything through here is durable, or was until a bit turned.
     pub fn journaled(&self, id: DiskId) -> Option<Position> {
-        self.running.as_ref().map(|r| r.disks[&id].order.positions().1)
+        let lost = self.lost.get(&id).copied().unwrap_or_default();
+        self.running.as_ref().map(|r| lost.max(r.disks[&id].order.positions().1))
     }
+}
+
+/// A checkpoint that was cut off half-way cannot be finished: the replica goes back to its last point, as
+/// `Apply::fall_back` does it. Where it stands then; `None` if its storage fails.
+async fn fall_back(record: &mut Record, image: &Image<FaultyFile>, retention: &Retention<Faulty>) -> Option<Position> {
+    let from = record.last_marker.unwrap_or_default();
+    let damaged = roll::fall_back(image, retention, record.last_marker).await.ok()?;
+    assert!(damaged.is_empty(), "old content does not rot here");
+    // One transaction.
+    if let Some(point) = record.last_marker {
+        (record.epoch, record.carrier) = (record.epoch.max(record.checkpoint.epoch) + 1, Some("nobody".parse().expect("a name")));
+        record.checkpoint = point;
+        record.begins.insert(record.epoch, point);
+    }
+    record.intervals.retain(|start, _| *start < from);
+    retention.drop_from(from).ok()?;
+    Some(record.checkpoint)
 }

@@ -194,6 +194,21 @@ impl Faulty {
         inode.durable = inode.live.clone();
     }
 
+    /// Flips a bit of a record that begins at a page of some file below `folder`. False if there is none.
+    pub fn rot_in(&self, folder: &Path, record: &[u8], rng: &mut Rng) -> bool {
+        let stands = |inode: &Inode| {
+            (0..inode.live.len.saturating_sub(record.len() - 1)).step_by(PAGE).find(|at| inode.live.read(*at, record.len()) == record)
+        };
+        let found = {
+            let disk = self.disk.borrow();
+            let mut files = disk.live.iter().filter(|(path, _)| path.starts_with(folder));
+            files.find_map(|(path, inode)| Some((path.clone(), stands(&inode.borrow())?)))
+        };
+        let Some((path, at)) = found else { return false };
+        self.rot(&path, at + rng.below(record.len() as u64) as usize, rng.below(8) as u8);
+        true
+    }
+
     /// The page of a file that `at` lies in gives EIO from now on, until it is written.
     pub fn spoil(&self, path: &Path, at: usize) {
         self.disk.borrow().live[path].borrow_mut().unreadable.insert(at / PAGE);

@@ -147,7 +147,14 @@ impl Slot {
     }
 
     fn open(&self, slot: u32) -> Vec<u8> {
-        control(&AgentMessage::Open { slot, disk: self.disk, size: DISK_BYTES as u64, epoch: self.epoch, takes_over: false })
+        control(&AgentMessage::Open {
+            slot,
+            disk: self.disk,
+            size: DISK_BYTES as u64,
+            epoch: self.epoch,
+            takes_over: false,
+            relies_on: Position::default(),
+        })
     }
 
     fn report(&self, slot: u32) -> Vec<u8> {

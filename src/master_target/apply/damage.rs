@@ -56,16 +56,13 @@ impl Apply {
         let stands = disk.condition().checkpointed;
         let (records, id) = (self.records.clone(), disk.id);
         let noted = replica.noted_marker.get();
-        // Without a point nobody needs what was kept.
         let from = noted.unwrap_or_default();
         // What is damaged of what was kept: the points that need it leave the list before anything of it goes.
         for start in replica.retention.damaged_at_start() {
             self.inspect_one(replica, start, None).await;
         }
-        if let Some(point) = noted {
-            for start in super::roll::fall_back(&replica.image, &replica.retention, point).await? {
-                self.inspect_one(replica, start, None).await;
-            }
+        for start in super::roll::fall_back(&replica.image, &replica.retention, noted).await? {
+            self.inspect_one(replica, start, None).await;
         }
         let starts: Vec<Position> = replica.retention.starts_from(from).into_iter().collect();
         let forgotten = tokio::task::spawn_blocking(move || match noted {

@@ -70,16 +70,20 @@ pub async fn bring_back<S: Storage>(
     rewrite(image, retention, target, progress, None).await
 }
 
-/// The same, of a replica whose present content nobody needs: nothing of it is kept. Blocks whose old content is damaged stay as
-/// they are. Returns the begins of the intervals that have the damage: points that need it are not exact.
+/// The same, of a replica whose present content nobody needs: nothing of it is kept. It goes to `noted`, the last point that it
+/// passed; without one to where the first was to stand, so that it has nothing of what comes behind that when the first is sent again.
+/// Blocks whose old content is damaged stay as they are. Returns the begins of the intervals that have the damage: points that need
+/// it are not exact.
 ///
 /// # Errors
 /// [`ApplyError`]; the same again goes on.
 pub async fn fall_back<S: Storage>(
     image: &Image<S::File>,
     retention: &Retention<S>,
-    target: Position,
+    noted: Option<Position>,
 ) -> Result<BTreeSet<Position>, ApplyError> {
+    let first = retention.starts_from(Position::default()).first().copied();
+    let Some(target) = noted.or(first) else { return Ok(BTreeSet::new()) };
     let damaged = RefCell::default();
     rewrite(image, retention, target, &Progress::default(), Some(&damaged)).await?;
     Ok(damaged.into_inner())

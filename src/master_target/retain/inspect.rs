@@ -71,7 +71,7 @@ impl<S: Storage> Retention<S> {
         let interval = match growing {
             Some(interval) => interval,
             None => {
-                match Interval::load(&self.storage, &self.dir, start, &opener, self.current_start.get().is_none_or(|c| start < c)).await {
+                match Interval::load(&self.storage, &self.dir, start, &opener, self.current_start.get().is_some_and(|c| start < c)).await {
                     Ok(interval) => interval.into(),
                     Err(e @ RetainError::Damaged { .. }) => return unknown(told(&e)),
                     Err(RetainError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return gone(),

@@ -85,7 +85,7 @@ impl<S: Storage> Retention<S> {
             // Files come, go and are replaced meanwhile: until everything that stands there now was read as it stands.
             let wanted: BTreeMap<Position, u64> = {
                 let (files, current) = (self.files.borrow(), self.current_start.get());
-                let closed = files.keys().filter(|start| current.is_none_or(|current| **start < current));
+                let closed = files.keys().filter(|start| current.is_some_and(|current| **start < current));
                 closed.map(|start| (*start, self.merged.borrow().get(start).copied().unwrap_or(0))).collect()
             };
             read.retain(|start, (version, _)| wanted.get(start) == Some(version));
@@ -122,9 +122,9 @@ impl<S: Storage> Retention<S> {
             self.history.add_late(start, entries);
         }
         // Left by an attempt that a crash cut off behind the checkpoint: it comes after the current interval, and the replica
-        // may hold what that attempt wrote over it.
+        // may hold what that attempt wrote over it. Its records may be cut off, too. Before the first point it is all there is.
         let behind: Vec<Position> =
-            self.files.borrow().range(position..).map(|(p, _)| *p).filter(|p| current.is_some_and(|current| *p > current)).collect();
+            self.files.borrow().range(position..).map(|(p, _)| *p).filter(|p| current.is_none_or(|current| *p > current)).collect();
         let mut live = Vec::new();
         for start in behind {
             live.push(Rc::new(Interval::load(&self.storage, &self.dir, start, &opener, false).await?));

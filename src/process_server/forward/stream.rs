@@ -151,7 +151,8 @@ async fn adopt(server: &Server, disk: &Disk, told: &Told) -> Result<(), StreamEr
     let known = disk.record.borrow().as_ref().map(|r| Known { generation: r.generation, epoch: r.epoch });
     let here = {
         let stream = disk.stream.borrow();
-        Here { accepted: stream.accepted(), acknowledged: stream.acknowledged() }
+        let follows = stream.follows(told.there.journaled, told.there.epoch);
+        Here { accepted: stream.accepted(), acknowledged: stream.acknowledged(), follows }
     };
     match judge(known, here, told.there, told.claim) {
         Adoption::GoesOn => go_on(server, disk, told).await?,
@@ -201,8 +202,7 @@ async fn go_on(server: &Server, disk: &Disk, told: &Told) -> Result<(), StreamEr
         // The agent learns it when it opens the disk again.
         disk.owner.set(server.new_owner());
     }
-    let mut gone = disk.stream.borrow_mut().link_opened(told.there.journaled);
-    gone.extend(disk.stream.borrow_mut().drop_epochs_before(told.there.epoch));
+    let gone = disk.stream.borrow_mut().link_opened(told.there.journaled);
     disk.give_up(gone);
     Ok(())
 }
@@ -214,6 +214,7 @@ async fn begin(server: &Server, disk: &Disk, told: &Told, epoch: u64) -> Result<
         generation: there.generation,
         wrapped_key: server.kek.wrap(&told.key, disk.id, there.generation),
         epoch,
+        begun: epoch,
         released: there.journaled,
         size: told.size,
         compare: told.compare,

@@ -15,7 +15,7 @@ use tokio_rustls::server::TlsStream;
 use crate::clock;
 use crate::config::limits::{DISKS_PER_CONNECTION_MAX, SILENCE_SECONDS};
 use crate::model::position::EPOCH_STEP_MAX;
-use crate::model::{Compare, Digest, Marker, Name, Trailer, Wanted};
+use crate::model::{Compare, Digest, Marker, Name, Position, Trailer, Wanted};
 use crate::observe::metrics;
 use crate::process_server::disk::{Disk, NotReady};
 use crate::process_server::optimize::batcher::{Collected, Input};
@@ -60,6 +60,7 @@ struct Asked {
     size: u64,
     epoch: u64,
     takes_over: bool,
+    relies_on: Position,
 }
 
 struct Slot {
@@ -176,7 +177,7 @@ impl Connection {
                 self.reply(ServerMessage::Welcome);
             }
             _ if !self.greeted.get() => return Err(WireError::Illegal("first message of the agent").into()),
-            AgentMessage::Open { slot, disk, size, epoch, takes_over } => {
+            AgentMessage::Open { slot, disk, size, epoch, takes_over, relies_on } => {
                 if slot >= DISKS_PER_CONNECTION_MAX {
                     return Err(
                         WireError::TooLarge { what: "slot", found: u64::from(slot), limit: u64::from(DISKS_PER_CONNECTION_MAX) }.into()
@@ -196,7 +197,7 @@ impl Connection {
                     self.reply(ServerMessage::Refused { slot, reason: Refusal::NotAllowed, message });
                     return Ok(());
                 };
-                self.open(slot, disk, Asked { size, epoch, takes_over }).await?;
+                self.open(slot, disk, Asked { size, epoch, takes_over, relies_on }).await?;
             }
             AgentMessage::Report { slot, report } => {
                 if let Some(Some(slot)) = self.slots.borrow().get(slot as usize) {
@@ -224,7 +225,8 @@ impl Connection {
             let refusal = if matches!(reason, NotReady::Refused(_)) { Refusal::NotAllowed } else { Refusal::NotReady };
             return Some((refusal, reason.message()));
         }
-        if disk.claim.get().is_some() {
+        if disk.claim.get().is_some() || !disk.vouches_for(asked.relies_on) {
+            disk.forward.notify_one();
             return Some((Refusal::NotReady, "the master target is asked where it stands".to_owned()));
         }
         let record = disk.record.borrow();

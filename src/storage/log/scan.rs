@@ -34,6 +34,8 @@ const PAGE: u64 = ALIGN as u64;
 #[derive(Default)]
 pub(super) struct Patience {
     pages: Cell<u32>,
+    /// Reads that failed, of one page or of more.
+    failed: Cell<u32>,
     time: Cell<Duration>,
     /// The last place that could be read of this segment.
     good: Cell<Option<u64>>,
@@ -45,6 +47,7 @@ impl Patience {
         let began = clock::now();
         match file.read_at(offset, len).await {
             Err(error) if is_unreadable(&error) => {
+                self.failed.set(self.failed.get() + 1);
                 self.pages.set(self.pages.get() + pages);
                 self.time.set(self.time.get() + clock::now().since(began));
                 let too_much = self.pages.get() > UNREADABLE_PAGES_MAX || self.time.get() > UNREADABLE_TIME_MAX;
@@ -89,24 +92,25 @@ impl<S: Storage> Log<S> {
         let io = |source| LogError::Io { path: path.to_owned(), source };
         let file = self.storage.open(path, OpenMode::Write).await.map_err(io)?;
         let len = file.len().map_err(io)?;
-        let (found, pages) = (recovered.len(), patience.pages.get());
+        let (found, pages, failed) = (recovered.len(), patience.pages.get(), patience.failed.get());
         let mut kind = self.read_segment(number, path, &file, len, patience, recovered).await;
         let unreadable = match &kind {
-            Ok(_) => patience.pages.get() > pages,
+            Ok(_) => patience.failed.get() > failed,
             Err(error) => matches!(error, LogError::Io { source, .. } if is_unreadable(source)),
         };
         if unreadable {
             tracing::warn!(path = %path.display(), "some of a segment cannot be read; it is read once more");
             recovered.truncate(found);
             patience.pages.set(pages);
+            patience.failed.set(failed);
             tokio::time::sleep(READ_AGAIN).await;
             kind = self.read_segment(number, path, &file, len, patience, recovered).await;
         }
         let kind = kind?;
-        let lost = patience.pages.get() - pages;
-        if lost > 0 {
+        if patience.failed.get() > failed {
             patience.confirm(&file).await.map_err(io)?;
-            tracing::error!(path = %path.display(), pages = lost, "some of a segment cannot be read: the records there are given up. Look after the disk");
+            let pages = patience.pages.get() - pages;
+            tracing::error!(path = %path.display(), pages, "some of a segment cannot be read: the records there are given up. Look after the disk");
         }
         let (incarnation, live) = match kind {
             Kind::Used { incarnation, live } => (incarnation, live),

@@ -20,11 +20,11 @@ pub(in crate::agent::capture) enum Restart {
 
 impl Volume {
     /// The disk is about to be opened at `carrier`. An epoch belongs to one process server: if another one has it, or knows a
-    /// higher one, the stream moves. Answers the epoch.
+    /// higher one, the stream moves. Answers what the replica is relied on to have, because regions were marked clean since.
     ///
     /// # Errors
     /// Those of the map's file; nothing was changed then.
-    pub(in crate::agent::capture) async fn carry(&self, carrier: Name, above: Option<u64>) -> io::Result<u64> {
+    pub(in crate::agent::capture) async fn carry(&self, carrier: Name, above: Option<u64>) -> io::Result<Position> {
         let _alone = self.changing.lock().await;
         let stays = above.is_none() && self.carrier.borrow().as_ref().is_none_or(|known| *known == carrier);
         if above.is_some_and(|above| above > self.map.header().epoch.saturating_add(EPOCH_STEP_MAX)) {
@@ -40,7 +40,7 @@ impl Volume {
             tracing::info!(disk = self.shared.label, epoch, process_server = %carrier, "the stream moves");
         }
         self.carrier.replace(Some(carrier));
-        Ok(self.map.header().epoch)
+        Ok(self.map.header().cleaned)
     }
 
     /// Whether the replica has everything because of which regions were marked clean. A replica that stands before that lost
