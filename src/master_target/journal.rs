@@ -77,6 +77,8 @@ pub struct Replayed {
     pub unneeded: Vec<Location>,
     /// How many of these lie behind a gap: what stood there was acknowledged, and is gone.
     pub cut_off: usize,
+    /// The highest position of all: as far as a checkpoint that was cut off may have come.
+    pub reached: Position,
 }
 
 /// Puts in order what was found of one disk. `begins` says behind which position each epoch begins: what an older epoch has
@@ -84,7 +86,8 @@ pub struct Replayed {
 pub fn replay(checkpoint: Position, begins: &BTreeMap<u64, Position>, mut found: Vec<Item>) -> Replayed {
     found.sort_by_key(|item| (item.end.epoch, item.first, item.end.sequence));
     let mut at = checkpoint;
-    let mut replayed = Replayed::default();
+    let reached = found.iter().map(|item| item.end).max().unwrap_or_default().max(checkpoint);
+    let mut replayed = Replayed { reached, ..Replayed::default() };
     for item in found {
         let given_up = begins.iter().any(|(epoch, behind)| *epoch > item.end.epoch && item.end > *behind);
         let begins = begins.get(&item.end.epoch).filter(|_| item.end.epoch > at.epoch);
@@ -130,5 +133,6 @@ mod tests {
         assert_eq!((replayed.unneeded.len(), replayed.cut_off), (2, 0));
         let replayed = replay(Position::new(7, 2), &BTreeMap::new(), vec![item(7, 3, 4), item(7, 6, 9)]);
         assert_eq!((replayed.queue.len(), replayed.cut_off), (1, 1), "nothing has begun since: what continues counts");
+        assert_eq!(replayed.reached, Position::new(7, 9), "what is cut off may be in the replica");
     }
 }

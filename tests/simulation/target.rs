@@ -163,7 +163,8 @@ impl Target {
         let mut disks = HashMap::new();
         for (n, id) in self.ids.iter().enumerate() {
             let record = self.catalogue.disks[id].clone();
-            let Replayed { queue, unneeded, .. } = replay(record.checkpoint, &record.begins, by_disk.remove(id).unwrap_or_default());
+            let Replayed { queue, unneeded, reached, .. } =
+                replay(record.checkpoint, &record.begins, by_disk.remove(id).unwrap_or_default());
             unneeded.into_iter().for_each(|at| log.release(at));
             let subject = Subject { disk: *id, generation: record.generation, key: record.key.clone() };
             let Ok(image) = Image::open(&self.storage, &image_path(n), Format::Raw).await else { return };
@@ -184,7 +185,7 @@ impl Target {
                 retention,
                 opener: Opener::new(record.key.clone(), Purpose::Stream, *id, record.generation),
                 last_marker: record.last_marker,
-                blind_until: journaled,
+                blind_until: reached,
                 owner: None,
             };
             disks.insert(*id, disk);

@@ -99,6 +99,8 @@ impl Apply {
             // The network thread hands batches over under this lock: what it hands over later belongs to the next life.
             let mut condition = disk.condition();
             disk.lives.fetch_add(1, Ordering::Relaxed);
+            // A checkpoint that did not succeed may have come as far.
+            replica.blind_until.set(replica.blind_until.get().max(condition.journaled));
             (condition.received, condition.journaled, condition.applied) = (stands, stands, stands);
             disk.clear_queue()
         };

@@ -117,7 +117,7 @@ impl Apply {
             )));
         }
         let found = found.remove(&(disk.id, record.generation)).unwrap_or_default();
-        let Replayed { mut queue, mut unneeded, cut_off } = journal::replay(record.checkpoint, &record.begins, found);
+        let Replayed { mut queue, mut unneeded, cut_off, reached } = journal::replay(record.checkpoint, &record.begins, found);
         if cut_off > 0 {
             metrics::count_reason(metrics::DAMAGED, "journal");
             tracing::error!(
@@ -133,7 +133,7 @@ impl Apply {
         let replica = self.assemble(disk, image, lock, key, &record).await.map_err(stop)?;
         let mut checkpoint = record.checkpoint;
         let mut journaled = queue.last().map_or(checkpoint, |item| item.end);
-        replica.blind_until.set(journaled);
+        replica.blind_until.set(reached);
         // What is held is not applied: then nothing finishes what was begun, either.
         let reach = if hold >= Hold::Standing { checkpoint } else { journaled };
         if replica.retention.is_ahead_of(reach) {
