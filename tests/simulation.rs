@@ -213,7 +213,9 @@ impl World {
             if self.rng.below(2) == 0 && !self.gateways[n].commit().await {
                 self.crash_gateway(n);
             }
-            self.gateways[n].forward(most).await;
+            for (id, slot) in self.gateways[n].forward(most).await {
+                self.refuse(n, id, slot);
+            }
         }
         self.between_gateways_and_target(most)?;
         if self.rng.below(2) == 0 {
@@ -483,11 +485,8 @@ impl World {
                     }
                 }
                 for _ in 0..most {
-                    let agent = self.agents.iter_mut().find(|agent| agent.disks().contains(&id)).expect("registered");
-                    if let Some(slot) = self.gateways[n].hear_target(id)
-                        && let Some(connection) = agent.connection.as_mut().filter(|c| c.gateway == n)
-                    {
-                        connection.down.push_back(ServerMessage::Refused { slot, reason: Refusal::NotReady, message: String::new() });
+                    if let Some(slot) = self.gateways[n].hear_target(id) {
+                        self.refuse(n, id, slot);
                     }
                 }
             }
@@ -495,9 +494,20 @@ impl World {
         Ok(())
     }
 
+    /// A process server has a disk's agent open it again.
+    fn refuse(&mut self, gateway: usize, id: DiskId, slot: u32) {
+        let agent = self.agents.iter_mut().find(|agent| agent.disks().contains(&id)).expect("registered");
+        if let Some(connection) = agent.connection.as_mut().filter(|c| c.gateway == gateway) {
+            connection.down.push_back(ServerMessage::Refused { slot, reason: Refusal::NotReady, message: String::new() });
+        }
+    }
+
     /// Nothing that an agent takes for safe is ahead of the journal.
     fn check_across(&self) -> Result<(), String> {
         for volume in self.agents.iter().flat_map(|agent| &agent.volumes) {
+            if volume.found_lost && !self.target.ever_rotted {
+                return Err(self.fail(&format!("disk {}: its agent was told of a loss, and nothing was lost", volume.id)));
+            }
             let safe = volume.backlog.safe_position();
             let Some(journaled) = self.target.journaled(volume.id) else { continue };
             if journaled < safe {

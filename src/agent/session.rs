@@ -20,7 +20,7 @@ use crate::clock::{self, Mono, micros};
 use crate::config::agent::AgentSettings;
 use crate::config::limits::{HANDSHAKE_SECONDS, SILENCE_SECONDS};
 use crate::crypto::tls::Credentials;
-use crate::model::{Compare, Name, Position};
+use crate::model::{Compare, Name, Position, Reliance};
 use crate::observe::metrics;
 use crate::wire::WireError;
 use crate::wire::ingest::{AgentMessage, Refusal, ServerMessage, change_cost, control_frame, encode_change};
@@ -413,7 +413,7 @@ impl Link {
         self.answered(index, answer).await.map(drop)
     }
 
-    async fn carry(&self, index: usize, above: Option<u64>) -> Result<Position, SessionError> {
+    async fn carry(&self, index: usize, above: Option<u64>) -> Result<Reliance, SessionError> {
         let (done, answer) = oneshot::channel();
         self.command(Command::Carry { volume: index, carrier: self.carrier.clone(), above, done }).await?;
         self.answered(index, answer).await

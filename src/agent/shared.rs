@@ -9,7 +9,7 @@ use super::backlog::Backlog;
 use super::consistency::GroupStatus;
 use super::rest::Freezer;
 use super::scrub::Rounds;
-use crate::model::{Compare, DiskId, DiskReport, MachineId, Name, PointId, PointKind, Position, Verdict, Wanted};
+use crate::model::{Compare, DiskId, DiskReport, MachineId, Name, PointId, PointKind, Position, Reliance, Verdict, Wanted};
 
 /// Everything another thread may see of the agent.
 pub struct AgentShared {
@@ -176,7 +176,7 @@ pub enum Command {
         /// The highest epoch known there, if it refused the disk for that.
         above: Option<u64>,
         /// What the replica is relied on to have, or why it cannot be opened.
-        done: oneshot::Sender<Result<Position, String>>,
+        done: oneshot::Sender<Result<Reliance, String>>,
     },
     /// Whether the replica has everything because of which regions were marked clean. If not, all of the disk is compared with
     /// it, in a new epoch.

@@ -99,6 +99,14 @@ pub enum PkiError {
     /// There is a CA already.
     #[error("{0} exists already: remove it if you really want a new CA, every certificate must then be issued again")]
     Exists(PathBuf),
+    /// The folder is somebody else's.
+    #[error("{path} is the certificate of {found}: choose another folder, or remove it if {found} does not need it any more")]
+    Taken {
+        /// The certificate there.
+        path: PathBuf,
+        /// Whom it names.
+        found: String,
+    },
     /// No CA where one is needed.
     #[error("there is no CA in {0}: run `tidegate pki init {0}` first")]
     NoCa(PathBuf),
@@ -145,10 +153,11 @@ pub fn init(dir: &Path) -> Result<(), PkiError> {
     write_public(&dir.join("ca.pem"), &certificate.pem())
 }
 
-/// Issues a certificate with a key of its own into `out`: `cert.pem`, `key.pem` and a copy of `ca.pem`.
+/// Issues a certificate with a key of its own into `out`: `cert.pem`, `key.pem` and a copy of `ca.pem`. Replaces one of the same
+/// identity, which renews it.
 ///
 /// # Errors
-/// [`PkiError::NoCa`] if `ca_dir` holds none.
+/// [`PkiError::NoCa`] if `ca_dir` holds none, [`PkiError::Taken`] if `out` has the certificate of another.
 pub fn issue(ca_dir: &Path, identity: &Identity, out: &Path) -> Result<(), PkiError> {
     let read = |name: &str| std::fs::read_to_string(ca_dir.join(name)).map_err(|_| PkiError::NoCa(ca_dir.to_owned()));
     let (ca_pem, ca_key) = (read("ca.pem")?, read("ca.key")?);
@@ -163,7 +172,12 @@ pub fn issue(ca_dir: &Path, identity: &Identity, out: &Path) -> Result<(), PkiEr
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
     set_validity(&mut params, LEAF_DAYS);
     let certificate = params.signed_by(&key, &issuer)?;
-    let io = |source| PkiError::Io { path: out.to_owned(), source };
+    let (io, there) = (|source| PkiError::Io { path: out.to_owned(), source }, out.join("cert.pem"));
+    if let Ok(Description { identity: Some(found), .. }) = describe(&there)
+        && found != identity.to_string()
+    {
+        return Err(PkiError::Taken { path: there, found });
+    }
     std::fs::create_dir_all(out).map_err(io)?;
     write_private(&out.join("key.pem"), key.serialize_pem().as_bytes()).map_err(io)?;
     write_public(&out.join("cert.pem"), &certificate.pem())?;
@@ -254,5 +268,9 @@ mod tests {
         let shown = describe(&out.join("cert.pem")).unwrap();
         assert_eq!(shown.identity.as_deref(), Some("spiffe://tidegate/agent/web01"));
         assert!(shown.expires_in_seconds > 300 * 86400);
+        issue(dir.path(), &identity, &out).unwrap();
+        assert_ne!(describe(&out.join("cert.pem")).unwrap().serial, shown.serial, "renewed");
+        let another = Identity { role: Role::Agent, name: "web02".parse().unwrap() };
+        assert!(matches!(issue(dir.path(), &another, &out), Err(PkiError::Taken { .. })));
     }
 }

@@ -23,7 +23,7 @@ pub use ids::{DiskId, MachineId, Name, NameError, PointId};
 pub use job::{Choice, Hold, Job, JobKind, JobState};
 pub use point::{PointKind, RecoveryPoint};
 pub use policy::{Ladder, Policy};
-pub use position::{Position, Rung};
+pub use position::{Position, Reliance, Rung};
 pub use state::{DiskReport, Health, ReplicationState, Wanted};
 
 /// Smallest addressable unit of a protected disk, in bytes.

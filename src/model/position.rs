@@ -28,6 +28,15 @@ impl Position {
     }
 }
 
+/// What an agent keeps no trace of any more, because it was safe: the master target must have it, or a process server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reliance {
+    /// The history of the replica that had it. For another one everything is compared anyway.
+    pub generation: u64,
+    /// Everything through here.
+    pub through: Position,
+}
+
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.epoch, self.sequence)

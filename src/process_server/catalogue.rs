@@ -1,5 +1,6 @@
 //! What a process server remembers of each disk besides the cache: history, wrapped key, epoch, released position.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,9 @@ const SERVER: Table = Table::new("server");
 /// Changes with the types stored here.
 const FORMAT: u32 = 5;
 
+/// Epochs whose beginning is remembered, the newest. Those that the master target has, or has passed, are of no interest.
+const RELIED_MAX: usize = 64;
+
 /// One disk's record.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DiskRecord {
@@ -27,6 +31,8 @@ pub struct DiskRecord {
     /// The epoch in which this stream began here. What the cache still has of older ones was given up then: it does not lead to
     /// where this one began.
     pub begun: u64,
+    /// By epoch that an agent began here: what it relies on being at the master target, or here before that epoch.
+    pub relied: BTreeMap<u64, Position>,
     /// Everything through here is at the master target and may be gone from the cache.
     pub released: Position,
     /// Bytes of the disk that the master target has room for: nothing behind is accepted.
@@ -91,6 +97,10 @@ impl Records {
                     known.epoch = known.epoch.max(record.epoch);
                     known.released = known.released.max(record.released);
                     known.size = known.size.max(record.size);
+                    known.relied.extend(&record.relied);
+                    let newest = known.relied.keys().nth_back(RELIED_MAX).copied().unwrap_or(0);
+                    let over = known.released.epoch.max(newest);
+                    known.relied.retain(|epoch, _| *epoch > over);
                     batch.put(DISKS, disk.0.as_bytes(), &known)?;
                 }
             }

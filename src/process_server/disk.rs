@@ -15,7 +15,7 @@ use super::pressure::Grant;
 use super::stream::{Queued, Stream};
 use crate::config::process_server::Machine;
 use crate::crypto::seal::SealingSession;
-use crate::model::{DiskId, DiskReport, MachineId, Position, Verdict, Wanted};
+use crate::model::{DiskId, DiskReport, MachineId, Position, Reliance, Verdict, Wanted};
 use crate::storage::log::Location;
 
 /// Verdicts that may wait for the agent.
@@ -74,7 +74,7 @@ pub struct Disk {
     pub claimed: Cell<Option<(u64, Position)>>,
     /// The highest epoch that another process server has.
     pub foreign: Cell<u64>,
-    /// The master target said since the start where it stands.
+    /// The stream to the master target is open: it said where it stands.
     pub told: Cell<bool>,
     /// What the agent told last.
     pub report: RefCell<DiskReport>,
@@ -136,7 +136,7 @@ impl Disk {
         self.claim.get().or(stream.waiting_epoch()).unwrap_or_else(|| stream.epoch().max(self.agent_epoch.get()))
     }
 
-    /// Where the master target stands, if it said so since the start.
+    /// Where the master target stands, while the stream to it is open.
     pub fn stands(&self) -> Option<Position> {
         let epoch = self.stream.borrow().epoch();
         let taken_over = self.claimed.get().filter(|(claimed, _)| *claimed == epoch).map(|(_, stands)| stands);
@@ -146,8 +146,9 @@ impl Disk {
 
     /// Whether what an agent relies on is at the master target or in the cache, or the agent is told where the master target stands
     /// and sees for itself. Else a master target that lost something since would be given what comes behind the loss.
-    pub fn vouches_for(&self, relies_on: Position) -> bool {
-        self.told.get() || self.stream.borrow().has_through(relies_on)
+    pub fn vouches_for(&self, relies_on: Reliance) -> bool {
+        let of_another = self.record.borrow().as_ref().is_none_or(|record| record.generation != relies_on.generation);
+        self.told.get() || of_another || self.stream.borrow().has_through(relies_on.through)
     }
 
     /// Enters a closed batch into the pipeline.

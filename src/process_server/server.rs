@@ -28,7 +28,7 @@ use crate::crypto::keyring::KeyEncryptionKey;
 use crate::crypto::pki::Role;
 use crate::crypto::seal::{Purpose, SealingSession};
 use crate::crypto::tls::Credentials;
-use crate::model::{DiskId, Name};
+use crate::model::{DiskId, Name, Position};
 use crate::observe::http::Readiness;
 use crate::observe::metrics;
 use crate::storage::log::Recovered;
@@ -198,11 +198,13 @@ fn recover_disks(
     for machine in &settings.machine {
         for (id, name) in machine.disk_ids() {
             let record = records.disk(id)?;
-            let (generation, begun, released) = record.as_ref().map_or((0, 0, Default::default()), |r| (r.generation, r.begun, r.released));
+            let (generation, begun, released) =
+                record.as_ref().map_or((0, 0, Position::default()), |r| (r.generation, r.begun, r.released));
+            let relied = record.as_ref().map(|r| r.relied.clone()).unwrap_or_default();
             let found = found.remove(&id).unwrap_or_default().into_iter();
             let (ours, others): (Vec<_>, Vec<_>) = found.partition(|(g, queued)| *g == generation && queued.end.epoch >= begun);
             unneeded.extend(others.into_iter().map(|(_, q)| q.location));
-            let (stream, dropped, cut_off) = Stream::recover(released, ours.into_iter().map(|(_, q)| q).collect());
+            let (stream, dropped, cut_off) = Stream::recover(released, &relied, ours.into_iter().map(|(_, q)| q).collect());
             unneeded.extend(dropped);
             let label = format!("{}/{name}", machine.name);
             if cut_off > 0 {
@@ -226,7 +228,9 @@ fn recover_disks(
     // Disks that are not in the configuration: what the master target has, or can never take, is given up.
     for (id, batches) in &mut found {
         let record = records.disk(*id)?;
-        let needed = |generation: u64, end| record.as_ref().is_some_and(|r| r.generation == generation && end > r.released);
+        let needed = |generation: u64, end: Position| {
+            record.as_ref().is_some_and(|r| r.generation == generation && end.epoch >= r.begun && end > r.released)
+        };
         let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(batches).into_iter().partition(|(g, q)| needed(*g, q.end));
         unneeded.extend(gone.into_iter().map(|(_, q)| q.location));
         *batches = kept;

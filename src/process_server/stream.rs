@@ -5,7 +5,7 @@
 //! ```
 //! A batch is forwarded only when it is cached, so that the master target never has what this server could forget.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use thiserror::Error;
@@ -76,15 +76,18 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// The stream as a restart finds it: everything through `released` is at the master target, `found` is in the cache.
+    /// The stream as a restart finds it: everything through `released` is at the master target, `found` is in the cache. An epoch
+    /// follows what its agent `relied` on, by epoch: less than that means that something is missing in between.
     /// Returns the stream, the locations of batches that are not needed, and how many of these follow a gap.
-    pub fn recover(released: Position, mut found: Vec<Queued>) -> (Self, Vec<Location>, usize) {
+    pub fn recover(released: Position, relied: &BTreeMap<u64, Position>, mut found: Vec<Queued>) -> (Self, Vec<Location>, usize) {
         found.sort_by_key(|q| (q.end.epoch, q.first, q.end.sequence));
         let mut stream = Self { released, ..Self::default() };
         let mut at = released;
         let (mut unneeded, mut cut_off) = (Vec::new(), 0);
         for batch in found {
-            if batch.end > at && at.accepts(batch.end.epoch, batch.first) {
+            let begins = batch.end.epoch > at.epoch;
+            let follows = !begins || relied.get(&batch.end.epoch).is_none_or(|relied| at >= *relied);
+            if batch.end > at && follows && at.accepts(batch.end.epoch, batch.first) {
                 at = batch.end;
                 stream.queue_bytes += batch.location.stored_bytes();
                 stream.queue.push_back(batch);
@@ -311,5 +314,42 @@ impl Stream {
 
     fn check(&self) {
         assert_ladder(&self.rungs());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queued(epoch: u64, first: u64, last: u64) -> Queued {
+        let location = Location::of_length(4096);
+        Queued { first, end: Position::new(epoch, last), location, sealed: None, captured: Mono(0) }
+    }
+
+    #[test]
+    fn an_epoch_that_stands_on_what_is_gone_is_given_up_at_a_start() {
+        let found = || vec![queued(3, 5, 6), queued(3, 7, 10), queued(4, 1, 5)];
+        let relied = BTreeMap::from([(4, Position::new(3, 10))]);
+        let (stream, gone, cut_off) = Stream::recover(Position::new(3, 4), &relied, found());
+        assert_eq!((stream.accepted(), gone.len(), cut_off), (Position::new(4, 5), 0, 0));
+        let mut rotted = found();
+        rotted.remove(1);
+        let (stream, gone, cut_off) = Stream::recover(Position::new(3, 4), &relied, rotted);
+        assert_eq!((stream.accepted(), gone.len(), cut_off), (Position::new(3, 6), 1, 1));
+        assert!(stream.has_through(Position::new(3, 6)) && !stream.has_through(Position::new(3, 10)));
+    }
+
+    #[test]
+    fn what_comes_behind_batches_that_were_given_up_does_not_follow() {
+        let found = vec![queued(3, 5, 6), queued(4, 1, 5)];
+        let (mut stream, ..) = Stream::recover(Position::new(3, 4), &BTreeMap::new(), found);
+        let there = Position::new(3, 4);
+        assert!(stream.follows(there, 3));
+        assert!(!stream.follows(there, 4), "3:5 is not taken any more, and 4:1 stands on it");
+        assert!(stream.follows(Position::new(3, 6), 4), "the master target has that already");
+        assert_eq!(stream.drop_epochs_before(4).len(), 1);
+        assert!(!stream.follows(there, 4) && !stream.has_through(there));
+        stream.reset(there);
+        assert!(stream.follows(there, 4) && stream.has_through(there));
     }
 }

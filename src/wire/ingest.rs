@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{CONTROL_BYTES_MAX, Fields, PROTOCOL, WireError, check_len, decode_control};
 use crate::model::change::{CHANGE_BYTES_MAX, ZERO_BYTES_MAX};
-use crate::model::{ChangeKind, Compare, DiskId, DiskReport, Extent, MachineId, Name, Position, SECTOR, Verdict, Wanted};
+use crate::model::{ChangeKind, Compare, DiskId, DiskReport, Extent, MachineId, Name, Position, Reliance, SECTOR, Verdict, Wanted};
 
 /// Length of a frame header, in bytes.
 pub const FRAME_LEN: usize = 64;
@@ -238,8 +238,8 @@ pub enum AgentMessage {
         epoch: u64,
         /// The stream comes from another process server and goes on where the master target stands: it must be asked.
         takes_over: bool,
-        /// The agent keeps no trace of changes through here: the master target must have them, or this process server.
-        relies_on: Position,
+        /// What the agent keeps no trace of any more.
+        relies_on: Reliance,
     },
     /// How a disk does; once a second.
     Report {

@@ -20,7 +20,7 @@ use tidegate::agent::regions::Regions;
 use tidegate::clock::Mono;
 use tidegate::model::digest::DIGEST_BLOCK;
 use tidegate::model::{
-    ChangeKind, Compare, Digest, DiskId, Extent, GroupPart, MachineId, Marker, Name, PointId, PointKind, Position, RegionSet,
+    ChangeKind, Compare, Digest, DiskId, Extent, GroupPart, MachineId, Marker, Name, PointId, PointKind, Position, RegionSet, Reliance,
 };
 use tidegate::storage::digest::hash_blocks;
 use tidegate::storage::log::Location;
@@ -51,6 +51,8 @@ pub struct Volume {
     credit: u64,
     /// Times that what is not known to be in the stream had to be sent again.
     pub resyncs: u64,
+    /// It was told that the master target does not have what it acknowledged.
+    pub found_lost: bool,
 }
 
 /// A connection to a process server.
@@ -91,6 +93,7 @@ fn volume(id: DiskId, content: Vec<u8>, map: DirtyMap<FaultyFile>, room: Room) -
         spent: 0,
         credit: 0,
         resyncs: 0,
+        found_lost: false,
     }
 }
 
@@ -210,7 +213,7 @@ impl Agent {
                     size: DISK_BYTES,
                     epoch: volume.backlog.epoch(),
                     takes_over: volume.backlog.is_moving(),
-                    relies_on: volume.map.header().cleaned,
+                    relies_on: Reliance { generation: volume.map.header().generation, through: volume.map.header().cleaned },
                 }));
             }
             for _ in 0..most {
@@ -366,6 +369,7 @@ impl Volume {
             return self.restart(true, Some(generation)).await;
         }
         if stands.is_some_and(|stands| stands < self.map.header().cleaned) {
+            self.found_lost = true;
             return self.restart(true, None).await;
         }
         let continued = match stands {

@@ -9,7 +9,7 @@
     reason = "a part of the tests"
 )]
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use bytes::Bytes;
 use tidegate::clock::Mono;
 use tidegate::crypto::keyring::DataKey;
 use tidegate::crypto::seal::{Packer, Purpose, SealingSession};
-use tidegate::model::{Compare, DiskId, Name, Position, Trailer};
+use tidegate::model::{Compare, DiskId, Name, Position, Reliance, Trailer};
 use tidegate::process_server::adoption::{Adoption, Here, Known, There, judge};
 use tidegate::process_server::optimize::batcher::{Batcher, Collected, Input, RawBatch};
 use tidegate::process_server::optimize::fold::{Folded, fold};
@@ -42,6 +42,7 @@ const WINDOW: u64 = 256 << 10;
 struct Record {
     known: Known,
     begun: u64,
+    relied: BTreeMap<u64, Position>,
     released: Position,
     key: DataKey,
 }
@@ -55,7 +56,6 @@ struct Disk {
     claim: Option<u64>,
     claimed: Option<(u64, Position)>,
     foreign: u64,
-    told: bool,
     to_release: Vec<Location>,
     owned: bool,
     slot: u32,
@@ -141,10 +141,11 @@ impl Gateway {
         for id in &self.ids {
             let record = self.records.get(id);
             let (generation, begun, released) = record.map_or((0, 0, Position::default()), |r| (r.known.generation, r.begun, r.released));
+            let relied = record.map(|r| r.relied.clone()).unwrap_or_default();
             let found = by_disk.remove(id).unwrap_or_default().into_iter();
             let (ours, others): (Vec<_>, Vec<_>) = found.partition(|(g, queued)| *g == generation && queued.end.epoch >= begun);
             others.into_iter().for_each(|(_, q)| log.release(q.location));
-            let (stream, dropped, _) = Stream::recover(released, ours.into_iter().map(|(_, q)| q).collect());
+            let (stream, dropped, _) = Stream::recover(released, &relied, ours.into_iter().map(|(_, q)| q).collect());
             dropped.into_iter().for_each(|at| log.release(at));
             let session = record.map(|r| Arc::new(SealingSession::start(&r.key, Purpose::Stream, *id, generation)));
             let disk = Disk {
@@ -155,7 +156,6 @@ impl Gateway {
                 claim: None,
                 claimed: None,
                 foreign: 0,
-                told: false,
                 to_release: vec![],
                 owned: false,
                 slot: 0,
@@ -208,7 +208,7 @@ impl Gateway {
         }
     }
 
-    fn open(&mut self, slot: u32, id: DiskId, epoch: u64, takes_over: bool, relies_on: Position) -> ServerMessage {
+    fn open(&mut self, slot: u32, id: DiskId, epoch: u64, takes_over: bool, relies_on: Reliance) -> ServerMessage {
         let refused = |reason| ServerMessage::Refused { slot, reason, message: String::new() };
         let Some(running) = &mut self.running else { return refused(Refusal::NotReady) };
         let disk = running.disks.get_mut(&id).expect("registered");
@@ -222,7 +222,9 @@ impl Gateway {
             self.links.remove(&id);
         }
         let Some(record) = self.records.get_mut(&id) else { return refused(Refusal::NotReady) };
-        let vouches = disk.told || disk.stream.has_through(relies_on);
+        let told = self.links.get(&id).is_some_and(|link| link.open);
+        let of_another = record.known.generation != relies_on.generation;
+        let vouches = told || of_another || disk.stream.has_through(relies_on.through);
         if disk.claim.is_some() || disk.session.is_none() || !vouches {
             return refused(Refusal::NotReady);
         }
@@ -230,7 +232,10 @@ impl Gateway {
         if epoch < highest {
             return refused(Refusal::StaleEpoch { highest });
         }
-        record.known.epoch = record.known.epoch.max(epoch);
+        if epoch > record.known.epoch {
+            record.known.epoch = epoch;
+            record.relied.insert(epoch, relies_on.through);
+        }
         let generation = record.known.generation;
         if let Some(batch) = disk.batcher.close() {
             seal(running, id, generation, batch);
@@ -240,7 +245,7 @@ impl Gateway {
         let resume_at = disk.stream.open(epoch);
         let acknowledged = disk.stream.acknowledged();
         let taken = disk.claimed.filter(|(claimed, stands)| *claimed == epoch && acknowledged <= *stands).map(|(_, stands)| stands);
-        let stands = taken.or(disk.told.then_some(acknowledged));
+        let stands = taken.or(told.then_some(acknowledged));
         let (safe, credit) = (disk.stream.safe_in_epoch(), disk.stream.credit(Some(WINDOW)));
         ServerMessage::Opened { slot, generation, resume_at, safe, credit, compare: Compare::No, stands }
     }
@@ -322,9 +327,11 @@ impl Gateway {
             .collect()
     }
 
-    /// Goes on with its streams to the master target. True if the agent has to open its disks again.
-    pub async fn forward(&mut self, most: usize) {
-        let Some(running) = &mut self.running else { return };
+    /// Goes on with its streams to the master target. The disks that their agents have to open again, with their slots: a batch in
+    /// the cache rotted.
+    pub async fn forward(&mut self, most: usize) -> Vec<(DiskId, u32)> {
+        let Some(running) = &mut self.running else { return vec![] };
+        let mut lost = Vec::new();
         for id in &self.ids {
             let disk = running.disks.get_mut(id).expect("registered");
             let link = self.links.entry(*id).or_default();
@@ -342,11 +349,24 @@ impl Gateway {
             }
             for _ in 0..most {
                 let Some(next) = disk.stream.next_to_forward().filter(|_| link.open).cloned() else { break };
-                let Ok(bytes) = running.log.read(next.location).await else { break };
+                let bytes = match running.log.read(next.location).await {
+                    Ok(bytes) => bytes,
+                    Err(error) => {
+                        if error.is_lost() {
+                            disk.batcher.close();
+                            let gone = disk.stream.reset(disk.stream.acknowledged());
+                            disk.to_release.extend(gone.iter().map(|q| q.location));
+                            lost.extend(std::mem::take(&mut disk.owned).then_some((*id, disk.slot)));
+                            *link = Link::default();
+                        }
+                        break;
+                    }
+                };
                 disk.stream.forwarded(next.end);
                 link.up.push_back(Up::Batch(bytes.slice(RECORD_HEADER_LEN..)));
             }
         }
+        lost
     }
 
     /// Hears the master target once, on one disk's stream. True if the agent has to open the disk again.
@@ -381,12 +401,11 @@ impl Gateway {
                     }
                     Adoption::Anew { epoch } => Some(epoch),
                 };
-                disk.told = true;
                 let gone = match begin {
                     None => disk.stream.link_opened(there.journaled),
                     Some(epoch) => {
                         let known = Known { generation: there.generation, epoch };
-                        let record = Record { known, begun: epoch, released: there.journaled, key: key.clone() };
+                        let record = Record { known, begun: epoch, relied: BTreeMap::new(), released: there.journaled, key: key.clone() };
                         self.records.insert(id, record);
                         disk.session = Some(Arc::new(SealingSession::start(&key, Purpose::Stream, id, there.generation)));
                         disk.batcher.close();

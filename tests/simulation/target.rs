@@ -97,6 +97,8 @@ pub struct Target {
     lost: HashMap<DiskId, Position>,
     /// A bit of its journal was turned since it was started.
     rotted: bool,
+    /// The same, ever.
+    pub ever_rotted: bool,
     /// Replicas that went back to their last point.
     pub fell_back: u64,
 }
@@ -140,6 +142,7 @@ impl Target {
             journaled: HashMap::new(),
             lost: HashMap::new(),
             rotted: false,
+            ever_rotted: false,
             fell_back: 0,
         }
     }
@@ -210,6 +213,7 @@ impl Target {
         // Its storage may fail just now.
         let Ok(record) = running.log.read(*location).await else { return false };
         self.rotted |= self.storage.rot_in(Path::new(JOURNAL), &record, rng);
+        self.ever_rotted |= self.rotted;
         self.rotted
     }
 

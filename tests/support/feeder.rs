@@ -13,7 +13,7 @@ use tidegate::crypto::statement::Signer;
 use tidegate::crypto::tls::{ALPN_INGEST, Credentials, TlsFiles, server_name};
 use tidegate::model::change::{GROUP_SUBJECT, group_statement};
 use tidegate::model::{
-    DiskId, DiskReport, Extent, GroupPart, MachineId, Marker, Name, PointId, PointKind, Position, ReplicationState, Wanted,
+    DiskId, DiskReport, Extent, GroupPart, MachineId, Marker, Name, PointId, PointKind, Position, Reliance, ReplicationState, Wanted,
 };
 use tidegate::wire::decode_control;
 use tidegate::wire::ingest::{AgentMessage, FRAME_LEN, Frame, FrameType, Refusal, ServerMessage, control_frame};
@@ -153,7 +153,7 @@ impl Slot {
             size: DISK_BYTES as u64,
             epoch: self.epoch,
             takes_over: false,
-            relies_on: Position::default(),
+            relies_on: Reliance::default(),
         })
     }
 

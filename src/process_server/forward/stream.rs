@@ -1,5 +1,6 @@
 //! One disk's QUIC stream: opens where the master target stands, sends what is cached, takes acknowledgements.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,12 +47,13 @@ enum StreamError {
     Cache(#[from] LogError),
 }
 
-/// However a stream ends, also with its task: nobody knows what its master target wants from then on.
-struct ForgetWish<'a>(&'a Disk);
+/// However a stream ends, also with its task: nobody knows what its master target wants from then on, nor where it stands.
+struct Forget<'a>(&'a Disk);
 
-impl Drop for ForgetWish<'_> {
+impl Drop for Forget<'_> {
     fn drop(&mut self) {
         self.0.wanted.set(None);
+        self.0.told.set(false);
     }
 }
 
@@ -64,7 +66,7 @@ pub(super) async fn run(server: Rc<Server>, disk: Rc<Disk>, connection: quinn::C
             disk.forward.notified().await;
         }
         let ended = {
-            let _forget = ForgetWish(&disk);
+            let _forget = Forget(&disk);
             session(&server, &disk, &connection).await
         };
         let Err(error) = ended else { continue };
@@ -215,6 +217,7 @@ async fn begin(server: &Server, disk: &Disk, told: &Told, epoch: u64) -> Result<
         wrapped_key: server.kek.wrap(&told.key, disk.id, there.generation),
         epoch,
         begun: epoch,
+        relied: BTreeMap::new(),
         released: there.journaled,
         size: told.size,
         compare: told.compare,

@@ -15,7 +15,7 @@ use tokio_rustls::server::TlsStream;
 use crate::clock;
 use crate::config::limits::{DISKS_PER_CONNECTION_MAX, SILENCE_SECONDS};
 use crate::model::position::EPOCH_STEP_MAX;
-use crate::model::{Compare, Digest, Marker, Name, Position, Trailer, Wanted};
+use crate::model::{Compare, Digest, Marker, Name, Reliance, Trailer, Wanted};
 use crate::observe::metrics;
 use crate::process_server::disk::{Disk, NotReady};
 use crate::process_server::optimize::batcher::{Collected, Input};
@@ -60,7 +60,7 @@ struct Asked {
     size: u64,
     epoch: u64,
     takes_over: bool,
-    relies_on: Position,
+    relies_on: Reliance,
 }
 
 struct Slot {
@@ -210,6 +210,16 @@ impl Connection {
         Ok(())
     }
 
+    /// Tells the agent why a disk cannot be opened now, if so.
+    fn refuses(&self, slot: u32, disk: &Disk, asked: &Asked) -> bool {
+        let Some((reason, message)) = self.refusal(disk, asked) else { return false };
+        if matches!(reason, Refusal::StaleEpoch { .. }) {
+            metrics::count_reason(metrics::REFUSED, "stale-epoch");
+        }
+        self.reply(ServerMessage::Refused { slot, reason, message });
+        true
+    }
+
     /// Why a disk cannot be opened now, if so.
     fn refusal(&self, disk: &Disk, asked: &Asked) -> Option<(Refusal, String)> {
         let stale = |highest| (Refusal::StaleEpoch { highest }, format!("epoch {} is older than {highest}", asked.epoch));
@@ -226,7 +236,6 @@ impl Connection {
             return Some((refusal, reason.message()));
         }
         if disk.claim.get().is_some() || !disk.vouches_for(asked.relies_on) {
-            disk.forward.notify_one();
             return Some((Refusal::NotReady, "the master target is asked where it stands".to_owned()));
         }
         let record = disk.record.borrow();
@@ -239,7 +248,7 @@ impl Connection {
     }
 
     async fn open(&self, slot: u32, disk: Rc<Disk>, asked: Asked) -> Result<(), ConnectionError> {
-        let Asked { size, epoch, .. } = asked;
+        let Asked { size, epoch, relies_on, .. } = asked;
         let known = disk.foreign.get().max(disk.record.borrow().as_ref().map_or(0, |r| r.epoch));
         if epoch > known.saturating_add(EPOCH_STEP_MAX) {
             // Nothing of it is kept: it would be asked for as long as this server runs.
@@ -247,28 +256,30 @@ impl Connection {
             self.reply(ServerMessage::Refused { slot, reason: Refusal::NotAllowed, message });
             return Ok(());
         }
-        disk.agent_epoch.set(disk.agent_epoch.get().max(epoch));
-        if disk.size.replace(size) != size {
-            // The master target checks the size against the replica; its answer comes with the next opening.
+        if disk.size.replace(size) != size || disk.agent_epoch.get() < epoch {
+            disk.agent_epoch.set(disk.agent_epoch.get().max(epoch));
+            // The master target checks the size against the replica, and obeys another epoch; its answer comes with the next opening.
             disk.forward.notify_one();
         }
-        if let Some((reason, message)) = self.refusal(&disk, &asked) {
-            if matches!(reason, Refusal::StaleEpoch { .. }) {
-                metrics::count_reason(metrics::REFUSED, "stale-epoch");
-            }
-            self.reply(ServerMessage::Refused { slot, reason, message });
+        if self.refuses(slot, &disk, &asked) {
             return Ok(());
         }
         let Some(mut record) = disk.record.borrow().clone() else { return Ok(()) };
         if epoch > record.epoch {
             // Stored before it is obeyed: an agent of the older epoch is refused even after a crash.
             record.epoch = epoch;
+            record.relied.insert(epoch, relies_on.through);
             let (records, id) = (self.server.records.clone(), disk.id);
             let stored = tokio::task::spawn_blocking(move || records.merge(&[(id, record)])).await;
             stored.map_err(|e| std::io::Error::other(e.to_string()))??;
             if let Some(current) = disk.record.borrow_mut().as_mut() {
                 current.epoch = current.epoch.max(epoch);
             }
+        }
+        let Some(place) = self.server.pipeline_place().await else { return Ok(()) };
+        // The master target may have said something else meanwhile.
+        if self.refuses(slot, &disk, &asked) {
+            return Ok(());
         }
         let rival = disk.acknowledge.borrow().as_ref().is_some_and(|bell| !Rc::ptr_eq(bell, &self.bell));
         if rival {
@@ -281,7 +292,6 @@ impl Connection {
         let owner = self.server.new_owner();
         disk.owner.set(owner);
         // Changes of the older epoch that are still together leave before the new ones come.
-        let Some(place) = self.server.pipeline_place().await else { return Ok(()) };
         let closed = disk.batcher.borrow_mut().close();
         if let Some(batch) = closed {
             self.server.dispatch(&disk, batch, place);

@@ -92,7 +92,7 @@ impl<S: Storage> Log<S> {
         let io = |source| LogError::Io { path: path.to_owned(), source };
         let file = self.storage.open(path, OpenMode::Write).await.map_err(io)?;
         let len = file.len().map_err(io)?;
-        let (found, pages, failed) = (recovered.len(), patience.pages.get(), patience.failed.get());
+        let (found, pages, failed, time) = (recovered.len(), patience.pages.get(), patience.failed.get(), patience.time.get());
         let mut kind = self.read_segment(number, path, &file, len, patience, recovered).await;
         let unreadable = match &kind {
             Ok(_) => patience.failed.get() > failed,
@@ -103,6 +103,7 @@ impl<S: Storage> Log<S> {
             recovered.truncate(found);
             patience.pages.set(pages);
             patience.failed.set(failed);
+            patience.time.set(time);
             tokio::time::sleep(READ_AGAIN).await;
             kind = self.read_segment(number, path, &file, len, patience, recovered).await;
         }

@@ -4,7 +4,7 @@ use std::io;
 
 use super::Volume;
 use crate::model::position::EPOCH_STEP_MAX;
-use crate::model::{Name, Position, RegionSet};
+use crate::model::{Name, Position, RegionSet, Reliance};
 use crate::observe::metrics;
 
 /// What is sent in a stream that starts anew.
@@ -24,7 +24,7 @@ impl Volume {
     ///
     /// # Errors
     /// Those of the map's file; nothing was changed then.
-    pub(in crate::agent::capture) async fn carry(&self, carrier: Name, above: Option<u64>) -> io::Result<Position> {
+    pub(in crate::agent::capture) async fn carry(&self, carrier: Name, above: Option<u64>) -> io::Result<Reliance> {
         let _alone = self.changing.lock().await;
         let stays = above.is_none() && self.carrier.borrow().as_ref().is_none_or(|known| *known == carrier);
         if above.is_some_and(|above| above > self.map.header().epoch.saturating_add(EPOCH_STEP_MAX)) {
@@ -40,7 +40,8 @@ impl Volume {
             tracing::info!(disk = self.shared.label, epoch, process_server = %carrier, "the stream moves");
         }
         self.carrier.replace(Some(carrier));
-        Ok(self.map.header().cleaned)
+        let header = self.map.header();
+        Ok(Reliance { generation: header.generation, through: header.cleaned })
     }
 
     /// Whether the replica has everything because of which regions were marked clean. A replica that stands before that lost
