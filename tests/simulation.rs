@@ -468,6 +468,10 @@ impl World {
                     self.tally.messages += 1;
                     match self.target.hear(n, &name, id, message) {
                         Ok(answer) => {
+                            if matches!(answer, Some(gateway::Down::Opened { .. })) {
+                                // Whoever had the disk hears that its stream has ended.
+                                self.gateways[1 - n].links.remove(&id);
+                            }
                             if let Some(link) = self.gateways[n].links.get_mut(&id) {
                                 link.down.extend(answer);
                             }
