@@ -278,7 +278,7 @@ impl Link {
         }
         // Before anything is sent: what the replica may have already is asked first.
         let (done, decided) = oneshot::channel();
-        self.command(Command::Compare { volume: index, compare: told.compare, done }).await?;
+        self.command(Command::Opened { volume: index, carrier: self.carrier.clone(), compare: told.compare, done }).await?;
         decided.await.map_err(|_| SessionError::Stopped)?;
         self.slots[index].credit.set(told.credit);
         self.slots[index].spent.set(0);

@@ -206,11 +206,13 @@ pub enum Command {
         /// The new epoch, or why there is none.
         done: oneshot::Sender<Result<u64, String>>,
     },
-    /// Whether missing regions are compared with the replica before they are sent.
-    Compare {
+    /// A process server takes the disk.
+    Opened {
         /// Index of the disk.
         volume: usize,
-        /// Whether.
+        /// The process server.
+        carrier: Name,
+        /// Whether missing regions are compared with the replica before they are sent.
         compare: Compare,
         /// Done.
         done: oneshot::Sender<()>,

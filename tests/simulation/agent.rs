@@ -299,6 +299,7 @@ impl Agent {
                 volume.asked = false;
                 volume.opened(generation, resume_at, stands).await.map_err(text)?;
                 if volume.open {
+                    volume.carrier = self.connection.as_ref().map(|c| c.name.clone());
                     (volume.credit, volume.spent) = (credit, 0);
                     let epoch = volume.backlog.epoch();
                     volume.backlog.acknowledge(epoch, 0, safe);
@@ -359,8 +360,8 @@ impl Volume {
         if !stays {
             self.map.update_header(|h| h.epoch = h.epoch.max(above.unwrap_or(0)) + 1).await?;
             self.backlog.begin_move(self.map.header().epoch);
+            self.carrier = Some(carrier.clone());
         }
-        self.carrier = Some(carrier.clone());
         Ok(())
     }
 

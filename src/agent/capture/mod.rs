@@ -214,7 +214,8 @@ impl Capture {
                     }
                 }
                 Command::Resume(done) => drop(done.send(self.go_on())),
-                Command::Compare { volume, compare, done } => {
+                Command::Opened { volume, carrier, compare, done } => {
+                    self.volumes[volume].opened_at(carrier);
                     self.volumes[volume].set_compare(compare);
                     let _ = done.send(());
                 }

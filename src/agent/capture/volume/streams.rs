@@ -38,10 +38,16 @@ impl Volume {
             self.scrub.borrow_mut().restart();
             self.compared_epoch.set(epoch);
             tracing::info!(disk = self.shared.label, epoch, process_server = %carrier, "the stream moves");
+            self.carrier.replace(Some(carrier));
         }
-        self.carrier.replace(Some(carrier));
         let header = self.map.header();
         Ok(Reliance { generation: header.generation, through: header.cleaned })
+    }
+
+    /// A process server takes the disk: its epoch belongs to it from now on. One that was asked and took nothing does not have it, so
+    /// that another one needs not be asked in a new epoch, of which only the master target could say where it begins.
+    pub(in crate::agent::capture) fn opened_at(&self, carrier: Name) {
+        self.carrier.replace(Some(carrier));
     }
 
     /// Whether the replica has everything because of which regions were marked clean. A replica that stands before that lost
