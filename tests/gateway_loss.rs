@@ -216,6 +216,54 @@ fn a_process_server_is_drained_without_a_gap() {
     eprintln!("drained in {:.1} s and back, {points} points materialised, 0 differences", took.as_secs_f64());
 }
 
+/// The process server that has the disk is not the preferred one, nobody can ask the master target, and the agent begins anew. What
+/// it relies on is at that one only: the preferred one does not take the disk, and the agent finds back.
+#[test]
+fn an_agent_that_starts_while_the_master_target_is_away_finds_back_to_the_one_that_has_the_disk() {
+    let mut cluster = Cluster::start(Options { agent: "[dirty_map]\nclean_after = \"1s\"\n".to_owned(), ..options() });
+    cluster.wait_for_delta();
+    let mut known = Known::default();
+    let writer = Writer::start(cluster.nbd(0), SIZE, 2, 20 << 20, 15);
+    known.mark(&cluster, &writer, "preferred");
+    cluster.kill("process-server");
+    wait_for_gateway(&cluster, "gw2");
+    cluster.start_role("process-server");
+    known.mark(&cluster, &writer, "elsewhere");
+    writer.stop();
+    cluster.wait("all of it is safe", Duration::from_secs(30), || {
+        let points = cluster.points();
+        known.0.iter().all(|(id, _)| points.iter().any(|p| p["id"] == id.as_str()))
+    });
+    // Until the agent keeps no trace of what the preferred one never had.
+    std::thread::sleep(Duration::from_secs(4));
+    cluster.kill("master-target");
+    let writer = Writer::start(cluster.nbd(0), SIZE, 2, 20 << 20, 17);
+    known.mark(&cluster, &writer, "only-cached");
+    writer.stop();
+    cluster.terminate("agent");
+    cluster.start_role("agent");
+    let began = Instant::now();
+    wait_for_gateway(&cluster, "gw2");
+    cluster.wait("the disk is sent there", Duration::from_secs(30), || {
+        let disk = cluster.agent_disk(0);
+        disk["state"] == "delta" && disk["missing_bytes"] == 0
+    });
+    let took = began.elapsed().as_secs_f64();
+    let writer = Writer::start(cluster.nbd(0), SIZE, 2, 20 << 20, 16);
+    known.mark(&cluster, &writer, "while-away");
+    cluster.start_role("master-target");
+    known.mark(&cluster, &writer, "together");
+    let points = known.check(&cluster);
+    writer.stop();
+    assert!(!cluster.log("agent").contains("does not have what it acknowledged"), "nothing was lost");
+    cluster.wait_for_delta();
+    cluster.mark("end");
+    support::tool("qemu-img", &["compare", "-f", "raw", "-F", "raw", support::s(&cluster.disk(0)), support::s(&cluster.replica(0))]);
+    eprintln!(
+        "an agent started while the master target was away: sent again after {took:.1} s, {points} points materialised, 0 differences"
+    );
+}
+
 fn signal(cluster: &Cluster, role: &str, signal: &str) {
     support::tool("kill", &[&format!("-{signal}"), &cluster.pid(role).to_string()]);
 }
