@@ -269,7 +269,7 @@ pub enum ServerMessage {
         credit: u64,
         /// Whether the disk is compared with the replica before it is sent.
         compare: Compare,
-        /// Where the master target stands, if it said so since the process server started; in an epoch before this one when the
+        /// Where the master target stands, while the process server is connected to it; in an epoch before this one when the
         /// stream is new.
         stands: Option<Position>,
     },
