@@ -2,8 +2,9 @@
 //! to one takes. `benches/run points`.
 //!
 //! Applying: random 16 KiB overwrites of allocated blocks through the library as the apply thread does them (old content kept
-//! and durable, 64 writes at once, a barrier for each 64 MiB, a point at each), against the same without points, in turn.
-//! The journal, the link and the catalogue are left out of both.
+//! and durable, as many writes at once, a barrier for each 64 MiB, a point at each), against the same without points, in turn.
+//! The journal, the link and the catalogue are left out of both. Both with what is overwritten in memory because it was written
+//! lately (`apply.recent_max`), with content that compresses to a half and that does not; and with nothing in memory.
 //!
 //! Mounting: 1000 intervals of real sealed records, kept from a real replica. Of the large histories the content compresses
 //! about 14:1, so that they fit the disk; the number of index entries is that of 100 GiB. The last one does not compress.
@@ -14,7 +15,9 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
+use tidegate::config::limits::APPLY_DEPTH as DEPTH;
 use tidegate::crypto::keyring::DataKey;
+use tidegate::disk::recent::{Memory, Recent};
 use tidegate::disk::{Disk, Format, Image};
 use tidegate::master_target::apply::overwrite::overwrite;
 use tidegate::master_target::apply::roll::{Progress, bring_back};
@@ -24,13 +27,15 @@ use tidegate::storage::AlignedBuf;
 use tidegate::storage::uring::{self, Uring, UringFile};
 
 const ROUNDS: usize = 3;
-const DEPTH: usize = 64;
 const CHECKPOINT: u64 = 64 << 20;
 
 /// Scattered numbers below `bound`, the same in every run.
 fn scattered(n: u64, bound: u64) -> u64 {
     n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29).wrapping_mul(0xbf58_476d_1ce4_e5b9).rotate_left(31) % bound
 }
+
+/// Memory in which all of the replica finds room that is applied to.
+const ROOM: u64 = 4 << 30;
 
 /// Bytes of which `random` in every 4096 do not compress.
 fn content(len: usize, random: usize, seed: u64) -> Bytes {
@@ -57,7 +62,7 @@ async fn filled(path: &Path, format: Format, size: u64, random: usize) -> Image<
 }
 
 /// 16 KiB places of one checkpoint, as folding leaves them: sorted, each once.
-fn places(image: &Image<UringFile>, seed: u64, checkpoint: u64) -> Vec<(Extent, ())> {
+fn places(image: &impl Disk, seed: u64, checkpoint: u64) -> Vec<(Extent, ())> {
     const BLOCK: u64 = 16 << 10;
     let numbers = (0..CHECKPOINT / BLOCK).map(|n| scattered(seed + checkpoint * CHECKPOINT + n, image.size() / BLOCK) * BLOCK);
     let places: std::collections::BTreeSet<u64> = numbers.collect();
@@ -65,7 +70,7 @@ fn places(image: &Image<UringFile>, seed: u64, checkpoint: u64) -> Vec<(Extent, 
 }
 
 /// MB/s of reading such places and nothing else: what keeping old content cannot do without.
-async fn reading(image: &Image<UringFile>, seed: u64, bytes: u64) -> f64 {
+async fn reading(image: &impl Disk, seed: u64, bytes: u64) -> f64 {
     let started = Instant::now();
     for checkpoint in 0..bytes / CHECKPOINT {
         let reads = places(image, seed, checkpoint).into_iter().map(|(extent, ())| image.read(extent));
@@ -78,8 +83,8 @@ async fn reading(image: &Image<UringFile>, seed: u64, bytes: u64) -> f64 {
 }
 
 /// MB/s of overwrites.
-async fn apply(image: &Image<UringFile>, retention: Option<&Retention<Uring>>, seed: u64, bytes: u64) -> f64 {
-    let data = content(1 << 20, 4096, seed);
+async fn apply(image: &impl Disk, retention: Option<&Retention<Uring>>, seed: u64, random: usize, bytes: u64) -> f64 {
+    let data = content(1 << 20, random, seed);
     let started = Instant::now();
     for checkpoint in 0..bytes / CHECKPOINT {
         let places = places(image, seed, checkpoint);
@@ -101,21 +106,28 @@ async fn apply(image: &Image<UringFile>, retention: Option<&Retention<Uring>>, s
 }
 
 fn applying(dir: &Path) {
-    for format in [Format::Raw, Format::Vhdx] {
+    for (format, room, random) in [Format::Raw, Format::Vhdx].into_iter().flat_map(|f| [(f, ROOM, 2048), (f, ROOM, 4096), (f, 0, 4096)]) {
         uring::run(async {
             let path = dir.join("replica");
-            let image = filled(&path, format, 4 << 30, 4096).await;
+            let image = Image::create(&Uring::direct(), &path, format, ROOM).await.unwrap();
+            let image = Recent::new(image, &Memory::new(room));
+            for mib in 0..ROOM >> 20 {
+                image.write(mib << 20, content(1 << 20, random, mib)).await.unwrap();
+            }
+            image.barrier().await.unwrap();
             for round in 0..ROUNDS as u64 {
                 let undo = dir.join(format!("undo-{round}"));
-                let without = apply(&image, None, 10 + round, 1 << 30).await;
+                let without = apply(&image, None, 10 + round, random, 1 << 30).await;
                 let retention = Retention::open(Uring::direct(), &undo, subject(), None).await.unwrap();
-                let with = apply(&image, Some(&retention), 20 + round, 1 << 30).await;
+                let with = apply(&image, Some(&retention), 20 + round, random, 1 << 30).await;
                 let read = reading(&image, 30 + round, 1 << 30).await;
+                let (memory, replica) = retention.take_kept();
                 println!(
-                    "random 16 KiB overwrites of an allocated {} replica, a point every 64 MiB: {with:.0} MB/s, without points {without:.0} MB/s, costs {:.2} times as much; reading such places alone {read:.0} MB/s, so that with nothing else it would be {:.2} times",
+                    "random 16 KiB overwrites of an allocated {} replica, content that compresses to {:.1}, a point every 64 MiB, {:.0} % of the old content in memory: {with:.0} MB/s, without points {without:.0} MB/s, costs {:.2} times as much; reading such places alone {read:.0} MB/s",
                     format.as_str(),
+                    random as f64 / 4096.0,
+                    100.0 * memory as f64 / (memory + replica) as f64,
                     without / with,
-                    1.0 + without / read
                 );
                 std::fs::remove_dir_all(&undo).unwrap();
             }

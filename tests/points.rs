@@ -59,11 +59,12 @@ fn check_all(cluster: &Cluster, models: &HashMap<String, PathBuf>) -> usize {
 #[test]
 fn a_ladder_thins_points_and_every_one_that_is_left_stays_exact() {
     let mut rng = Rng::new(11);
-    let retain = "[retain]\nladder = \"all for 6s, 1/6s to 1h\"\n[apply]\ncheckpoint_interval = \"200ms\"\n".to_owned();
+    let retain =
+        "[retain]\nladder = \"all for 6s, 1/6s to 1h\"\n[apply]\ncheckpoint_interval = \"200ms\"\nrecent_max = \"4MiB\"\n".to_owned();
     let mut cluster = Cluster::start(Options { disk_bytes: 24 << 20, interval: "1s", master_target: retain, ..Options::default() });
     cluster.wait_for_delta();
     let (mut models, mut pinned) = (HashMap::new(), Vec::new());
-    let mut checked = 0;
+    let (mut checked, mut kept) = (0, [0.0; 2]);
     for n in 0..36u64 {
         let mut writes = vec!["-f".to_owned(), "raw".to_owned()];
         for _ in 0..12 {
@@ -83,6 +84,9 @@ fn a_ladder_thins_points_and_every_one_that_is_left_stays_exact() {
             pinned.push(point);
         }
         if n % 9 == 8 {
+            for (bytes, from) in kept.iter_mut().zip(["memory", "replica"]) {
+                *bytes += cluster.metric("master-target", &format!("tidegate_kept_bytes_total{{disk=\"m1/d0\",from=\"{from}\"}}"));
+            }
             cluster.kill("master-target");
             cluster.start_role("master-target");
             cluster.wait_for_delta();
@@ -114,6 +118,7 @@ fn a_ladder_thins_points_and_every_one_that_is_left_stays_exact() {
         undo_files(&cluster)
     );
     assert!(checked > 40, "{checked}");
+    assert!(kept.iter().all(|bytes| *bytes > 0.0), "old content comes from memory and from the replica: {kept:?}");
 }
 
 #[test]

@@ -318,7 +318,8 @@ fn seed() -> u64 {
 
 #[test]
 fn hundreds_of_points_stay_exact_over_thinning_pressure_failovers_and_kills() {
-    let retain = "[retain]\nscrub_every = \"0s\"\n[apply]\ncheckpoint_interval = \"100ms\"\n".to_owned();
+    // Memory for a part of what is overwritten.
+    let retain = "[retain]\nscrub_every = \"0s\"\n[apply]\ncheckpoint_interval = \"100ms\"\nrecent_max = \"8MiB\"\n".to_owned();
     let options = Options { disk_bytes: DISK, disks: 2, interval: "1h", cache: "writeback", master_target: retain, ..Options::default() };
     let mut life = Life::start(seed(), options);
     // Hundreds of points; some are pinned.

@@ -61,7 +61,7 @@ fn imports_go_one_way() {
         ("config", &["model", "wire", "crypto", "disk"]),
         ("observe", &["model", "clock"]),
         ("crypto", &["model", "clock", "storage", "wire", "config"]),
-        ("disk", &["model", "storage"]),
+        ("disk", &["model", "storage", "sabotage"]),
         ("nbd", &["model", "storage", "clock"]),
         ("control", &["model"]),
     ];

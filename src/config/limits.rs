@@ -26,7 +26,7 @@ pub const STANDBYS_MAX: usize = 15;
 /// Hooks of one agent's application-consistent points.
 pub const HOOKS_MAX: usize = 32;
 /// Writes of one checkpoint to a replica that are under way.
-pub const APPLY_DEPTH: usize = 64;
+pub const APPLY_DEPTH: usize = 96;
 
 const _: () =
     assert!(DISK_WINDOW_BYTES_MIN >= 2 * BATCH_DATA_MAX as u64, "a disk can always fill a batch, or nothing would ever be acknowledged");

@@ -103,11 +103,14 @@ pub struct Apply {
     /// Memory for received changes that are not applied; older ones are read back from the journal.
     #[serde(deserialize_with = "units::size")]
     pub memory_max: u64,
+    /// Memory for what was written to replicas lately, so that overwriting it again reads nothing; 0: none.
+    #[serde(deserialize_with = "units::size")]
+    pub recent_max: u64,
 }
 
 impl Default for Apply {
     fn default() -> Self {
-        Self { checkpoint_interval: Duration::from_secs(1), checkpoint_bytes: 64 << 20, memory_max: 256 << 20 }
+        Self { checkpoint_interval: Duration::from_secs(1), checkpoint_bytes: 64 << 20, memory_max: 256 << 20, recent_max: 512 << 20 }
     }
 }
 
@@ -303,6 +306,7 @@ impl Settings for MasterTargetSettings {
         in_range("apply.checkpoint_interval in seconds", self.apply.checkpoint_interval.as_secs_f64(), 0.05, 60.0)?;
         in_range("apply.checkpoint_bytes", self.apply.checkpoint_bytes, 1 << 20, 4 << 30)?;
         in_range("apply.memory_max", self.apply.memory_max, 16 << 20, 1 << 40)?;
+        in_range("apply.recent_max", self.apply.recent_max, 0, 1 << 40)?;
         in_range("retain.points_max", self.retain.points_max, 1, 100_000)?;
         in_range("retain.points_min", self.retain.points_min, 1, self.retain.points_max)?;
         in_range("retain.scrub_rate", self.retain.scrub_rate, 0, 1 << 40)?;

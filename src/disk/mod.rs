@@ -4,6 +4,7 @@
 pub mod check;
 pub mod places;
 pub mod raw;
+pub mod recent;
 pub mod vhdx;
 pub mod vmdk;
 
@@ -177,6 +178,10 @@ pub trait Disk {
     /// # Errors
     /// [`DiskError::Io`], [`DiskError::Corrupt`].
     fn read(&self, extent: Extent) -> impl Future<Output = Result<AlignedBuf, DiskError>>;
+    /// What `extent` holds, if all of it is in memory because it was written lately; see [`recent`].
+    fn recent(&self, _extent: Extent) -> Option<AlignedBuf> {
+        None
+    }
     /// Writes `data` at `offset`. Durable after the next [`Disk::barrier`].
     ///
     /// # Errors

@@ -77,6 +77,7 @@ declare! {
     JOURNAL_COMMIT = "tidegate_journal_commit_seconds", Histogram, "", "Time to make a group of batches durable in the journal, seconds";
     APPLIED_BYTES = "tidegate_applied_bytes_total", Counter, "disk", "Bytes written to the replica after folding";
     CHECKPOINT = "tidegate_checkpoint_seconds", Histogram, "", "Time of one checkpoint of a replica, seconds";
+    KEPT_BYTES = "tidegate_kept_bytes_total", Counter, "disk, from", "Old content that was kept for older points, by where it came from: memory (see recent_max), replica";
     RETAINED_BYTES = "tidegate_retained_bytes", Gauge, "disk", "Bytes of old content in the retention journal";
     POINTS = "tidegate_points", Gauge, "machine, kind", "Listed recovery points";
     POINTS_BAD = "tidegate_points_bad", Gauge, "machine", "Recovery points that became unusable and were not cleared with `point forget`";
@@ -134,6 +135,13 @@ pub fn disk_part(name: &'static str, disk: &str, label: &'static str, part: &'st
 /// Adds to a counter of a disk.
 pub fn disk_count(name: &'static str, disk: &str, by: u64) {
     counter!(name, "disk" => disk.to_owned()).increment(by);
+}
+
+/// Adds to what was kept of old content.
+pub fn kept(disk: &str, memory: u64, replica: u64) {
+    for (from, bytes) in [("memory", memory), ("replica", replica)] {
+        counter!(KEPT_BYTES, "disk" => disk.to_owned(), "from" => from).increment(bytes);
+    }
 }
 
 /// Sets the number of crash- and of application-consistent points of a machine.

@@ -5,7 +5,7 @@
 //! [`AlignedBuf::pad_to`] zeroes what is added for alignment, so that no disk's content leaks into another's padding.
 #![allow(unsafe_code, reason = "aligned allocation and handing stable pointers to the kernel")]
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 
@@ -14,6 +14,9 @@ use crossbeam::queue::ArrayQueue;
 
 /// Alignment of every buffer, in bytes.
 pub const ALIGN: usize = 4096;
+/// Buffers of this size and more are made of huge pages where the kernel has them: to find small pages costs as much as to copy them
+/// when they are touched at random.
+const HUGE: usize = 2 << 20;
 /// Largest pooled buffer; larger ones go back to the allocator.
 const POOLED_BYTES_MAX: usize = 1 << 20;
 /// Memory that one size class may keep idle, in bytes.
@@ -42,8 +45,16 @@ impl AlignedBuf {
         }
         let layout = layout(capacity);
         // SAFETY: the layout has a non-zero size.
-        let raw = unsafe { alloc_zeroed(layout) };
+        let raw = unsafe { if capacity < HUGE { alloc_zeroed(layout) } else { alloc(layout) } };
         let Some(at) = NonNull::new(raw) else { handle_alloc_error(layout) };
+        if capacity >= HUGE {
+            // SAFETY: the memory is ours alone, and the advice changes nothing of it; it is a wish. Zeroed after that, because what
+            // is touched before it gets small pages.
+            unsafe {
+                let _ = rustix::mm::madvise(raw.cast(), capacity, rustix::mm::Advice::LinuxHugepage);
+                raw.write_bytes(0, capacity);
+            }
+        }
         Self { at, capacity, len: 0 }
     }
 
@@ -160,7 +171,8 @@ struct Idle(NonNull<u8>);
 unsafe impl Send for Idle {}
 
 fn layout(capacity: usize) -> Layout {
-    Layout::from_size_align(capacity, ALIGN).expect("capacity is a power of two of at least a page and far below isize::MAX")
+    let align = if capacity < HUGE { ALIGN } else { HUGE };
+    Layout::from_size_align(capacity, align).expect("capacity is a power of two of at least a page and far below isize::MAX")
 }
 
 fn class_of(capacity: usize) -> Option<usize> {

@@ -55,6 +55,10 @@ pub trait File: 'static {
     fn write_now(&self, _offset: u64, _data: &[u8]) -> io::Result<bool> {
         Ok(false)
     }
+    /// Lets what others asked of this thread begin: for who works for a while without waiting.
+    fn breathe(&self) -> impl Future<Output = ()> {
+        std::future::ready(())
+    }
     /// Makes completed writes durable. See the module for what a failure means.
     fn sync_data(&self) -> impl Future<Output = io::Result<()>>;
     /// Refuses every further write, sync and change of length: for who knows that what is in memory and what is on disk went

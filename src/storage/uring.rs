@@ -356,6 +356,10 @@ impl File for UringFile {
         }
     }
 
+    async fn breathe(&self) {
+        breathe().await;
+    }
+
     async fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         match self.fallocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len) {
             Err(e) if e.raw_os_error() == Some(rustix::io::Errno::OPNOTSUPP.raw_os_error()) => self.write_zeroes(offset, len).await,

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use tidegate::crypto::keyring::DataKey;
 use tidegate::crypto::seal::{Opener, Purpose};
+use tidegate::disk::recent::{Memory, Recent};
 use tidegate::disk::{Disk as _, Format, Image};
 use tidegate::master_target::apply::plan::{can_judge, plan, writes};
 use tidegate::master_target::apply::roll;
@@ -64,7 +65,7 @@ struct Catalogue {
 struct Disk {
     order: Order,
     queue: VecDeque<Item>,
-    image: Image<FaultyFile>,
+    image: Recent<Image<FaultyFile>>,
     retention: Retention<Faulty>,
     opener: Opener,
     last_marker: Option<Position>,
@@ -163,6 +164,8 @@ impl Target {
                 Err(_) => log.release(record.location),
             }
         }
+        // So little that blocks are pushed out.
+        let memory = Memory::new(DISK_BYTES / 2);
         let mut disks = HashMap::new();
         for (n, id) in self.ids.iter().enumerate() {
             let record = self.catalogue.disks[id].clone();
@@ -184,7 +187,7 @@ impl Target {
             let disk = Disk {
                 order: Order::new(journaled),
                 queue,
-                image,
+                image: Recent::new(image, &memory),
                 retention,
                 opener: Opener::new(record.key.clone(), Purpose::Stream, *id, record.generation),
                 last_marker: record.last_marker,

@@ -176,6 +176,8 @@ async fn apply_cut(
     extents.iter().for_each(|(extent, _)| replica.wounds.overwritten(*extent));
     let written = extents.iter().map(|(extent, _)| extent.len).sum();
     metrics::disk_count(metrics::APPLIED_BYTES, &replica.shared.label, written);
+    let (memory, image) = replica.retention.take_kept();
+    metrics::kept(&replica.shared.label, memory, image);
     Ok(())
 }
 

@@ -41,6 +41,7 @@ use crate::config::master_target::MasterTargetSettings;
 use crate::crypto::keyring::KeyEncryptionKey;
 use crate::crypto::statement::Verifier;
 use crate::disk::Disk;
+use crate::disk::recent::Memory;
 use crate::model::{Compare, DiskId, Extent, Hold, PointId, Position};
 use crate::storage::uring::Uring;
 
@@ -166,6 +167,8 @@ pub struct Apply {
     pub journal: JournalHandle,
     /// Files.
     pub storage: Uring,
+    /// What was written to the replicas lately.
+    recent: Rc<Memory>,
     replicas: RefCell<HashMap<DiskId, Rc<Replica>>>,
     /// Intervals that the catalogue knows of replicas that are not open yet.
     intervals: RefCell<HashMap<DiskId, BTreeMap<Position, u64>>>,
@@ -212,6 +215,7 @@ pub async fn run(setup: Setup, mut commands: mpsc::Receiver<Command>, opened: st
         Err(error) => (HashMap::new(), Some(error.to_string())),
     };
     let apply = Rc::new(Apply {
+        recent: Memory::new(setup.settings.apply.recent_max),
         settings: setup.settings,
         shared: setup.shared,
         records: setup.records,

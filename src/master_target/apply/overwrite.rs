@@ -1,12 +1,14 @@
 //! Old content first, then new content: piece by piece, so that the old content of the next piece is kept while this one is
-//! written.
+//! written. The first pieces and the last are small: only one of both is done beside nothing else.
 
 use futures_util::StreamExt;
 
 use crate::model::Extent;
 
-/// Bytes of a piece. Each costs a sync of the retention journal, which nothing but the next piece waits for.
-const PIECE: u64 = 8 << 20;
+/// Most bytes of a piece. Each costs a sync of the retention journal, which nothing but the next piece waits for.
+const PIECE_MAX: u64 = 8 << 20;
+/// Bytes of the first.
+const PIECE_MIN: u64 = 2 << 20;
 
 /// Overwrites extents, which are in order and do not overlap, `depth` at once. `keep` makes the old content of some of them
 /// durable; none of them is written before.
@@ -30,13 +32,18 @@ pub async fn overwrite<T: Copy, E, W: Future<Output = Result<(), E>>>(
     let Some(keep) = keep else { return put(extents).await };
     let mut kept: &[(Extent, T)] = &[];
     let mut rest = extents;
+    let mut left: u64 = extents.iter().map(|(extent, _)| extent.len).sum();
+    let mut most = PIECE_MIN;
     while !(kept.is_empty() && rest.is_empty()) {
         let before = rest.iter().scan(0, |bytes, (extent, _)| Some(std::mem::replace(bytes, *bytes + extent.len)));
-        let count = before.take_while(|bytes| *bytes < PIECE).count();
+        let wanted = most.min((left / 2).max(PIECE_MIN));
+        let count = before.take_while(|bytes| *bytes < wanted).count();
         let (piece, after) = rest.split_at(count);
         let keeping = async { if piece.is_empty() { Ok(()) } else { keep(piece).await } };
         let (now, before) = futures_util::future::join(keeping, put(kept)).await;
         before.and(now)?;
+        left -= piece.iter().map(|(extent, _)| extent.len).sum::<u64>();
+        most = PIECE_MAX.min(2 * most);
         (kept, rest) = (piece, after);
     }
     Ok(())

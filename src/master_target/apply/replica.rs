@@ -13,6 +13,7 @@ use super::{Apply, Prepared, Refusal};
 use crate::config::units::show_size;
 use crate::crypto::keyring::DataKey;
 use crate::crypto::seal::{Opener, Purpose};
+use crate::disk::recent::Recent;
 use crate::disk::{Disk, DiskError, Format, Image};
 use crate::master_target::catalogue::{Content, Damage, ReplicaRecord};
 use crate::master_target::journal::{self, Found, Replayed};
@@ -33,7 +34,7 @@ pub struct Replica {
     /// Shared with the network thread.
     pub shared: Arc<DiskShared>,
     /// The image.
-    pub image: Image<UringFile>,
+    pub image: Recent<Image<UringFile>>,
     /// Its history.
     pub retention: Retention<Uring>,
     /// Opens batches that were not kept in memory.
@@ -177,7 +178,7 @@ impl Apply {
         disk.condition().unconfirmed = record.content == Content::Unconfirmed;
         Ok(Replica {
             shared: disk.clone(),
-            image,
+            image: Recent::new(image, &self.recent),
             retention,
             opener: Arc::new(Mutex::new(opener)),
             last_marker: Cell::new(record.last_marker),

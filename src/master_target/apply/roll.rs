@@ -19,10 +19,10 @@ use super::checkpoint::ApplyError;
 use super::overwrite::overwrite;
 use super::replica::Replica;
 use crate::config::limits::APPLY_DEPTH;
-use crate::disk::{Disk, Image};
+use crate::disk::Disk;
 use crate::master_target::retain::Retention;
 use crate::model::{BLOCK, Extent, Position};
-use crate::storage::{File, Storage};
+use crate::storage::Storage;
 
 /// Bytes read at once.
 const STEP: u64 = 1 << 20;
@@ -62,7 +62,7 @@ pub async fn roll(replica: &Replica, before: Position, target: Position, progres
 /// # Errors
 /// [`ApplyError`]; the same again goes on.
 pub async fn bring_back<S: Storage>(
-    image: &Image<S::File>,
+    image: &impl Disk,
     retention: &Retention<S>,
     target: Position,
     progress: &Progress,
@@ -78,7 +78,7 @@ pub async fn bring_back<S: Storage>(
 /// # Errors
 /// [`ApplyError`]; the same again goes on.
 pub async fn fall_back<S: Storage>(
-    image: &Image<S::File>,
+    image: &impl Disk,
     retention: &Retention<S>,
     noted: Option<Position>,
 ) -> Result<BTreeSet<Position>, ApplyError> {
@@ -90,7 +90,7 @@ pub async fn fall_back<S: Storage>(
 }
 
 async fn rewrite<S: Storage>(
-    image: &Image<S::File>,
+    image: &impl Disk,
     retention: &Retention<S>,
     target: Position,
     progress: &Progress,
@@ -143,7 +143,7 @@ async fn rewrite<S: Storage>(
 }
 
 /// Writes content, zeroes as zeroes: what was a hole at the point takes no space.
-async fn write_sparse<F: File>(image: &Image<F>, extent: Extent, data: crate::storage::AlignedBuf) -> Result<(), ApplyError> {
+async fn write_sparse(image: &impl Disk, extent: Extent, data: crate::storage::AlignedBuf) -> Result<(), ApplyError> {
     const UNIT: usize = 64 << 10;
     let data = data.freeze();
     let is_zero = |bytes: &[u8]| bytes.iter().all(|&b| b == 0);

@@ -375,6 +375,11 @@ impl<F: File> Interval<F> {
         }
     }
 
+    /// Lets what others asked of this thread begin.
+    pub(super) async fn breathe(&self) {
+        self.file.breathe().await;
+    }
+
     /// Makes sure that `bytes` more fit.
     pub(super) async fn reserve(&self, bytes: u64) -> Result<(), RetainError> {
         self.reserve_to(self.end.get() + bytes).await.map_err(|e| self.io(e))

@@ -45,15 +45,15 @@ use self::record::Loose;
 pub use self::view::View;
 use crate::crypto::keyring::DataKey;
 use crate::crypto::seal::{OpenError, Opener, Purpose, SealingSession};
-use crate::disk::{Disk, DiskError, Image};
+use crate::disk::{Disk, DiskError};
 use crate::model::{BLOCK, BlockSet, DiskId, Extent, Position};
-use crate::storage::{File, Storage};
+use crate::storage::Storage;
 use crate::wire::batch::BATCH_EXTENTS_MAX;
 
 /// Records sealed and written as one: about 1 MiB.
 const RUN_RECORDS: usize = 15;
 /// Of these, how many are read, sealed or written at once.
-const KEEP_RUNS: usize = 8;
+const KEEP_RUNS: usize = 4;
 /// Reads of the replica for them that are under way.
 const READ_DEPTH: usize = 96;
 /// Data of one record. Small enough that a read of 64 KiB opens little else, large enough to seal, and to pad to a page.
@@ -147,6 +147,8 @@ pub struct Retention<S: Storage> {
     missing: RefCell<BTreeSet<Position>>,
     /// Intervals made or grown that are not noted durably, with how far.
     grown: RefCell<BTreeMap<Position, u64>>,
+    /// Bytes of old content that were in memory, and that were read from the replica.
+    kept: Cell<(u64, u64)>,
 }
 
 impl<S: Storage> Retention<S> {
@@ -190,6 +192,7 @@ impl<S: Storage> Retention<S> {
             unmergeable: RefCell::default(),
             missing: RefCell::default(),
             grown: RefCell::default(),
+            kept: Cell::default(),
             storage,
             subject,
         };
@@ -282,7 +285,7 @@ impl<S: Storage> Retention<S> {
     ///
     /// # Errors
     /// [`RetainError`]; the replica must not be overwritten then.
-    pub async fn preserve<F: File>(&self, image: &Image<F>, extents: impl Iterator<Item = Extent>) -> Result<(), RetainError> {
+    pub async fn preserve<D: Disk>(&self, image: &D, extents: impl Iterator<Item = Extent>) -> Result<(), RetainError> {
         let Some(start) = self.current_start.get() else { return Ok(()) };
         let fresh = self.untouched(extents, image.size());
         if fresh.is_empty() {
@@ -314,6 +317,11 @@ impl<S: Storage> Retention<S> {
         Ok(())
     }
 
+    /// Bytes of old content kept since the last call: that were in memory, and that were read from the replica.
+    pub fn take_kept(&self) -> (u64, u64) {
+        self.kept.take()
+    }
+
     /// Intervals made or grown since the last call, and through which byte of their files they are durable: to be noted with
     /// the checkpoint.
     pub fn take_grown(&self) -> Vec<(Position, u64)> {
@@ -333,12 +341,7 @@ impl<S: Storage> Retention<S> {
     }
 
     /// Reads, seals and appends old content, all three at once for different records. They stand in the file in their order.
-    async fn keep<F: File>(
-        &self,
-        image: &Image<F>,
-        interval: &Interval<S::File>,
-        groups: Vec<Vec<(Extent, bool)>>,
-    ) -> Result<(), RetainError> {
+    async fn keep<D: Disk>(&self, image: &D, interval: &Interval<S::File>, groups: Vec<Vec<(Extent, bool)>>) -> Result<(), RetainError> {
         // Space first: a file system that is full is noticed before anything was written.
         interval.reserve(groups.iter().map(|group| record::stored_at_most(group)).sum()).await?;
         let (reading, failed) = (tokio::sync::Semaphore::new(READ_DEPTH), Cell::new(false));
@@ -351,8 +354,16 @@ impl<S: Storage> Retention<S> {
                 if failed.get() {
                     return Ok(None);
                 }
+                // To fetch a run from memory takes a while, in which nothing else would reach the disk.
+                interval.breathe().await;
                 let content = groups.iter().flatten().filter(|(_, hole)| !hole);
                 let reads = content.map(|(extent, _)| async move {
+                    let (memory, read) = self.kept.get();
+                    if let Some(content) = image.recent(*extent) {
+                        self.kept.set((memory + extent.len, read));
+                        return Ok(content);
+                    }
+                    self.kept.set((memory, read + extent.len));
                     let _one = reading.acquire().await;
                     image.read(*extent).await
                 });
@@ -534,12 +545,17 @@ impl<S: Storage> Retention<S> {
 }
 
 /// Cuts extents where the image has holes, which need no reading: (extent, hole).
-fn split_holes<F: File>(image: &Image<F>, extents: Vec<Extent>) -> Result<Vec<(Extent, bool)>, DiskError> {
+fn split_holes<D: Disk>(image: &D, extents: Vec<Extent>) -> Result<Vec<(Extent, bool)>, DiskError> {
     let mut parts = Vec::new();
+    // To ask takes time in proportion to how much data lies together, so an answer is used as far as it goes.
+    let (mut asked, mut next) = (u64::MAX, Extent::new(0, 0));
     for extent in extents {
         let mut at = extent.offset;
         while at < extent.end() {
-            let data = image.next_data(at)?.filter(|d| d.offset < extent.end()).unwrap_or(Extent::new(extent.end(), 0));
+            if at < asked || at >= next.end() {
+                (asked, next) = (at, image.next_data(at)?.unwrap_or(Extent::new(u64::MAX, 0)));
+            }
+            let data = if next.offset < extent.end() { next } else { Extent::new(extent.end(), 0) };
             if data.offset > at {
                 parts.push((Extent::new(at, data.offset - at), true));
             }

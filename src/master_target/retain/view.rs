@@ -13,7 +13,7 @@ use super::index::Source;
 use super::interval::Interval;
 use super::{RetainError, Retention};
 use crate::crypto::seal::{Opener, Purpose};
-use crate::disk::{Disk, Image};
+use crate::disk::Disk;
 use crate::model::{Extent, OverlayMap, Position};
 use crate::storage::{AlignedBuf, File, Storage};
 
@@ -172,7 +172,7 @@ impl<S: Storage> View<S> {
     ///
     /// # Errors
     /// [`RetainError`].
-    pub async fn read<F: File>(&self, image: &Image<F>, extent: Extent) -> Result<AlignedBuf, RetainError> {
+    pub async fn read<D: Disk>(&self, image: &D, extent: Extent) -> Result<AlignedBuf, RetainError> {
         let mut out = AlignedBuf::zeroed(extent.len as usize);
         let mut todo = vec![extent];
         while let Some(part) = todo.pop() {
@@ -210,7 +210,7 @@ impl<S: Storage> View<S> {
     ///
     /// # Errors
     /// [`RetainError::Replica`].
-    pub fn next_data<F: File>(&self, image: &Image<F>, offset: u64) -> Result<Option<Extent>, RetainError> {
+    pub fn next_data<D: Disk>(&self, image: &D, offset: u64) -> Result<Option<Extent>, RetainError> {
         let size = image.size();
         if offset >= size {
             return Ok(None);
