@@ -306,7 +306,7 @@ impl Settings for MasterTargetSettings {
         in_range("apply.checkpoint_interval in seconds", self.apply.checkpoint_interval.as_secs_f64(), 0.05, 60.0)?;
         in_range("apply.checkpoint_bytes", self.apply.checkpoint_bytes, 1 << 20, 4 << 30)?;
         in_range("apply.memory_max", self.apply.memory_max, 16 << 20, 1 << 40)?;
-        in_range("apply.recent_max", self.apply.recent_max, 0, 1 << 40)?;
+        in_range("apply.recent_max", self.apply.recent_max, 0, 64 << 30)?;
         in_range("retain.points_max", self.retain.points_max, 1, 100_000)?;
         in_range("retain.points_min", self.retain.points_min, 1, self.retain.points_max)?;
         in_range("retain.scrub_rate", self.retain.scrub_rate, 0, 1 << 40)?;

@@ -2,7 +2,7 @@
 //!
 //! Only [`Disk::recent`] answers from memory: whoever reads a disk wants to know what is on it, damage included.
 //! What is in memory is what a read would give, or it is not in memory: a block leaves when a write of it begins, and comes back
-//! when that write has succeeded and no other crossed it.
+//! when that write has succeeded and no other crossed it. Where one failed or was given up nothing comes back.
 //!
 //! Which blocks stay: a clock (second chance). A block that was overwritten while it was in memory is passed over once, one that was
 //! written once is not, so that filling a disk does not push out what is overwritten all the time.
@@ -19,12 +19,14 @@ use crate::model::{BLOCK, Extent};
 use crate::sabotage;
 use crate::storage::AlignedBuf;
 
-/// Memory is taken in pieces of this many blocks: 2 MiB, a huge page.
-const PIECE_BLOCKS: usize = 512;
+/// Memory is taken in pieces of this many blocks: 8 MiB, some huge pages. Of small ones a process may not have enough.
+const PIECE_BLOCKS: usize = 2048;
 /// Blocks that are found with one look: neighbours are mostly written together.
 const STRETCH: u64 = 64;
 /// No frame has this number.
 const NONE: u32 = u32::MAX;
+/// Places of failed writes that are told apart.
+const DOUBTFUL_MAX: usize = 64;
 
 /// Memory for what was written lately, shared by the disks of one thread. Taken as it is needed, up to its bound.
 pub struct Memory {
@@ -98,23 +100,33 @@ impl Pool {
         }
     }
 
+    /// The frames of some blocks. Takes time for what there is, not for what is asked: a terabyte may be zeroed at once.
+    fn frames_of(&self, disk: u64, blocks: &Range<u64>) -> Vec<u32> {
+        let stretches = blocks.start / STRETCH..blocks.end.div_ceil(STRETCH);
+        let mut found = Vec::new();
+        let mut take = |stretch: &Stretch| found.extend(stretch.frames.iter().copied().filter(|&frame| frame != NONE));
+        if stretches.end - stretches.start <= self.places.len() as u64 {
+            stretches.filter_map(|number| self.places.get(&(disk, number))).for_each(&mut take);
+        } else {
+            self.places.iter().filter(|((d, number), _)| *d == disk && stretches.contains(number)).for_each(|(_, stretch)| take(stretch));
+        }
+        found.retain(|&frame| blocks.contains(&self.frames[frame as usize].block));
+        found
+    }
+
     /// What the blocks hold is not known from here on; those that were there keep their frames.
-    fn invalidate(&mut self, disk: u64, blocks: Range<u64>) {
-        for block in blocks {
-            if let Some(frame) = self.frame_of(disk, block) {
-                let frame = &mut self.frames[frame as usize];
-                (frame.again, frame.valid) = (frame.again | frame.valid, false);
-            }
+    fn invalidate(&mut self, disk: u64, blocks: &Range<u64>) {
+        for frame in self.frames_of(disk, blocks) {
+            let frame = &mut self.frames[frame as usize];
+            (frame.again, frame.valid) = (frame.again | frame.valid, false);
         }
     }
 
     /// The blocks are not known for good.
-    fn forget(&mut self, disk: u64, blocks: Range<u64>) {
-        for block in blocks {
-            if let Some(frame) = self.frame_of(disk, block) {
-                self.part(frame);
-                self.free.push(frame);
-            }
+    fn forget(&mut self, disk: u64, blocks: &Range<u64>) {
+        for frame in self.frames_of(disk, blocks) {
+            self.part(frame);
+            self.free.push(frame);
         }
     }
 
@@ -146,7 +158,8 @@ impl Pool {
         let made = self.frames.len();
         if made < self.most as usize {
             if made == self.pieces.len() * PIECE_BLOCKS {
-                self.pieces.push(AlignedBuf::zeroed(PIECE_BLOCKS * BLOCK as usize));
+                let blocks = PIECE_BLOCKS.min(self.most as usize - made);
+                self.pieces.push(AlignedBuf::zeroed(blocks * BLOCK as usize));
             }
             self.frames.push(Frame::default());
             return Some(made as u32);
@@ -175,6 +188,8 @@ pub struct Recent<D> {
     number: u64,
     writing: RefCell<Vec<Writing>>,
     writes: Cell<u64>,
+    /// Where writes failed or were given up: a part of them may still be on its way to the disk, and overtake what comes later.
+    doubtful: RefCell<Vec<Range<u64>>>,
 }
 
 /// A write that is under way.
@@ -188,18 +203,32 @@ struct Writing {
 /// Ends a write also when nobody waits for it any more.
 struct Ended<'a> {
     writing: &'a RefCell<Vec<Writing>>,
+    doubtful: &'a RefCell<Vec<Range<u64>>>,
     number: u64,
+    well: bool,
 }
 
 impl Ended<'_> {
-    fn was_alone(&self) -> bool {
+    /// It succeeded. True if no other crossed it.
+    fn well(&mut self) -> bool {
+        self.well = true;
         self.writing.borrow().iter().any(|w| w.number == self.number && !w.crossed)
     }
 }
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
-        self.writing.borrow_mut().retain(|w| w.number != self.number);
+        let mut writing = self.writing.borrow_mut();
+        let Some(at) = writing.iter().position(|w| w.number == self.number) else { return };
+        let blocks = writing.swap_remove(at).blocks;
+        let mut doubtful = self.doubtful.borrow_mut();
+        if self.well || doubtful.iter().any(|d| d.start <= blocks.start && blocks.end <= d.end) {
+            return;
+        }
+        doubtful.push(blocks);
+        if doubtful.len() > DOUBTFUL_MAX {
+            *doubtful = vec![0..u64::MAX];
+        }
     }
 }
 
@@ -207,23 +236,30 @@ impl<D: Disk> Recent<D> {
     /// `disk` with a share of `memory`.
     pub fn new(disk: D, memory: &Rc<Memory>) -> Self {
         memory.disks.set(memory.disks.get() + 1);
-        Self { disk, memory: memory.clone(), number: memory.disks.get(), writing: RefCell::default(), writes: Cell::new(0) }
+        Self {
+            disk,
+            memory: memory.clone(),
+            number: memory.disks.get(),
+            writing: RefCell::default(),
+            writes: Cell::new(0),
+            doubtful: RefCell::default(),
+        }
     }
 
     /// `extent` changes from here on: nobody knows what it holds until that write has ended well.
     fn begin(&self, extent: Extent) -> Ended<'_> {
         let number = self.writes.get() + 1;
         self.writes.set(number);
-        let (mut writing, mut crossed) = (self.writing.borrow_mut(), false);
+        let mut writing = self.writing.borrow_mut();
         let blocks = touched(extent);
-        for other in writing.iter_mut() {
-            if other.blocks.start < blocks.end && blocks.start < other.blocks.end {
-                (other.crossed, crossed) = (true, true);
-            }
+        let cross = |other: &Range<u64>| other.start < blocks.end && blocks.start < other.end;
+        let mut crossed = self.doubtful.borrow().iter().any(cross);
+        for other in writing.iter_mut().filter(|other| cross(&other.blocks)) {
+            (other.crossed, crossed) = (true, true);
         }
         writing.push(Writing { number, blocks: blocks.clone(), crossed });
-        self.memory.pool.borrow_mut().invalidate(self.number, blocks);
-        Ended { writing: &self.writing, number }
+        self.memory.pool.borrow_mut().invalidate(self.number, &blocks);
+        Ended { writing: &self.writing, doubtful: &self.doubtful, number, well: false }
     }
 }
 
@@ -236,7 +272,7 @@ impl<D> Drop for Recent<D> {
     fn drop(&mut self) {
         let mut pool = self.memory.pool.borrow_mut();
         let stretches: Vec<u64> = pool.places.keys().filter(|(disk, _)| *disk == self.number).map(|(_, stretch)| *stretch).collect();
-        stretches.into_iter().for_each(|stretch| pool.forget(self.number, stretch * STRETCH..(stretch + 1) * STRETCH));
+        stretches.into_iter().for_each(|stretch| pool.forget(self.number, &(stretch * STRETCH..(stretch + 1) * STRETCH)));
     }
 }
 
@@ -268,9 +304,9 @@ impl<D: Disk> Disk for Recent<D> {
 
     async fn write(&self, offset: u64, data: Bytes) -> Result<(), DiskError> {
         let extent = Extent::new(offset, data.len() as u64);
-        let writing = self.begin(extent);
+        let mut writing = self.begin(extent);
         self.disk.write(offset, data.clone()).await?;
-        if writing.was_alone() {
+        if writing.well() {
             let mut pool = self.memory.pool.borrow_mut();
             for block in offset.div_ceil(BLOCK)..extent.end() / BLOCK {
                 let at = (block * BLOCK - offset) as usize;
@@ -281,10 +317,12 @@ impl<D: Disk> Disk for Recent<D> {
     }
 
     async fn zero(&self, extent: Extent) -> Result<(), DiskError> {
-        let _writing = self.begin(extent);
+        let mut writing = self.begin(extent);
         // Zeroes are found without memory, see `next_data`.
-        self.memory.pool.borrow_mut().forget(self.number, touched(extent));
-        self.disk.zero(extent).await
+        self.memory.pool.borrow_mut().forget(self.number, &touched(extent));
+        self.disk.zero(extent).await?;
+        writing.well();
+        Ok(())
     }
 
     async fn barrier(&self) -> Result<(), DiskError> {
@@ -388,7 +426,7 @@ mod tests {
             runtime.block_on(tokio::task::LocalSet::new().run_until(async {
                 let memory = Memory::new(room * BLOCK);
                 let disks = [Rc::new(disk(&memory)), Rc::new(disk(&memory))];
-                let mut open = Vec::new();
+                let (mut open, mut late) = (Vec::new(), Vec::new());
                 for (seed, (which, sector, count, action)) in (0u64..).zip(steps) {
                     let on = disks[which].clone();
                     // Blocks as a whole in most cases.
@@ -408,18 +446,26 @@ mod tests {
                         2 | 3 => {
                             let gate: Rc<tokio::sync::Notify> = Rc::default();
                             *on.disk.gate.borrow_mut() = Some(gate.clone());
+                            let written = (on.clone(), offset, data(len, seed));
                             let task = tokio::task::spawn_local(async move { on.write(offset, data(len, seed)).await });
                             tokio::task::yield_now().await;
-                            open.push((gate, task));
+                            open.push((gate, task, written));
                         }
                         4 if !open.is_empty() => {
-                            let (gate, task) = open.remove(sector as usize % open.len());
+                            let (gate, task, _) = open.remove(sector as usize % open.len());
                             gate.notify_one();
                             task.await.unwrap().unwrap();
                         }
                         5 if !open.is_empty() => {
-                            let (_, task) = open.remove(sector as usize % open.len());
+                            let (_, task, written) = open.remove(sector as usize % open.len());
                             task.abort();
+                            tokio::task::yield_now().await;
+                            late.push(written);
+                        }
+                        // What nobody waits for may still come.
+                        6 if !late.is_empty() => {
+                            let (on, offset, data) = late.remove(sector as usize % late.len());
+                            on.disk.write(offset, data).await.unwrap();
                         }
                         _ => on.write(offset, data(len, seed)).await.unwrap(),
                     }

@@ -14,7 +14,7 @@ use crate::disk::Disk;
 use crate::master_target::bad;
 use crate::master_target::catalogue::Damage;
 use crate::model::digest::{DIGEST_BLOCK, TOLD_BYTES_MAX};
-use crate::model::{Digest, Extent, OverlayMap, PointId, Position, Verdict};
+use crate::model::{BLOCK, Digest, Extent, OverlayMap, PointId, Position, Verdict};
 use crate::observe::metrics;
 use crate::storage::AlignedBuf;
 use crate::storage::digest::{hash_blocks, hash_zeroes};
@@ -145,7 +145,9 @@ pub async fn leave_out_unreadable(
     arrived: &[Position],
 ) -> Result<Vec<Extent>, ApplyError> {
     let (mut good, mut lost) = (Vec::new(), Vec::new());
-    for block in extents.iter().flat_map(|extent| blocks(*extent)) {
+    // Whole blocks, as they are kept: one that was kept for its other part would be read again.
+    let size = replica.image.size();
+    for block in extents.iter().flat_map(|extent| blocks(extent.aligned_out(BLOCK, size))) {
         match replica.image.read(block).await {
             Ok(_) => good.push(block),
             Err(error) if error.is_unreadable() => lost.push(block),
