@@ -225,9 +225,11 @@ impl Drop for Ended<'_> {
         if self.well || doubtful.iter().any(|d| d.start <= blocks.start && blocks.end <= d.end) {
             return;
         }
-        doubtful.push(blocks);
-        if doubtful.len() > DOUBTFUL_MAX {
-            *doubtful = vec![0..u64::MAX];
+        if doubtful.len() < DOUBTFUL_MAX {
+            doubtful.push(blocks);
+        } else {
+            doubtful.clear();
+            doubtful.push(0..u64::MAX);
         }
     }
 }
