@@ -21,7 +21,7 @@ use std::path::Path;
 
 use bytes::Bytes;
 
-pub use aligned::AlignedBuf;
+pub use aligned::{ALIGN, AlignedBuf};
 
 /// How a file is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

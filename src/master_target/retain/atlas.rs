@@ -5,8 +5,8 @@
 //!
 //! | bits | first word | bits | second word |
 //! |---|---|---|---|
-//! | 33 | tile | 32 | first page of the record in its file |
-//! | 24 | number of the interval | 9 | pages of the record |
+//! | 33 | tile | 35 | first sector of the record in its file |
+//! | 24 | number of the interval | 10 | sectors of the record |
 //! | 7 | first sector in the tile | 11 | sector in the record's data |
 //! | | | 1 | zeroes, there is no data |
 //! | | | 7 | sectors, less one |
@@ -20,8 +20,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::index::Source;
+use super::record::stored;
 use crate::model::{Extent, SECTOR};
-use crate::storage::log::format::record_len;
 
 /// Bytes of a tile: as many sectors as a mask has bits.
 const TILE: u64 = 128 * SECTOR;
@@ -31,7 +31,6 @@ const WIDE: u64 = 16 * TILE;
 const NEXT_TILES_MAX: u64 = 256;
 /// Intervals that can be numbered; then the atlas has to be made anew.
 pub const NUMBERS_MAX: u32 = 1 << 24;
-const PAGE: u64 = 4096;
 
 /// Where an extent's old content is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +45,7 @@ pub struct Spot {
 
 impl From<Source> for Spot {
     fn from(source: Source) -> Self {
-        Self { record_at: source.record_at, stored: record_len(source.body_len as usize) as u32, data_at: source.data_at }
+        Self { record_at: source.record_at, stored: stored(source.body_len as usize) as u32, data_at: source.data_at }
     }
 }
 
@@ -62,7 +61,7 @@ struct Entry {
 impl Entry {
     fn new(tile: u64, number: u32, first: u64, sectors: u64, spot: Spot) -> Self {
         let data_at = spot.data_at.map_or(1, |at| (u64::from(at) / SECTOR) << 1);
-        let place = ((spot.record_at / PAGE) << 32) | ((u64::from(spot.stored) / PAGE) << 20) | (data_at << 7) | (sectors - 1);
+        let place = ((spot.record_at / SECTOR) << 29) | ((u64::from(spot.stored) / SECTOR) << 19) | (data_at << 7) | (sectors - 1);
         Self { key: key(tile, number) | first, place }
     }
 
@@ -92,7 +91,7 @@ impl Entry {
 
     fn spot(self) -> Spot {
         let data_at = (!self.is_hole()).then_some((((self.place >> 8) & 0x7ff) * SECTOR) as u32);
-        Spot { record_at: (self.place >> 32) * PAGE, stored: (((self.place >> 20) & 0x1ff) * PAGE) as u32, data_at }
+        Spot { record_at: (self.place >> 29) * SECTOR, stored: (((self.place >> 19) & 0x3ff) * SECTOR) as u32, data_at }
     }
 }
 
@@ -142,8 +141,8 @@ impl Atlas {
         for (extent, spot) in entries {
             let fits = extent.end() <= TILE << 33
                 && spot.record_at >> 44 == 0
-                && spot.record_at.is_multiple_of(PAGE)
-                && u64::from(spot.stored) >> 21 == 0
+                && spot.record_at.is_multiple_of(SECTOR)
+                && u64::from(spot.stored) >> 19 == 0
                 && spot.data_at.is_none_or(|at| u64::from(at).is_multiple_of(SECTOR) && u64::from(at) + extent.len <= SECTOR << 11);
             if extent.len >= WIDE || !fits {
                 self.wide.entry(number).or_default().push((extent, spot));
@@ -357,7 +356,7 @@ mod tests {
         let mut map = OverlayMap::default();
         for (index, &(at, sectors, zero)) in list.iter().enumerate() {
             let sectors = if zero { sectors } else { sectors.min(512) }.min(SECTORS - at);
-            let spot = Spot { record_at: 4096 * (1 + index as u64 * 200), stored: 4096 * 66, data_at: (!zero).then_some(512) };
+            let spot = Spot { record_at: 4096 + 512 * (index as u64 * 600), stored: 512 * 525, data_at: (!zero).then_some(512) };
             map.insert_below(Extent::new(at * SECTOR, sectors * SECTOR), spot);
         }
         map.iter().map(|p| (p.extent, shift(p.source, p.skip))).collect()

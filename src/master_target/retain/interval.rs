@@ -1,7 +1,8 @@
 //! One interval's file: records of old content, and an index when it is closed.
 //!
-//! First page: 0 magic `TGUNDO\0\1` (the last byte is the version), 8 incarnation u64, 16 epoch u64, 24 sequence u64,
-//! 32 offset of the index u64 (0 while open), 40 CRC-32C of bytes 0..40. Records follow from byte 4096.
+//! First page: 0 magic `TGUNDO\0\2` (the last byte is the version), 8 incarnation u64, 16 epoch u64, 24 sequence u64,
+//! 32 offset of the index u64 (0 while open), 40 CRC-32C of bytes 0..40. Runs of records follow from byte 4096, see
+//! [`super::record`]. In files of version 1 each record stands at a page; they are read, and gone on with.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -11,20 +12,24 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::index::{self, ENTRIES_MAX, Source};
-use super::record::{self, Loose, Run, read_record};
+use super::record::{self, Loose, Run, pages_of, read_record, stored};
 use super::{RetainError, Subject};
 use crate::crypto::seal::{OpenError, Opener, SealingSession};
 use crate::model::{Extent, OverlayMap, Piece, Position, SECTOR};
 use crate::sabotage;
-use crate::storage::log::format::{RECORD_HEADER_LEN, finish_record, peek_record, record_is_whole, record_len};
+use crate::storage::log::format::{RECORD_HEADER_LEN, finish_record, peek_record, record_is_whole, record_len, span_of};
 use crate::storage::log::random_u64;
 use crate::storage::{AlignedBuf, File, OpenMode, Storage};
 use crate::wire::batch::{BATCH_BYTES_MAX, parse_entries};
 
-const MAGIC: [u8; 8] = *b"TGUNDO\0\x01";
+const MAGIC: [u8; 8] = *b"TGUNDO\0\x02";
+/// What files begin with whose records stand at pages.
+const MAGIC_PAGES: [u8; 8] = *b"TGUNDO\0\x01";
 const FIRST_RECORD: u64 = 4096;
 /// Space is reserved in steps of this.
 const RESERVE_BYTES: u64 = 8 << 20;
+/// Records are looked for in so many bytes at once.
+const WINDOW_BYTES: u64 = 1 << 20;
 
 /// Name of the file of the interval that begins at `start`.
 pub(super) fn file_name(start: Position) -> String {
@@ -44,6 +49,18 @@ pub(super) struct Entries {
     pub(super) incarnation: u64,
     /// In order of offset, without overlaps.
     pub(super) list: Vec<(Extent, Source)>,
+}
+
+/// A part of a file that was read.
+struct Window {
+    at: u64,
+    bytes: AlignedBuf,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self { at: 0, bytes: AlignedBuf::with_capacity(0) }
+    }
 }
 
 /// An interval's file.
@@ -109,6 +126,7 @@ impl<F: File> Interval<F> {
         if index_at == 0 || !interval.read_index(index_at).await {
             interval.pending.borrow_mut().clear();
             interval.scan(opener, durable.max(index_at)).await?;
+            interval.cut_torn_run();
         }
         if index_at != 0 {
             let opened = async {
@@ -169,19 +187,19 @@ impl<F: File> Interval<F> {
 
     /// After the last whole record of a closed file its index follows, or nothing: else one in between was damaged.
     async fn check_tail(&self) -> Result<(), RetainError> {
-        let len = self.file.len().map_err(|e| self.io(e))?;
+        let len = self.file.len().map_err(|e| self.io(e))? / FIRST_RECORD * FIRST_RECORD;
         let (mut at, mut first) = (self.end.get(), true);
-        while at + FIRST_RECORD <= len {
-            let step = (len - at).min(1 << 20) / FIRST_RECORD * FIRST_RECORD;
-            let pages = self.file.read_at(at, step as usize).await.map_err(|e| self.io(e))?;
-            for page in pages.chunks(FIRST_RECORD as usize) {
-                if peek_record(page, self.incarnation, BATCH_BYTES_MAX).is_some() {
-                    let index = first && page[RECORD_HEADER_LEN..].starts_with(&index::MAGIC);
+        while at + SECTOR <= len {
+            let pages = pages_of(at, (len - at).min(WINDOW_BYTES));
+            let bytes = self.file.read_at(pages.start, (pages.end - pages.start) as usize).await.map_err(|e| self.io(e))?;
+            for sector in bytes[(at - pages.start) as usize..].chunks(SECTOR as usize) {
+                if peek_record(sector, self.incarnation, BATCH_BYTES_MAX).is_some() {
+                    let index = first && sector[RECORD_HEADER_LEN..].starts_with(&index::MAGIC);
                     return if index { Ok(()) } else { Err(self.damaged_at(self.end.get())) };
                 }
                 first = false;
             }
-            at += step;
+            at = pages.end;
         }
         Ok(())
     }
@@ -220,7 +238,8 @@ impl<F: File> Interval<F> {
             AlignedBuf::zeroed(FIRST_RECORD as usize)
         };
         let u64_at = |at: usize| u64::from_le_bytes(*page[at..].first_chunk().expect("the page is longer than the header"));
-        let whole = page[..8] == MAGIC && crc32c::crc32c(&page[..40]).to_le_bytes() == page[40..44];
+        let whole = [MAGIC, MAGIC_PAGES].contains(page[..8].first_chunk().expect("the page is longer than the header"))
+            && crc32c::crc32c(&page[..40]).to_le_bytes() == page[40..44];
         if !whole && let Some(incarnation) = first_incarnation(&file, len).await.map_err(io)? {
             // The header was damaged; the records say the same.
             let interval = Self::new(start, path, file, incarnation, FIRST_RECORD);
@@ -251,36 +270,47 @@ impl<F: File> Interval<F> {
     /// is not whole is passed over and noted: nobody knows any more which extents it had.
     async fn scan(&self, opener: &RefCell<Opener>, durable: u64) -> Result<(), RetainError> {
         let len = self.file.len().map_err(|e| self.io(e))?;
-        let mut at = FIRST_RECORD;
-        while at + FIRST_RECORD <= len.max(durable) {
-            let entries = match self.read_record(at, len).await? {
-                Some(record) if record.starts_with(&index::MAGIC) => break,
-                Some(record) => self.open_entries(at, &record, opener).map(|entries| (entries, record.len())),
+        let (mut at, mut window) = (FIRST_RECORD, Window::default());
+        while at + SECTOR <= len.max(durable) {
+            let found = self.read_record(at, len, &mut window).await?;
+            let entries = match &found {
+                Some((body, _)) if body.starts_with(&index::MAGIC) => break,
+                Some((body, _)) => self.open_entries(at, body, opener),
                 None => Err(self.damaged_at(at)),
             };
-            match entries {
-                Ok((entries, body_len)) => {
+            match (entries, found) {
+                (Ok(entries), Some((body, span))) => {
                     for (extent, data_at) in entries {
-                        let source = Source { record_at: at, body_len: body_len as u32, data_at };
+                        let source = Source { record_at: at, body_len: body.len() as u32, data_at };
                         self.pending.borrow_mut().push((extent, source));
                     }
                     self.records.set(self.records.get() + 1);
-                    at += record_len(body_len) as u64;
+                    at += span;
                 }
-                Err(_) if at < durable => {
+                (_, _) if at < durable => {
                     self.lost.set(self.lost.get().or(Some(at)));
-                    at += FIRST_RECORD;
-                    while at < durable && self.read_record(at, len).await?.is_none() {
-                        at += FIRST_RECORD;
+                    at += SECTOR;
+                    while at < durable && self.read_record(at, len, &mut window).await?.is_none() {
+                        at += SECTOR;
                     }
                 }
                 // Not whole: what a crash cut off. Whole and not ours: damage.
-                Err(error) if self.read_record(at, len).await?.is_some() => return Err(error),
-                Err(_) => break,
+                (Err(error), Some(_)) => return Err(error),
+                _ => break,
             }
         }
         self.end.set(at);
         Ok(())
+    }
+
+    /// Appends go to a new page. Where a crash cut off a run, none of it was durable, so what is whole of it goes, too.
+    fn cut_torn_run(&self) {
+        let mut pending = self.pending.borrow_mut();
+        while !self.end.get().is_multiple_of(FIRST_RECORD) {
+            let last = pending.last().map_or(FIRST_RECORD, |(_, source)| source.record_at);
+            while pending.pop_if(|(_, source)| source.record_at == last).is_some() {}
+            self.end.set(last);
+        }
     }
 
     fn open_entries(&self, at: u64, record: &[u8], opener: &RefCell<Opener>) -> Result<Vec<(Extent, Option<u32>)>, RetainError> {
@@ -292,9 +322,9 @@ impl<F: File> Interval<F> {
 
     async fn read_index(&self, index_at: u64) -> bool {
         let Ok(len) = self.file.len() else { return false };
-        let (mut at, mut read) = (index_at, 0);
+        let (mut at, mut read, mut window) = (index_at, 0, Window::default());
         loop {
-            let Ok(Some(body)) = self.read_record(at, len).await else { return false };
+            let Ok(Some((body, span))) = self.read_record(at, len, &mut window).await else { return false };
             let Some((entries, total)) = index::decode(&body) else { return false };
             let sectors = |e: &Extent| e.offset.is_multiple_of(SECTOR) && e.len.is_multiple_of(SECTOR);
             if !entries.iter().all(|(extent, _)| sectors(extent)) {
@@ -306,29 +336,42 @@ impl<F: File> Interval<F> {
                 self.end.set(index_at);
                 return read == total;
             }
-            at += record_len(body.len()) as u64;
+            at += span;
         }
     }
 
-    /// The body of the record at `at`; `None` if there is no whole one.
-    async fn read_record(&self, at: u64, file_len: u64) -> Result<Option<AlignedBuf>, RetainError> {
-        if at + FIRST_RECORD > file_len {
-            return Ok(None);
-        }
-        let first = self.file.read_at(at, FIRST_RECORD as usize).await.map_err(|e| self.io(e))?;
-        let Some(body_len) = peek_record(&first, self.incarnation, BATCH_BYTES_MAX) else { return Ok(None) };
-        let whole = record_len(body_len);
-        if at + whole as u64 > file_len {
-            return Ok(None);
-        }
-        let record = self.file.read_at(at, whole).await.map_err(|e| self.io(e))?;
-        Ok(record_is_whole(&record, body_len).then(|| AlignedBuf::copy_of(&record[RECORD_HEADER_LEN..RECORD_HEADER_LEN + body_len])))
+    /// The body of the record at `at` and the bytes from there to the next; `None` if there is no whole one.
+    async fn read_record(&self, at: u64, file_len: u64, window: &mut Window) -> Result<Option<(AlignedBuf, u64)>, RetainError> {
+        let Some(first) = self.look(window, at, SECTOR, file_len).await? else { return Ok(None) };
+        let Some(body_len) = peek_record(first, self.incarnation, BATCH_BYTES_MAX) else { return Ok(None) };
+        let Some(record) = self.look(window, at, stored(body_len), file_len).await? else { return Ok(None) };
+        let body = || AlignedBuf::copy_of(&record[RECORD_HEADER_LEN..RECORD_HEADER_LEN + body_len]);
+        Ok(record_is_whole(record, body_len).then(|| (body(), span_of(record, body_len) as u64)))
     }
 
-    /// Appends one record. Durable after [`Interval::sync`].
-    pub(super) async fn append(&self, subject: &Subject, session: &Arc<SealingSession>, record: Loose) -> Result<(), RetainError> {
-        let first = self.next_records(1);
-        let run = self.seal(subject, session, vec![record], first).await;
+    /// `len` bytes of the file, which come with others that are wanted next; `None` if it ends before.
+    async fn look<'w>(&self, window: &'w mut Window, at: u64, len: u64, file_len: u64) -> Result<Option<&'w [u8]>, RetainError> {
+        let needed = pages_of(at, len);
+        if needed.end > file_len {
+            return Ok(None);
+        }
+        if needed.start < window.at || needed.end > window.at + window.bytes.len() as u64 {
+            let wide = needed.end.max(needed.start + WINDOW_BYTES).min(file_len / FIRST_RECORD * FIRST_RECORD);
+            window.bytes = match self.file.read_at(needed.start, (wide - needed.start) as usize).await {
+                Ok(bytes) => bytes,
+                // It may be what nobody needs of it that cannot be read.
+                Err(_) => self.file.read_at(needed.start, (needed.end - needed.start) as usize).await.map_err(|e| self.io(e))?,
+            };
+            window.at = needed.start;
+        }
+        let from = (at - window.at) as usize;
+        Ok(window.bytes.get(from..from + len as usize))
+    }
+
+    /// Appends a run of records. Durable after [`Interval::sync`].
+    pub(super) async fn append(&self, subject: &Subject, session: &Arc<SealingSession>, records: Vec<Loose>) -> Result<(), RetainError> {
+        let first = self.next_records(records.len() as u64);
+        let run = self.seal(subject, session, records, first).await;
         self.place(run).await
     }
 

@@ -16,12 +16,11 @@ use std::path::Path;
 use super::index::Source;
 use super::interval::{Interval, file_name};
 use super::record::Loose;
-use super::{RetainError, Retention};
+use super::{RetainError, Retention, parts};
 use crate::crypto::seal::{Opener, Purpose};
 use crate::model::{Extent, OverlayMap, Position};
 use crate::storage::uring::is_full;
 use crate::storage::{AlignedBuf, Storage};
-use crate::wire::batch::{BATCH_DATA_TARGET, BATCH_EXTENTS_MAX};
 
 /// Intervals that are merged at once: each is an open file with its index in memory.
 const MERGE_MAX: usize = 32;
@@ -140,30 +139,32 @@ impl<S: Storage> Retention<S> {
             })
             .collect();
         pieces.sort_by_key(|(extent, from, source)| (*from, source.record_at, extent.offset));
+        let parts = pieces.iter().map(|(extent, _, source)| (*extent, source.data_at.is_none())).collect();
         let mut kept: Option<(usize, u64, std::rc::Rc<AlignedBuf>)> = None;
         let mut todo = pieces.into_iter().peekable();
-        while todo.peek().is_some() {
-            let mut record = Loose { parts: Vec::new(), content: Vec::new() };
-            let mut held = 0;
-            while let Some((extent, from, source)) = todo.peek().copied() {
-                let bytes = if source.data_at.is_some() { extent.len as usize } else { 0 };
-                if !record.parts.is_empty() && (held + bytes > BATCH_DATA_TARGET || record.parts.len() == BATCH_EXTENTS_MAX) {
-                    break;
-                }
-                if let Some(at) = source.data_at {
+        for run in parts::runs(&parts::group(parts)) {
+            let mut records = Vec::with_capacity(run.len());
+            for group in run {
+                let mut record = Loose { parts: group.clone(), content: Vec::new() };
+                for (part, _) in group {
+                    // Long pieces were cut.
+                    let Some((extent, from, source)) =
+                        todo.next_if(|(extent, ..)| part.end() == extent.end()).or_else(|| todo.peek().copied())
+                    else {
+                        break;
+                    };
+                    let Some(at) = source.data_at.map(|at| at as usize + (part.offset - extent.offset) as usize) else { continue };
                     let opened = match &kept {
                         Some((i, r, body)) if (*i, *r) == (from, source.record_at) => body.clone(),
                         _ => sources[from].read(source, &opener).await?,
                     };
-                    let content = opened.get(at as usize..at as usize + extent.len as usize);
+                    let content = opened.get(at..at + part.len as usize);
                     record.content.push(AlignedBuf::copy_of(content.ok_or_else(|| sources[from].damaged(source))?));
-                    held += bytes;
                     kept = Some((from, source.record_at, opened));
                 }
-                record.parts.push((extent, source.data_at.is_none()));
-                todo.next();
+                records.push(record);
             }
-            merged.append(subject, &self.session, record).await?;
+            merged.append(subject, &self.session, records).await?;
         }
         merged.publish();
         merged.close().await?;

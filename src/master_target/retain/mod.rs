@@ -25,6 +25,7 @@ mod inspect;
 mod interval;
 pub mod loss;
 mod merge;
+mod parts;
 mod record;
 mod view;
 
@@ -41,6 +42,7 @@ use thiserror::Error;
 use self::history::History;
 pub use self::inspect::Loss;
 use self::interval::{Interval, file_name, parse_name};
+use self::parts::Part;
 use self::record::Loose;
 pub use self::view::View;
 use crate::crypto::keyring::DataKey;
@@ -48,16 +50,11 @@ use crate::crypto::seal::{OpenError, Opener, Purpose, SealingSession};
 use crate::disk::{Disk, DiskError};
 use crate::model::{BLOCK, BlockSet, DiskId, Extent, Position};
 use crate::storage::Storage;
-use crate::wire::batch::BATCH_EXTENTS_MAX;
 
-/// Records sealed and written as one: about 1 MiB.
-const RUN_RECORDS: usize = 15;
-/// Of these, how many are read, sealed or written at once.
+/// Runs of records that are read, sealed or written at once.
 const KEEP_RUNS: usize = 4;
 /// Reads of the replica for them that are under way.
 const READ_DEPTH: usize = 96;
-/// Data of one record. Small enough that a read of 64 KiB opens little else, large enough to seal, and to pad to a page.
-const RECORD_DATA: usize = 64 << 10;
 
 /// Why the retention journal cannot do what was asked.
 #[derive(Debug, Error)]
@@ -301,7 +298,7 @@ impl<S: Storage> Retention<S> {
                 made
             }
         };
-        let groups = group(split_holes(image, fresh)?);
+        let groups = parts::group(parts::split_holes(image, fresh)?);
         let result = self.keep(image, &interval, groups).await;
         if result.is_err() {
             interval.take_back();
@@ -341,13 +338,13 @@ impl<S: Storage> Retention<S> {
     }
 
     /// Reads, seals and appends old content, all three at once for different records. They stand in the file in their order.
-    async fn keep<D: Disk>(&self, image: &D, interval: &Interval<S::File>, groups: Vec<Vec<(Extent, bool)>>) -> Result<(), RetainError> {
+    async fn keep<D: Disk>(&self, image: &D, interval: &Interval<S::File>, groups: Vec<Vec<Part>>) -> Result<(), RetainError> {
         // Space first: a file system that is full is noticed before anything was written.
-        interval.reserve(groups.iter().map(|group| record::stored_at_most(group)).sum()).await?;
+        interval.reserve(groups.iter().map(|group| record::stored_at_most(group)).sum::<u64>()).await?;
         let (reading, failed) = (tokio::sync::Semaphore::new(READ_DEPTH), Cell::new(false));
         // In long runs: a file system takes its time for each write that makes a file longer, and a hop to another thread, which
         // seals, costs as much as sealing a record.
-        let sealed = groups.chunks(RUN_RECORDS).map(|groups| {
+        let sealed = parts::runs(&groups).into_iter().map(|groups| {
             let (reading, failed) = (&reading, &failed);
             let first = interval.next_records(groups.len() as u64);
             async move {
@@ -542,53 +539,4 @@ impl<S: Storage> Retention<S> {
         }
         fresh
     }
-}
-
-/// Cuts extents where the image has holes, which need no reading: (extent, hole).
-fn split_holes<D: Disk>(image: &D, extents: Vec<Extent>) -> Result<Vec<(Extent, bool)>, DiskError> {
-    let mut parts = Vec::new();
-    // To ask takes time in proportion to how much data lies together, so an answer is used as far as it goes.
-    let (mut asked, mut next) = (u64::MAX, Extent::new(0, 0));
-    for extent in extents {
-        let mut at = extent.offset;
-        while at < extent.end() {
-            if at < asked || at >= next.end() {
-                (asked, next) = (at, image.next_data(at)?.unwrap_or(Extent::new(u64::MAX, 0)));
-            }
-            let data = if next.offset < extent.end() { next } else { Extent::new(extent.end(), 0) };
-            if data.offset > at {
-                parts.push((Extent::new(at, data.offset - at), true));
-            }
-            let end = data.end().min(extent.end());
-            if end > data.offset {
-                parts.push((Extent::new(data.offset.max(at), end - data.offset.max(at)), false));
-            }
-            at = end.max(data.offset);
-        }
-    }
-    Ok(parts)
-}
-
-/// Groups parts into records of about [`RECORD_DATA`] bytes, cutting long ones.
-fn group(parts: Vec<(Extent, bool)>) -> Vec<Vec<(Extent, bool)>> {
-    let mut groups = vec![Vec::new()];
-    let mut data = 0;
-    for (extent, hole) in parts {
-        let mut at = extent.offset;
-        while at < extent.end() {
-            let limit = if hole { crate::model::change::ZERO_BYTES_MAX } else { RECORD_DATA as u64 };
-            let part = Extent::new(at, limit.min(extent.end() - at));
-            at = part.end();
-            let bytes = if hole { 0 } else { part.len };
-            let full = data + bytes > RECORD_DATA as u64 || groups.last().is_some_and(|g: &Vec<_>| g.len() >= BATCH_EXTENTS_MAX);
-            if full {
-                groups.push(Vec::new());
-                data = 0;
-            }
-            data += bytes;
-            groups.last_mut().expect("there is always one group").push((part, hole));
-        }
-    }
-    groups.retain(|g| !g.is_empty());
-    groups
 }

@@ -1,22 +1,27 @@
 //! Records of old content: sealed when they are made, opened when they are read.
+//!
+//! Those of a run stand close, each at a sector; a run begins and ends at a page, so that no page is ever written twice. Each record
+//! says where the next begins.
 
 use std::cell::RefCell;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use super::atlas::Spot;
+use super::parts::{Part, data_of};
 use super::{RetainError, Subject};
 use crate::crypto::seal::{OpenError, Opener, Packer, SealingSession};
-use crate::model::Extent;
-use crate::storage::log::format::{RECORD_HEADER_LEN, finish_record, peek_record, record_is_whole, record_len};
-use crate::storage::{AlignedBuf, File};
+use crate::model::SECTOR;
+use crate::storage::log::format::{RECORD_HEADER_LEN, finish_close_record, peek_record, record_is_whole};
+use crate::storage::{ALIGN, AlignedBuf, File};
 use crate::wire::batch::{BATCH_BYTES_MAX, BatchHeader, ENTRY_LEN, HEADER_LEN, TAG_LEN, push_entry};
 
 /// A record to be sealed: its parts, which are holes or not, and the content of those that are not, in order.
 pub(super) struct Loose {
-    pub(super) parts: Vec<(Extent, bool)>,
+    pub(super) parts: Vec<Part>,
     pub(super) content: Vec<AlignedBuf>,
 }
 
@@ -28,7 +33,7 @@ pub(super) struct Run {
 
 /// A record of a run.
 pub(super) struct Placed {
-    pub(super) parts: Vec<(Extent, bool)>,
+    pub(super) parts: Vec<Part>,
     /// Where it begins in the run.
     pub(super) at: u64,
     pub(super) body_len: u32,
@@ -41,9 +46,10 @@ pub(super) async fn seal(subject: &Subject, session: &Arc<SealingSession>, incar
         thread_local! {
             static PACKER: RefCell<Packer> = RefCell::default();
         }
-        let room: u64 = records.iter().map(|record| stored_at_most(&record.parts)).sum();
-        let mut run = Run { bytes: AlignedBuf::with_capacity(room as usize), records: Vec::with_capacity(records.len()) };
-        for (record, number) in records.into_iter().zip(first..) {
+        let room = records.iter().map(|record| stored_at_most(&record.parts) as usize).sum::<usize>().next_multiple_of(ALIGN);
+        let mut run = Run { bytes: AlignedBuf::with_capacity(room), records: Vec::with_capacity(records.len()) };
+        let last = records.len().saturating_sub(1);
+        for (index, (record, number)) in records.into_iter().zip(first..).enumerate() {
             let data_len = record.content.iter().map(|content| content.len()).sum::<usize>();
             let mut body = Vec::with_capacity(data_len + record.parts.len() * ENTRY_LEN);
             record.content.iter().for_each(|content| body.extend_from_slice(content));
@@ -54,8 +60,10 @@ pub(super) async fn seal(subject: &Subject, session: &Arc<SealingSession>, incar
             let at = run.bytes.len();
             PACKER.with(|packer| session.seal_behind(&mut header, &body, &mut packer.borrow_mut(), &mut run.bytes));
             let body_len = (run.bytes.len() - at - RECORD_HEADER_LEN) as u32;
-            finish_record(&mut run.bytes[at..], incarnation);
-            run.bytes.pad_to(at + record_len(body_len as usize));
+            let step = if index == last { ALIGN } else { SECTOR as usize };
+            let next = run.bytes.len().next_multiple_of(step);
+            finish_close_record(&mut run.bytes[at..], incarnation, next - at);
+            run.bytes.pad_to(next);
             run.records.push(Placed { parts: record.parts, at: at as u64, body_len });
         }
         run
@@ -63,10 +71,14 @@ pub(super) async fn seal(subject: &Subject, session: &Arc<SealingSession>, incar
     tokio::task::spawn_blocking(work).await.expect("sealing does not panic and the runtime outlives this task")
 }
 
-/// Most bytes that a record of these parts takes in the file.
-pub(super) fn stored_at_most(parts: &[(Extent, bool)]) -> u64 {
-    let data: u64 = parts.iter().filter(|(_, hole)| !hole).map(|(extent, _)| extent.len).sum();
-    record_len(HEADER_LEN + data as usize + parts.len() * ENTRY_LEN + TAG_LEN) as u64
+/// Bytes a record with this body takes in its file.
+pub(super) fn stored(body_len: usize) -> u64 {
+    (RECORD_HEADER_LEN + body_len).next_multiple_of(SECTOR as usize) as u64
+}
+
+/// Most bytes that a record of these parts takes in the file, beside what fills the last page of its run.
+pub(super) fn stored_at_most(parts: &[Part]) -> u64 {
+    stored(HEADER_LEN + data_of(parts) as usize + parts.len() * ENTRY_LEN + TAG_LEN)
 }
 
 /// The opened body of a record of `file`, in one read.
@@ -78,12 +90,19 @@ pub(super) async fn read_record<F: File>(
     opener: &RefCell<Opener>,
 ) -> Result<Rc<AlignedBuf>, RetainError> {
     let damaged = |source| RetainError::Damaged { path: path.to_owned(), offset: spot.record_at, source };
-    let record = match file.read_at(spot.record_at, spot.stored as usize).await {
+    let pages = pages_of(spot.record_at, u64::from(spot.stored));
+    let record = match file.read_at(pages.start, (pages.end - pages.start) as usize).await {
         Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Err(damaged(OpenError::Body)),
         other => other.map_err(|source| RetainError::Io { path: path.to_owned(), source })?,
     };
-    let body_len = peek_record(&record, incarnation, BATCH_BYTES_MAX).filter(|&len| record_is_whole(&record, len));
+    let record = &record[(spot.record_at - pages.start) as usize..];
+    let body_len = peek_record(record, incarnation, BATCH_BYTES_MAX).filter(|&len| record_is_whole(record, len));
     let body_len = body_len.ok_or_else(|| damaged(OpenError::Body))?;
     let opened = opener.borrow_mut().open(&record[RECORD_HEADER_LEN..RECORD_HEADER_LEN + body_len]);
     Ok(Rc::new(opened.map_err(damaged)?.1))
+}
+
+/// The pages that `len` bytes at `at` touch.
+pub(super) fn pages_of(at: u64, len: u64) -> Range<u64> {
+    at / ALIGN as u64 * ALIGN as u64..(at + len).next_multiple_of(ALIGN as u64)
 }

@@ -18,7 +18,7 @@ use crate::model::{Extent, OverlayMap, Position};
 use crate::storage::{AlignedBuf, File, Storage};
 
 /// Opened records kept for the next read.
-const RECORDS_KEPT: usize = 32;
+const RECORDS_KEPT: usize = 128;
 /// Pieces of one read that are fetched at once.
 const FETCH_DEPTH: usize = 16;
 /// Files read at once while the atlas is made.

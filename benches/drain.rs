@@ -1,0 +1,233 @@
+//! How fast a master target drains its journal into replicas, with points and without. `benches/run drain`.
+//!
+//! The product's own apply thread, journal and catalogue with the default settings: sealed batches of 16 KiB overwrites at random
+//! places of allocated replicas are in the journal and not in memory, as after a break or a restart; the clock runs until the last
+//! of them is in a checkpoint. Two disks are served in turn, one of which has a point every 512 MiB (five seconds of a machine that
+//! writes 100 MB/s), and one that has none, so that nothing is kept. Only the link is left out.
+//!
+//! What is overwritten: places all over the disk, with memory for all of it, with the default memory (an eighth of it) and with
+//! none; and a working set that fits the default memory.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "a benchmark reads the clock")]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tidegate::config::master_target::MasterTargetSettings;
+use tidegate::crypto::keyring::KeyEncryptionKey;
+use tidegate::crypto::pki::{self, Identity, Role};
+use tidegate::crypto::seal::{Packer, Purpose, SealingSession};
+use tidegate::crypto::tls::Credentials;
+use tidegate::master_target::apply::{self, Command, Prepared};
+use tidegate::master_target::catalogue::Records;
+use tidegate::master_target::journal::{self, Completions, JournalHandle, Tag};
+use tidegate::master_target::policy::{self, LivePolicy};
+use tidegate::master_target::shared::{DiskShared, Item, TargetShared};
+use tidegate::model::{Extent, Marker, PointId, PointKind, Position};
+use tidegate::storage::log::service::Append;
+use tidegate::storage::uring;
+use tidegate::wire::batch::{BatchHeader, push_entry};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+const ROUNDS: u64 = 3;
+const DISK: u64 = 4 << 30;
+const BLOCK: u64 = 16 << 10;
+/// Blocks of one batch: as a process server makes them.
+const BATCH_BLOCKS: u64 = 16;
+/// Bytes of one measurement.
+const BYTES: u64 = 2 << 30;
+/// Bytes between points.
+const POINT_EVERY: u64 = 512 << 20;
+
+/// Scattered numbers below `bound`, the same in every run.
+fn scattered(n: u64, bound: u64) -> u64 {
+    n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29).wrapping_mul(0xbf58_476d_1ce4_e5b9).rotate_left(31) % bound
+}
+
+struct Disk {
+    shared: Arc<DiskShared>,
+    prepared: Prepared,
+    session: SealingSession,
+    sequence: u64,
+}
+
+struct Target {
+    journal: JournalHandle,
+    completions: Completions,
+    permits: Arc<Semaphore>,
+    disks: Vec<Disk>,
+    packer: Packer,
+    /// Plain content, of which `random` in every 4096 bytes do not compress.
+    content: Vec<u8>,
+}
+
+impl Target {
+    fn start(dir: &Path, format: &str, apply_settings: &str, random: usize) -> Self {
+        let identity = Identity { role: Role::MasterTarget, name: "dr1".parse().unwrap() };
+        if !dir.join("ca").exists() {
+            pki::init(&dir.join("ca")).unwrap();
+            pki::issue(&dir.join("ca"), &identity, &dir.join("tls")).unwrap();
+        }
+        let tls = dir.join("tls");
+        let machine = |name: &str| format!("[[machine]]\nname = \"{name}\"\n[[machine.disk]]\nname = \"sda\"\nformat = \"{format}\"\n");
+        let text = format!(
+            "state = \"{}\"\n[tls]\nca = \"{t}/ca.pem\"\ncert = \"{t}/cert.pem\"\nkey = \"{t}/key.pem\"\n[apply]\n{apply_settings}\n[control]\nlisten = \"unix:/nowhere\"\n{}{}",
+            dir.join("state").display(),
+            machine("with-points"),
+            machine("without"),
+            t = tls.display()
+        );
+        let settings: MasterTargetSettings = toml::from_str(&text).unwrap();
+        uring::create_dir_durable(&settings.state).unwrap();
+        let credentials = Credentials::load(&settings.tls, Role::MasterTarget).unwrap();
+        let kek = Arc::new(KeyEncryptionKey::load(&settings.state.join("key"), true).unwrap());
+        let records = Records::open(&settings.state).unwrap();
+        let (journal, completions, recovered) = journal::open(&settings.state, records.journal_id, &settings.journal).unwrap();
+        let disks = settings.machine.iter().flat_map(|m| m.disk.iter().map(|d| Arc::new(DiskShared::new(m, d)))).collect();
+        let shared = Arc::new(TargetShared::new(disks, records.book().unwrap(), records.clock().unwrap()));
+        let live = LivePolicy::new(settings.retain.policy(), policy::of_configuration(&settings.machine), records.policy().unwrap());
+        let (commands, asked) = mpsc::channel(16);
+        let setup = apply::Setup {
+            settings,
+            shared: shared.clone(),
+            records,
+            policy: Arc::new(live),
+            kek,
+            verifier: credentials.verifier(),
+            journal: journal.clone(),
+            found: journal::sort(recovered).0,
+        };
+        let (opened_tx, opened_rx) = std::sync::mpsc::sync_channel(1);
+        std::thread::spawn(move || uring::run(apply::run(setup, asked, opened_tx)).unwrap());
+        opened_rx.recv().unwrap();
+        let disks = shared.disks.clone().into_iter().map(|shared| {
+            let (done, answer) = oneshot::channel();
+            let prepare = Command::Prepare { disk: shared.id, size: DISK, done };
+            commands.blocking_send(prepare).unwrap_or_else(|_| panic!("the apply thread runs"));
+            let prepared = answer.blocking_recv().unwrap().unwrap_or_else(|refusal| panic!("{}", refusal.message));
+            let session = SealingSession::start(&prepared.key, Purpose::Stream, shared.id, prepared.generation);
+            Disk { shared, prepared, session, sequence: 0 }
+        });
+        let disks = disks.collect();
+        std::mem::forget(commands);
+        let mut content = vec![0; 8 << 20];
+        for (p, page) in content.chunks_mut(4096).enumerate() {
+            for (i, word) in page[..random].chunks_mut(8).enumerate() {
+                word.copy_from_slice(&scattered((p * 512 + i) as u64 + 1, u64::MAX).to_le_bytes());
+            }
+        }
+        Self { journal, completions, permits: Arc::new(Semaphore::new(64)), disks, packer: Packer::default(), content }
+    }
+
+    /// A sealed batch that writes blocks at `places`, as the journal keeps it; with a marker if it ends with one.
+    fn batch(&mut self, disk: usize, places: &[u64], marked: bool) -> (BatchHeader, Append<Tag>) {
+        let disk = &mut self.disks[disk];
+        let mut body = Vec::with_capacity(places.len() * (BLOCK as usize + 16));
+        for place in places {
+            let at = (scattered(*place + disk.sequence, (self.content.len() as u64 - BLOCK) / 4096) * 4096) as usize;
+            body.extend_from_slice(&self.content[at..at + BLOCK as usize]);
+        }
+        let data_len = body.len() as u32;
+        places.iter().for_each(|place| push_entry(&mut body, Extent::new(*place, BLOCK), false));
+        let table_end = body.len();
+        if marked {
+            let marker = Marker {
+                point: PointId(uuid::Uuid::from_u128(u128::from(disk.sequence) + 1)),
+                machine: disk.shared.machine,
+                kind: PointKind::Crash,
+                disks: vec![disk.shared.id],
+                sizes: vec![DISK],
+                label: None,
+                wall_ms: disk.sequence as i64,
+                hold_us: 0,
+                group: None,
+                proof: Vec::new(),
+                remark: None,
+            };
+            body.extend(postcard::to_stdvec(&marker).unwrap());
+        }
+        disk.sequence += 1;
+        let mut header = BatchHeader {
+            epoch: 1,
+            first: disk.sequence,
+            last: disk.sequence,
+            data_len,
+            extents: places.len() as u32,
+            marker_len: (body.len() - table_end) as u32,
+            ..BatchHeader::new(disk.shared.id, disk.prepared.generation)
+        };
+        let record = disk.session.seal(&mut header, &body, &mut self.packer);
+        let permit = self.permits.clone().try_acquire_owned().unwrap();
+        (header, Append { record, tag: Tag { disk: disk.shared.id, number: 0, permit } })
+    }
+
+    /// Journals `places` of a disk, with a marker every [`POINT_EVERY`] bytes if it has points; then lets them be applied. MB/s.
+    fn drain(&mut self, disk: usize, places: &[u64], points: bool) -> f64 {
+        let mut items = Vec::new();
+        for (n, places) in (1u64..).zip(places.chunks(BATCH_BLOCKS as usize)) {
+            let marked = points && (n * BATCH_BLOCKS * BLOCK).is_multiple_of(POINT_EVERY);
+            let (header, append) = self.batch(disk, places, marked);
+            self.journal.append_blocking(append).unwrap();
+            let (location, _) = self.completions.blocking_recv().unwrap().remove(0).result.unwrap();
+            items.push(Item::recovered(&header, location));
+        }
+        let shared = self.disks[disk].shared.clone();
+        let end = Position::new(1, self.disks[disk].sequence);
+        {
+            let mut condition = shared.condition();
+            (condition.received, condition.journaled) = (end, end);
+        }
+        let started = Instant::now();
+        items.into_iter().for_each(|item| shared.push(item));
+        while shared.condition().checkpointed < end {
+            assert!(started.elapsed() < Duration::from_secs(100) && shared.condition().error.is_none(), "{:?}", shared.condition().error);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        (places.len() as u64 * BLOCK) as f64 / started.elapsed().as_secs_f64() / 1e6
+    }
+}
+
+fn measure(format: &str, memory: &str, random: usize, set: u64, what: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut target = Target::start(dir.path(), format, memory, random);
+    let all: Vec<u64> = (0..DISK / BLOCK).map(|n| n * BLOCK).collect();
+    for disk in [0, 1] {
+        target.drain(disk, &all, disk == 0);
+    }
+    for round in 0..ROUNDS {
+        let places = |seed: u64| (0..BYTES / BLOCK).map(|n| scattered(seed << 40 | n, set / BLOCK) * BLOCK).collect::<Vec<_>>();
+        // What the working set is is known by then, and in memory as far as it fits.
+        for disk in [1, 0] {
+            target.drain(disk, &places(100 + round)[..(set.min(BYTES) / BLOCK) as usize], disk == 0);
+        }
+        let without = target.drain(1, &places(200 + round), false);
+        let with = target.drain(0, &places(200 + round), true);
+        println!(
+            "{format}, {what}, content that compresses to {:.1}: {with:.0} MB/s with points, {without:.0} without: {:.2} times the time",
+            random as f64 / 4096.0,
+            without / with
+        );
+    }
+}
+
+fn main() {
+    let only = std::env::var("DRAIN_ONLY").unwrap_or_default();
+    for format in ["raw", "vhdx"].into_iter().filter(|f| only.is_empty() || only.contains(f)) {
+        let whole = "all over a 4 GiB disk";
+        if only.is_empty() || only.contains("set") {
+            measure(format, "", 2048, 384 << 20, "all over 384 MiB, default memory");
+        }
+        if only.is_empty() || only.contains("all") {
+            measure(format, "recent_max = \"9GiB\"", 2048, DISK, &format!("{whole}, memory for all of it"));
+        }
+        if only.is_empty() || only.contains("part") {
+            measure(format, "", 2048, DISK, &format!("{whole}, default memory"));
+        }
+        if only.is_empty() || only.contains("none") {
+            measure(format, "recent_max = \"0\"", 2048, DISK, &format!("{whole}, no memory"));
+        }
+        if only.is_empty() || only.contains("dense") {
+            measure(format, "recent_max = \"9GiB\"", 4096, DISK, &format!("{whole}, memory for all of it"));
+        }
+    }
+}
