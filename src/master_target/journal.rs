@@ -109,7 +109,7 @@ mod tests {
     use crate::storage::log::Location;
 
     fn item(epoch: u64, first: u64, last: u64) -> Item {
-        Item { first, end: Position::new(epoch, last), location: Location::nowhere(), marked: false, body: None, travel: None }
+        Item { first, end: Position::new(epoch, last), location: Location::nowhere(), marked: false, body_len: 0, body: None, travel: None }
     }
 
     #[test]

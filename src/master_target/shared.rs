@@ -19,6 +19,9 @@ use crate::wire::batch::BatchHeader;
 /// Verdicts that may wait for the process server.
 const VERDICTS_MAX: usize = 4096;
 
+/// A batch's header and its opened body.
+pub type Opened = (BatchHeader, AlignedBuf);
+
 /// A journaled batch that is not in the replica.
 pub struct Item {
     /// First sequence.
@@ -29,8 +32,10 @@ pub struct Item {
     pub location: Location,
     /// It ends with a marker: a point waits for it.
     pub marked: bool,
-    /// Its opened body, unless it has to be read back.
-    pub body: Option<(BatchHeader, AlignedBuf)>,
+    /// Bytes of its opened body.
+    pub body_len: u32,
+    /// That, unless it has to be read back.
+    pub body: Option<Opened>,
     /// How it travelled.
     pub travel: Option<Travel>,
 }
@@ -38,7 +43,8 @@ pub struct Item {
 impl Item {
     /// A batch found at start.
     pub fn recovered(header: &BatchHeader, location: Location) -> Self {
-        Self { first: header.first, end: header.end(), location, marked: header.marker_len > 0, body: None, travel: None }
+        let body_len = header.body_len() as u32;
+        Self { first: header.first, end: header.end(), location, marked: header.marker_len > 0, body_len, body: None, travel: None }
     }
 }
 
@@ -272,11 +278,32 @@ impl DiskShared {
         while sum < bytes
             && let Some(item) = queue.pop_front()
         {
-            sum += item.body.as_ref().map_or(item.location.stored_bytes(), |(_, body)| body.len() as u64);
+            sum += u64::from(item.body_len);
             taken.push(item);
         }
         self.markers_waiting.fetch_sub(taken.iter().filter(|item| item.marked).count(), Ordering::Relaxed);
         taken
+    }
+
+    /// Where those of the next `bytes` are that have to be read back.
+    pub fn unopened(&self, bytes: u64) -> Vec<Location> {
+        let queue = self.lock_queue();
+        let mut sum = 0;
+        let next = queue.iter().take_while(|item| {
+            sum += u64::from(item.body_len);
+            sum <= bytes
+        });
+        next.filter(|item| item.body.is_none()).map(|item| item.location).collect()
+    }
+
+    /// The opened body of a batch that was read back from `location`; false if that does not wait any more.
+    pub fn give_body(&self, location: Location, body: Opened) -> bool {
+        let mut queue = self.lock_queue();
+        // Its place may have been given up, and used again.
+        let is_it = |item: &&mut Item| item.location == location && (item.first, item.end) == (body.0.first, body.0.end());
+        let Some(item) = queue.iter_mut().find(is_it).filter(|item| item.body.is_none()) else { return false };
+        item.body = Some(body);
+        true
     }
 
     /// Batches waiting.

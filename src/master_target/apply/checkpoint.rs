@@ -72,17 +72,6 @@ impl ApplyError {
     }
 }
 
-/// Opens the batches that are not in memory. Nothing is changed.
-///
-/// # Errors
-/// [`ApplyError`].
-pub async fn open_bodies(apply: &Apply, replica: &Replica, items: &mut [Item]) -> Result<(), ApplyError> {
-    for item in items {
-        replica.body(apply, item).await?;
-    }
-    Ok(())
-}
-
 /// Whether `items` continue a replica's checkpoint without a gap (INV-03): nothing else is ever written to it.
 ///
 /// # Errors

@@ -9,6 +9,7 @@
 //! If power goes anywhere in between, the same batches are applied again from the last checkpoint; step 1 keeps what the
 //! first attempt kept.
 
+pub mod ahead;
 pub mod checkpoint;
 pub mod compare;
 mod damage;
@@ -422,11 +423,11 @@ impl Apply {
                 continue;
             }
             let mut items = disk.take(2 * bytes);
-            let mut opened = checkpoint::open_bodies(self, replica, &mut items).await;
+            let mut opened = ahead::open_bodies(self, replica, &mut items).await;
             if opened.as_ref().is_err_and(ApplyError::is_damaged_batch) {
                 // Read once more: what was only misread is not given up.
                 tokio::time::sleep(READ_AGAIN).await;
-                opened = checkpoint::open_bodies(self, replica, &mut items).await;
+                opened = ahead::open_bodies(self, replica, &mut items).await;
             }
             let opened = opened.and_then(|()| checkpoint::check_continues(disk.condition().checkpointed, &items));
             match opened {
@@ -436,7 +437,10 @@ impl Apply {
                 }
                 other => other?,
             }
-            checkpoint::run(self, replica, items).await?;
+            // What comes next is opened meanwhile, so that it can begin at once.
+            let (ran, ()) =
+                futures_util::future::join(checkpoint::run(self, replica, items), ahead::open_waiting(self, replica, 2 * bytes)).await;
+            ran?;
             crate::observe::metrics::observe(crate::observe::metrics::CHECKPOINT, clock::now().since(last));
         }
     }

@@ -4,21 +4,20 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::compare::Wounds;
 use super::{Apply, Prepared, Refusal};
 use crate::config::units::show_size;
 use crate::crypto::keyring::DataKey;
-use crate::crypto::seal::{Opener, Purpose};
 use crate::disk::recent::Recent;
 use crate::disk::{Disk, DiskError, Format, Image};
 use crate::master_target::catalogue::{Content, Damage, ReplicaRecord};
 use crate::master_target::journal::{self, Found, Replayed};
 use crate::master_target::retain::{Retention, Subject};
-use crate::master_target::shared::{DiskShared, Item, Travel};
+use crate::master_target::shared::{DiskShared, Travel};
 use crate::model::{Compare, DiskId, Hold, PointId, Position, SECTOR};
 use crate::observe::metrics;
 use crate::storage::lock::lock_files;
@@ -37,8 +36,6 @@ pub struct Replica {
     pub image: Recent<Image<UringFile>>,
     /// Its history.
     pub retention: Retention<Uring>,
-    /// Opens batches that were not kept in memory.
-    pub opener: Arc<Mutex<Opener>>,
     /// The newest marker applied.
     pub last_marker: Cell<Option<Position>>,
     /// The newest marker whose checkpoint is noted: the points up to it are listed, or wait, or are given up.
@@ -66,8 +63,8 @@ pub struct Replica {
     pub blind_until: Cell<Position>,
     /// Begins of intervals whose damage was judged.
     pub judged: tokio::sync::Mutex<BTreeSet<Position>>,
-    key: DataKey,
-    generation: u64,
+    pub(super) key: DataKey,
+    pub(super) generation: u64,
 }
 
 impl Apply {
@@ -174,13 +171,11 @@ impl Apply {
         let noted = self.intervals.borrow_mut().remove(&disk.id).unwrap_or_default();
         let retention = Retention::open_noted(self.storage.clone(), &dir, subject, record.last_marker, &noted);
         let retention = retention.await.map_err(|e| e.to_string())?;
-        let opener = Opener::new(key.clone(), Purpose::Stream, disk.id, record.generation);
         disk.condition().unconfirmed = record.content == Content::Unconfirmed;
         Ok(Replica {
             shared: disk.clone(),
             image: Recent::new(image, &self.recent),
             retention,
-            opener: Arc::new(Mutex::new(opener)),
             last_marker: Cell::new(record.last_marker),
             noted_marker: Cell::new(record.last_marker),
             arrived: RefCell::default(),
@@ -409,23 +404,6 @@ impl Replica {
             () = tokio::time::sleep(duration) => {}
             () = self.gone.notified() => {}
         }
-    }
-
-    /// The opened body of an item, from memory or from the journal.
-    pub async fn body(&self, apply: &Apply, item: &mut Item) -> Result<(), super::checkpoint::ApplyError> {
-        if item.body.is_some() {
-            return Ok(());
-        }
-        let bytes = apply.journal.read(item.location).await?;
-        let opener = self.opener.clone();
-        let opened = tokio::task::spawn_blocking(move || {
-            let sealed = &bytes[crate::storage::log::format::RECORD_HEADER_LEN..];
-            opener.lock().unwrap_or_else(PoisonError::into_inner).open(sealed)
-        });
-        let opened = opened.await.map_err(|e| std::io::Error::other(e.to_string()))??;
-        apply.shared.body_bytes.fetch_add(opened.1.len() as u64, Ordering::Relaxed);
-        item.body = Some(opened);
-        Ok(())
     }
 }
 

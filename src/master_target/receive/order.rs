@@ -135,7 +135,15 @@ mod tests {
 
     #[test]
     fn what_was_under_way_of_a_stream_that_was_replaced_is_nobodys() {
-        let item = || Item { first: 1, end: Position::new(1, 5), location: Location::nowhere(), marked: false, body: None, travel: None };
+        let item = || Item {
+            first: 1,
+            end: Position::new(1, 5),
+            location: Location::nowhere(),
+            marked: false,
+            body_len: 0,
+            body: None,
+            travel: None,
+        };
         let mut order = Order::new(Position::default());
         let old = order.received(Position::new(1, 5), item);
         let mut order = order.replaced(Position::default());

@@ -402,6 +402,7 @@ impl DiskStream<'_> {
             end,
             location: Location::nowhere(),
             marked,
+            body_len: body.len() as u32,
             body: keep.then_some((header, body)),
             travel: Some(travel),
         });
