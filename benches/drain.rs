@@ -1,9 +1,10 @@
 //! How fast a master target drains its journal into replicas, with points and without. `benches/run drain`.
 //!
 //! The product's own apply thread, journal and catalogue with the default settings: sealed batches of 16 KiB overwrites at random
-//! places of allocated replicas are in the journal and not in memory, as after a break or a restart; the clock runs until the last
-//! of them is in a checkpoint. Two disks are served in turn, one of which has a point every 512 MiB (five seconds of a machine that
-//! writes 100 MB/s), and one that has none, so that nothing is kept. Only the link is left out.
+//! places of allocated replicas are in the journal; the clock runs until the last of them is in a checkpoint. Two disks are served
+//! in turn, one of which has a point every 512 MiB (five seconds of a machine that writes 100 MB/s), and one that has none, so that
+//! nothing is kept. Only the link is left out. Batches are read back from the journal and opened, as after a break or a restart; or
+//! they were opened when they arrived, and are in memory still.
 //!
 //! What is overwritten: places all over the disk, with memory for all of it, with the default memory (an eighth of it) and with
 //! none; and a working set that fits the default memory.
@@ -11,6 +12,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tidegate::config::master_target::MasterTargetSettings;
@@ -25,7 +27,7 @@ use tidegate::master_target::policy::{self, LivePolicy};
 use tidegate::master_target::shared::{DiskShared, Item, TargetShared};
 use tidegate::model::{Extent, Marker, PointId, PointKind, Position};
 use tidegate::storage::log::service::Append;
-use tidegate::storage::uring;
+use tidegate::storage::{AlignedBuf, uring};
 use tidegate::wire::batch::{BatchHeader, push_entry};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
@@ -35,7 +37,7 @@ const BLOCK: u64 = 16 << 10;
 /// Blocks of one batch: as a process server makes them.
 const BATCH_BLOCKS: u64 = 16;
 /// Bytes of one measurement.
-const BYTES: u64 = 2 << 30;
+const BYTES: u64 = 1 << 30;
 /// Bytes between points.
 const POINT_EVERY: u64 = 512 << 20;
 
@@ -55,6 +57,7 @@ struct Target {
     journal: JournalHandle,
     completions: Completions,
     permits: Arc<Semaphore>,
+    shared: Arc<TargetShared>,
     disks: Vec<Disk>,
     packer: Packer,
     /// Plain content, of which `random` in every 4096 bytes do not compress.
@@ -109,6 +112,7 @@ impl Target {
             Disk { shared, prepared, session, sequence: 0 }
         });
         let disks = disks.collect();
+        // The thread serves as long as somebody may ask.
         std::mem::forget(commands);
         let mut content = vec![0; 8 << 20];
         for (p, page) in content.chunks_mut(4096).enumerate() {
@@ -116,11 +120,11 @@ impl Target {
                 word.copy_from_slice(&scattered((p * 512 + i) as u64 + 1, u64::MAX).to_le_bytes());
             }
         }
-        Self { journal, completions, permits: Arc::new(Semaphore::new(64)), disks, packer: Packer::default(), content }
+        Self { journal, completions, permits: Arc::new(Semaphore::new(64)), shared, disks, packer: Packer::default(), content }
     }
 
     /// A sealed batch that writes blocks at `places`, as the journal keeps it; with a marker if it ends with one.
-    fn batch(&mut self, disk: usize, places: &[u64], marked: bool) -> (BatchHeader, Append<Tag>) {
+    fn batch(&mut self, disk: usize, places: &[u64], marked: bool) -> (BatchHeader, AlignedBuf, Append<Tag>) {
         let disk = &mut self.disks[disk];
         let mut body = Vec::with_capacity(places.len() * (BLOCK as usize + 16));
         for place in places {
@@ -158,18 +162,23 @@ impl Target {
         };
         let record = disk.session.seal(&mut header, &body, &mut self.packer);
         let permit = self.permits.clone().try_acquire_owned().unwrap();
-        (header, Append { record, tag: Tag { disk: disk.shared.id, number: 0, permit } })
+        (header, AlignedBuf::copy_of(&body), Append { record, tag: Tag { disk: disk.shared.id, number: 0, permit } })
     }
 
     /// Journals `places` of a disk, with a marker every [`POINT_EVERY`] bytes if it has points; then lets them be applied. MB/s.
-    fn drain(&mut self, disk: usize, places: &[u64], points: bool) -> f64 {
+    fn drain(&mut self, disk: usize, places: &[u64], points: bool, in_memory: bool) -> f64 {
         let mut items = Vec::new();
         for (n, places) in (1u64..).zip(places.chunks(BATCH_BLOCKS as usize)) {
             let marked = points && (n * BATCH_BLOCKS * BLOCK).is_multiple_of(POINT_EVERY);
-            let (header, append) = self.batch(disk, places, marked);
+            let (header, body, append) = self.batch(disk, places, marked);
             self.journal.append_blocking(append).unwrap();
             let (location, _) = self.completions.blocking_recv().unwrap().remove(0).result.unwrap();
-            items.push(Item::recovered(&header, location));
+            let mut item = Item::recovered(&header, location);
+            if in_memory {
+                self.shared.body_bytes.fetch_add(body.len() as u64, Ordering::Relaxed);
+                item.body = Some((header, body));
+            }
+            items.push(item);
         }
         let shared = self.disks[disk].shared.clone();
         let end = Position::new(1, self.disks[disk].sequence);
@@ -187,24 +196,32 @@ impl Target {
     }
 }
 
-fn measure(format: &str, memory: &str, random: usize, set: u64, what: &str) {
+/// Measures on a new master target with `settings` of `[apply]`, places among the first `set` bytes.
+fn measure(format: &str, settings: &str, random: usize, set: u64, what: &str) {
     let dir = tempfile::tempdir().unwrap();
-    let mut target = Target::start(dir.path(), format, memory, random);
+    let mut target = Target::start(dir.path(), format, settings, random);
     let all: Vec<u64> = (0..DISK / BLOCK).map(|n| n * BLOCK).collect();
     for disk in [0, 1] {
-        target.drain(disk, &all, disk == 0);
+        target.drain(disk, &all, disk == 0, false);
     }
-    for round in 0..ROUNDS {
-        let places = |seed: u64| (0..BYTES / BLOCK).map(|n| scattered(seed << 40 | n, set / BLOCK) * BLOCK).collect::<Vec<_>>();
-        // What the working set is is known by then, and in memory as far as it fits.
-        for disk in [1, 0] {
-            target.drain(disk, &places(100 + round)[..(set.min(BYTES) / BLOCK) as usize], disk == 0);
+    let places = |seed: u64| (0..BYTES / BLOCK).map(|n| scattered(seed << 40 | n, set / BLOCK) * BLOCK).collect::<Vec<_>>();
+    for (round, in_memory) in (0..2 * ROUNDS).map(|n| (n, n % 2 == 1)) {
+        if set < DISK {
+            // What the working set is is known by then, and in memory as far as it fits.
+            for disk in [1, 0] {
+                target.drain(disk, &places(100 + round), disk == 0, false);
+            }
         }
-        let without = target.drain(1, &places(200 + round), false);
-        let with = target.drain(0, &places(200 + round), true);
+        // The first of both meets a storage that has just been filled with batches for it: in turn.
+        let mut speeds = [0.0; 2];
+        for disk in if round / 2 % 2 == 0 { [1, 0] } else { [0, 1] } {
+            speeds[disk] = target.drain(disk, &places(200 + round), disk == 0, in_memory);
+        }
+        let [with, without] = speeds;
         println!(
-            "{format}, {what}, content that compresses to {:.1}: {with:.0} MB/s with points, {without:.0} without: {:.2} times the time",
+            "{format}, {what}, content that compresses to {:.1}, batches {}: {with:.0} MB/s with points, {without:.0} without: {:.2} times the time",
             random as f64 / 4096.0,
+            if in_memory { "in memory" } else { "read back" },
             without / with
         );
     }
@@ -212,22 +229,25 @@ fn measure(format: &str, memory: &str, random: usize, set: u64, what: &str) {
 
 fn main() {
     let only = std::env::var("DRAIN_ONLY").unwrap_or_default();
-    for format in ["raw", "vhdx"].into_iter().filter(|f| only.is_empty() || only.contains(f)) {
-        let whole = "all over a 4 GiB disk";
-        if only.is_empty() || only.contains("set") {
+    let chosen = |what: &str| only.is_empty() || only.split(',').any(|o| o == what);
+    let formats: Vec<&str> = ["raw", "vhdx"].into_iter().filter(|f| chosen(f)).collect();
+    let formats = if formats.is_empty() { vec!["raw", "vhdx"] } else { formats };
+    let (whole, all) = ("all over a 4 GiB disk", "recent_max = \"9GiB\"");
+    for format in formats {
+        if chosen("set") {
             measure(format, "", 2048, 384 << 20, "all over 384 MiB, default memory");
         }
-        if only.is_empty() || only.contains("all") {
-            measure(format, "recent_max = \"9GiB\"", 2048, DISK, &format!("{whole}, memory for all of it"));
+        if chosen("all") {
+            measure(format, all, 2048, DISK, &format!("{whole}, memory for all of it"));
         }
-        if only.is_empty() || only.contains("part") {
+        if chosen("part") {
             measure(format, "", 2048, DISK, &format!("{whole}, default memory"));
         }
-        if only.is_empty() || only.contains("none") {
+        if chosen("none") {
             measure(format, "recent_max = \"0\"", 2048, DISK, &format!("{whole}, no memory"));
         }
-        if only.is_empty() || only.contains("dense") {
-            measure(format, "recent_max = \"9GiB\"", 4096, DISK, &format!("{whole}, memory for all of it"));
+        if chosen("dense") {
+            measure(format, all, 4096, DISK, &format!("{whole}, memory for all of it"));
         }
     }
 }

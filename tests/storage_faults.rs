@@ -18,6 +18,7 @@ use tidegate::master_target::retain::{Retention, Subject};
 use tidegate::model::{DiskId, Extent, Position};
 use tidegate::storage::log::format::RECORD_HEADER_LEN;
 use tidegate::storage::log::{Location, Log, LogError, Options};
+use tidegate::storage::uring::{self, Uring};
 use tidegate::storage::{AlignedBuf, File, OpenMode, Storage};
 use uuid::Uuid;
 
@@ -25,6 +26,8 @@ fn run<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap().block_on(work)
 }
 
+/// Bytes of the disk whose old content version 1 kept.
+const SIZE_V1: u64 = 4 << 20;
 const DIR: &str = "/log";
 const OPTIONS: Options = Options { segment_bytes: 64 << 10, segments_max: 4, body_bytes_max: 20_000 };
 
@@ -555,6 +558,128 @@ fn rot_in_old_content_is_an_error_and_never_other_content() {
         let view = retention.view(Position::new(1, 1)).await.unwrap();
         assert!(view.read(&image, Extent::new(0, 4096)).await.is_err());
     });
+}
+
+/// Small records of scattered blocks stand close: rot in one costs that one, also when the index is gone and they are looked for.
+#[test]
+fn rot_in_one_of_many_records_is_told_from_the_others() {
+    const BLOCKS: u64 = 30;
+    const SPACING: u64 = 64 << 10;
+    const LEN: u64 = 16 << 10;
+    for sector in 0..BLOCKS * 2 {
+        for without_index in [false, true] {
+            run(async {
+                let storage = Faulty::default();
+                let image = Image::create(&storage, Path::new("/r/image"), Format::Raw, BLOCKS * SPACING).await.unwrap();
+                let extents = || (0..BLOCKS).map(|n| Extent::new(n * SPACING, LEN));
+                for extent in extents() {
+                    let noise: Vec<u8> = (0..LEN).map(|i| (i.wrapping_mul(extent.offset + 77) >> 5) as u8).collect();
+                    image.write(extent.offset, Bytes::from(noise)).await.unwrap();
+                }
+                let old = image.read(Extent::new(0, BLOCKS * SPACING)).await.unwrap();
+                let retention = Retention::open(storage.clone(), Path::new("/u"), subject(), None).await.unwrap();
+                retention.begin(Position::new(1, 1)).await.unwrap();
+                retention.preserve(&image, extents()).await.unwrap();
+                for extent in extents() {
+                    image.write(extent.offset, Bytes::from(vec![9; LEN as usize])).await.unwrap();
+                }
+                retention.begin(Position::new(1, 2)).await.unwrap();
+                drop(retention);
+                let path = Path::new("/u").join(&storage.list(Path::new("/u")).unwrap()[0]);
+                let file = storage.open(&path, OpenMode::Read).await.unwrap();
+                let header = file.read_at(0, 4096).await.unwrap();
+                let index_at = u64::from_le_bytes(header[32..40].try_into().unwrap());
+                let rotten = 4096 + sector * 512 + 100;
+                if rotten >= index_at {
+                    return;
+                }
+                storage.rot(&path, rotten as usize, 1);
+                if without_index {
+                    storage.rot(&path, index_at as usize + 70, 1);
+                }
+                let retention = Retention::open(storage.clone(), Path::new("/u"), subject(), Some(Position::new(1, 2))).await.unwrap();
+                let view = match retention.view(Position::new(1, 1)).await {
+                    Ok(view) => view,
+                    Err(error) => return assert!(without_index && error.damaged_interval().is_some(), "{error}"),
+                };
+                let mut damaged = 0;
+                for extent in extents() {
+                    match view.read(&image, extent).await {
+                        Ok(found) => {
+                            assert!(found[..] == old[extent.offset as usize..extent.end() as usize], "other content at {extent:?}")
+                        }
+                        Err(_) => damaged += 1,
+                    }
+                }
+                assert_eq!(damaged, 1, "sector {sector}: every record but one is whole");
+                assert!(!without_index, "nobody knows what the record had");
+                let loss = retention.inspect(Position::new(1, 1), async |_| {}).await.unwrap().unwrap();
+                assert_eq!(retention.needing(&loss, &[(Position::new(1, 1), BLOCKS * SPACING)]).await.len(), 1);
+            });
+        }
+    }
+}
+
+/// Files of version 1, in which each record stands at a page: `tests/golden/undo_v1`, a closed interval and one that grew.
+#[test]
+fn what_version_1_kept_is_read_and_gone_on_with() {
+    const BLOCK: u64 = 4096;
+    let dir = tempfile::tempdir().unwrap();
+    let undo = dir.path().join("undo");
+    std::fs::create_dir(&undo).unwrap();
+    for file in std::fs::read_dir("tests/golden/undo_v1").unwrap().map(Result::unwrap) {
+        std::fs::copy(file.path(), undo.join(file.file_name())).unwrap();
+    }
+    let position = |n| Position::new(1, n);
+    let filled = |blocks: u64, byte: u8| AlignedBuf::copy_of(&vec![byte; (blocks * BLOCK) as usize]).freeze();
+    // The disk held in each block its number, up to the 512th; each interval then overwrote something.
+    let first = |block: u64| if block < 512 { (block % 200) as u8 } else { 0 };
+    let overwritten = |block: u64| (block < 200 && block % 10 < 2) || (300..340).contains(&block) || (600..602).contains(&block);
+    let second = |block: u64| if overwritten(block) { 201 } else { first(block) };
+    let third = |block: u64| match block {
+        0..40 => 202,
+        400..420 => 203,
+        _ => second(block),
+    };
+    let open = async || Retention::open(Uring::direct(), &undo, subject(), Some(position(2))).await.unwrap();
+    uring::run(async {
+        let image = Image::create(&Uring::direct(), &dir.path().join("image"), Format::Raw, SIZE_V1).await.unwrap();
+        for block in 0..SIZE_V1 / BLOCK {
+            image.write(block * BLOCK, filled(1, third(block))).await.unwrap();
+        }
+        let check = async |retention: &Retention<Uring>, at: u64, expected: &dyn Fn(u64) -> u8| {
+            let view = retention.view(position(at)).await.unwrap();
+            for block in 0..SIZE_V1 / BLOCK {
+                let found = view.read(&image, Extent::new(block * BLOCK, BLOCK)).await.unwrap();
+                assert!(found.iter().all(|&b| b == expected(block)), "point {at}, block {block}: {} for {}", found[0], expected(block));
+            }
+        };
+        let retention = open().await;
+        check(&retention, 1, &first).await;
+        check(&retention, 2, &second).await;
+        // The one that grew goes on growing, over restarts.
+        retention.preserve(&image, [Extent::new(700 * BLOCK, 30 * BLOCK)].into_iter()).await.unwrap();
+        image.write(700 * BLOCK, filled(30, 204)).await.unwrap();
+        check(&retention, 2, &second).await;
+        drop(retention);
+        let retention = open().await;
+        check(&retention, 1, &first).await;
+        check(&retention, 2, &second).await;
+        retention.begin(position(3)).await.unwrap();
+        retention.preserve(&image, [Extent::new(0, 900 * BLOCK)].into_iter()).await.unwrap();
+        image.write(0, filled(900, 205)).await.unwrap();
+        for at in [1, 2] {
+            assert!(retention.inspect(position(at), async |_| {}).await.unwrap().is_none(), "interval {at} is whole");
+        }
+        // Merged with one of the present version.
+        retention.begin(position(4)).await.unwrap();
+        let needed = [position(1), position(3)].into();
+        assert!(retention.merge_some(&needed, Some(position(4)), async |_| true).await.unwrap());
+        check(&retention, 1, &first).await;
+        let new = |block: u64| if (700..730).contains(&block) { 204 } else { third(block) };
+        check(&retention, 3, &new).await;
+    })
+    .unwrap();
 }
 
 #[test]

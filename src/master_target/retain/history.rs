@@ -90,6 +90,7 @@ impl<S: Storage> History<S> {
                 }
             }
         }
+        known.atlas.settle();
         *self.known.borrow_mut() = Some(known);
     }
 

@@ -389,6 +389,7 @@ impl<F: File> Interval<F> {
     /// Gives sealed records their places behind those before them; the answer writes them there, at once.
     pub(super) fn place(&self, run: Run) -> impl Future<Output = Result<(), RetainError>> {
         let start = self.end.get();
+        debug_assert!(start.is_multiple_of(FIRST_RECORD), "a run begins at a page, or what is durable there is written again");
         for record in &run.records {
             let mut data_at = 0;
             for (extent, hole) in &record.parts {
