@@ -3,7 +3,7 @@
 //! The product's own apply thread, journal and catalogue with the default settings: sealed batches of 16 KiB overwrites at random
 //! places of allocated replicas are in the journal; the clock runs until the last of them is in a checkpoint. Two disks are served
 //! in turn, one of which has a point every 512 MiB (five seconds of a machine that writes 100 MB/s), and one that has none, so that
-//! nothing is kept. Only the link is left out. Batches are read back from the journal and opened, as after a break or a restart; or
+//! nothing is kept; once also with a point every 64 MiB. Only the link is left out. Batches are read back from the journal and opened, as after a break or a restart; or
 //! they were opened when they arrived, and are in memory still.
 //!
 //! What is overwritten: places all over the disk, with memory for all of it, with the default memory (an eighth of it) and with
@@ -38,8 +38,14 @@ const BLOCK: u64 = 16 << 10;
 const BATCH_BLOCKS: u64 = 16;
 /// Bytes of one measurement.
 const BYTES: u64 = 1 << 30;
-/// Bytes between points.
+/// Bytes between points: five seconds, the default, of a machine that writes 100 MB/s.
 const POINT_EVERY: u64 = 512 << 20;
+/// The same of one that writes a tenth of that: its checkpoints are cut in two.
+const OFTEN: u64 = 64 << 20;
+
+/// The disks, by number.
+const WITH_POINTS: usize = 0;
+const WITHOUT: usize = 1;
 
 /// Scattered numbers below `bound`, the same in every run.
 fn scattered(n: u64, bound: u64) -> u64 {
@@ -60,12 +66,13 @@ struct Target {
     shared: Arc<TargetShared>,
     disks: Vec<Disk>,
     packer: Packer,
+    point_every: u64,
     /// Plain content, of which `random` in every 4096 bytes do not compress.
     content: Vec<u8>,
 }
 
 impl Target {
-    fn start(dir: &Path, format: &str, apply_settings: &str, random: usize) -> Self {
+    fn start(dir: &Path, format: &str, case: &Case) -> Self {
         let identity = Identity { role: Role::MasterTarget, name: "dr1".parse().unwrap() };
         if !dir.join("ca").exists() {
             pki::init(&dir.join("ca")).unwrap();
@@ -74,8 +81,9 @@ impl Target {
         let tls = dir.join("tls");
         let machine = |name: &str| format!("[[machine]]\nname = \"{name}\"\n[[machine.disk]]\nname = \"sda\"\nformat = \"{format}\"\n");
         let text = format!(
-            "state = \"{}\"\n[tls]\nca = \"{t}/ca.pem\"\ncert = \"{t}/cert.pem\"\nkey = \"{t}/key.pem\"\n[apply]\n{apply_settings}\n[control]\nlisten = \"unix:/nowhere\"\n{}{}",
+            "state = \"{}\"\n[tls]\nca = \"{t}/ca.pem\"\ncert = \"{t}/cert.pem\"\nkey = \"{t}/key.pem\"\n[apply]\n{}\n[control]\nlisten = \"unix:/nowhere\"\n{}{}",
             dir.join("state").display(),
+            case.settings,
             machine("with-points"),
             machine("without"),
             t = tls.display()
@@ -116,11 +124,20 @@ impl Target {
         std::mem::forget(commands);
         let mut content = vec![0; 8 << 20];
         for (p, page) in content.chunks_mut(4096).enumerate() {
-            for (i, word) in page[..random].chunks_mut(8).enumerate() {
+            for (i, word) in page[..case.random].chunks_mut(8).enumerate() {
                 word.copy_from_slice(&scattered((p * 512 + i) as u64 + 1, u64::MAX).to_le_bytes());
             }
         }
-        Self { journal, completions, permits: Arc::new(Semaphore::new(64)), shared, disks, packer: Packer::default(), content }
+        Self {
+            journal,
+            completions,
+            permits: Arc::new(Semaphore::new(64)),
+            shared,
+            disks,
+            packer: Packer::default(),
+            point_every: case.point_every,
+            content,
+        }
     }
 
     /// A sealed batch that writes blocks at `places`, as the journal keeps it; with a marker if it ends with one.
@@ -165,11 +182,11 @@ impl Target {
         (header, AlignedBuf::copy_of(&body), Append { record, tag: Tag { disk: disk.shared.id, number: 0, permit } })
     }
 
-    /// Journals `places` of a disk, with a marker every [`POINT_EVERY`] bytes if it has points; then lets them be applied. MB/s.
-    fn drain(&mut self, disk: usize, places: &[u64], points: bool, in_memory: bool) -> f64 {
+    /// Journals `places` of a disk, with a marker now and then if it has points; then lets them be applied. MB/s.
+    fn drain(&mut self, disk: usize, places: &[u64], in_memory: bool) -> f64 {
         let mut items = Vec::new();
         for (n, places) in (1u64..).zip(places.chunks(BATCH_BLOCKS as usize)) {
-            let marked = points && (n * BATCH_BLOCKS * BLOCK).is_multiple_of(POINT_EVERY);
+            let marked = disk == WITH_POINTS && (n * BATCH_BLOCKS * BLOCK).is_multiple_of(self.point_every);
             let (header, body, append) = self.batch(disk, places, marked);
             self.journal.append_blocking(append).unwrap();
             let (location, _) = self.completions.blocking_recv().unwrap().remove(0).result.unwrap();
@@ -196,58 +213,73 @@ impl Target {
     }
 }
 
-/// Measures on a new master target with `settings` of `[apply]`, places among the first `set` bytes.
-fn measure(format: &str, settings: &str, random: usize, set: u64, what: &str) {
+/// What is measured.
+struct Case {
+    name: &'static str,
+    what: &'static str,
+    /// Of `[apply]`.
+    settings: &'static str,
+    /// Of every 4096 bytes, how many do not compress.
+    random: usize,
+    /// Places are chosen among so many bytes.
+    set: u64,
+    point_every: u64,
+}
+
+fn cases() -> [Case; 6] {
+    let case = |name, what, settings| Case { name, what, settings, random: 2048, set: DISK, point_every: POINT_EVERY };
+    let all = "recent_max = \"9GiB\"";
+    [
+        Case { set: 384 << 20, ..case("set", "all over 384 MiB, default memory", "") },
+        case("part", "all over a 4 GiB disk, default memory", ""),
+        case("all", "all over a 4 GiB disk, memory for all of it", all),
+        case("none", "all over a 4 GiB disk, no memory", "recent_max = \"0\""),
+        Case { point_every: OFTEN, ..case("often", "all over a 4 GiB disk, memory for all of it, a point every 64 MiB", all) },
+        Case { random: 4096, ..case("dense", "all over a 4 GiB disk, memory for all of it, content that does not compress", all) },
+    ]
+}
+
+/// Measures on a new master target.
+fn measure(format: &str, case: &Case) {
     let dir = tempfile::tempdir().unwrap();
-    let mut target = Target::start(dir.path(), format, settings, random);
+    let mut target = Target::start(dir.path(), format, case);
     let all: Vec<u64> = (0..DISK / BLOCK).map(|n| n * BLOCK).collect();
-    for disk in [0, 1] {
-        target.drain(disk, &all, disk == 0, false);
+    for disk in [WITH_POINTS, WITHOUT] {
+        target.drain(disk, &all, false);
     }
-    let places = |seed: u64| (0..BYTES / BLOCK).map(|n| scattered(seed << 40 | n, set / BLOCK) * BLOCK).collect::<Vec<_>>();
+    let places = |seed: u64| (0..BYTES / BLOCK).map(|n| scattered(seed << 40 | n, case.set / BLOCK) * BLOCK).collect::<Vec<_>>();
     for (round, in_memory) in (0..2 * ROUNDS).map(|n| (n, n % 2 == 1)) {
-        if set < DISK {
+        if case.set < DISK {
             // What the working set is is known by then, and in memory as far as it fits.
-            for disk in [1, 0] {
-                target.drain(disk, &places(100 + round), disk == 0, false);
+            for disk in [WITHOUT, WITH_POINTS] {
+                target.drain(disk, &places(100 + round), false);
             }
         }
-        // The first of both meets a storage that has just been filled with batches for it: in turn.
         let mut speeds = [0.0; 2];
-        for disk in if round / 2 % 2 == 0 { [1, 0] } else { [0, 1] } {
-            speeds[disk] = target.drain(disk, &places(200 + round), disk == 0, in_memory);
+        // In turn, which is first.
+        for disk in if round / 2 % 2 == 0 { [WITHOUT, WITH_POINTS] } else { [WITH_POINTS, WITHOUT] } {
+            speeds[disk] = target.drain(disk, &places(200 + round), in_memory);
         }
-        let [with, without] = speeds;
         println!(
-            "{format}, {what}, content that compresses to {:.1}, batches {}: {with:.0} MB/s with points, {without:.0} without: {:.2} times the time",
-            random as f64 / 4096.0,
+            "{format}, {}, batches {}: {:.0} MB/s with points, {:.0} without: {:.2} times the time",
+            case.what,
             if in_memory { "in memory" } else { "read back" },
-            without / with
+            speeds[WITH_POINTS],
+            speeds[WITHOUT],
+            speeds[WITHOUT] / speeds[WITH_POINTS]
         );
     }
 }
 
 fn main() {
     let only = std::env::var("DRAIN_ONLY").unwrap_or_default();
-    let chosen = |what: &str| only.is_empty() || only.split(',').any(|o| o == what);
-    let formats: Vec<&str> = ["raw", "vhdx"].into_iter().filter(|f| chosen(f)).collect();
-    let formats = if formats.is_empty() { vec!["raw", "vhdx"] } else { formats };
-    let (whole, all) = ("all over a 4 GiB disk", "recent_max = \"9GiB\"");
-    for format in formats {
-        if chosen("set") {
-            measure(format, "", 2048, 384 << 20, "all over 384 MiB, default memory");
-        }
-        if chosen("all") {
-            measure(format, all, 2048, DISK, &format!("{whole}, memory for all of it"));
-        }
-        if chosen("part") {
-            measure(format, "", 2048, DISK, &format!("{whole}, default memory"));
-        }
-        if chosen("none") {
-            measure(format, "recent_max = \"0\"", 2048, DISK, &format!("{whole}, no memory"));
-        }
-        if chosen("dense") {
-            measure(format, all, 4096, DISK, &format!("{whole}, memory for all of it"));
-        }
+    let chosen = |what: &str| only.split(',').any(|o| o == what);
+    // Of formats and of cases: those that are named, or all.
+    let cases = cases();
+    let names = cases.each_ref().map(|case| case.name);
+    let is_on = |name: &str, all: &[&str]| chosen(name) || !all.iter().any(|other| chosen(other));
+    let formats = ["raw", "vhdx"];
+    for format in formats.into_iter().filter(|format| is_on(format, &formats)) {
+        cases.iter().filter(|case| is_on(case.name, &names)).for_each(|case| measure(format, case));
     }
 }

@@ -1,13 +1,9 @@
-//! What points cost while a replica is applied to, how soon the oldest of a thousand points can be read, and how long rolling
-//! to one takes. `benches/run points`.
-//!
-//! Applying: random 16 KiB overwrites of allocated blocks through the library as the apply thread does them (old content kept
-//! and durable, as many writes at once, a barrier for each 64 MiB, a point at each), against the same without points, in turn.
-//! The journal, the link and the catalogue are left out of both. Both with what is overwritten in memory because it was written
-//! lately (`apply.recent_max`), with content that compresses to a half and that does not; and with nothing in memory.
+//! How soon the oldest of a thousand points can be read, and how long rolling to one takes. `benches/run points`. What points cost
+//! while they are made: `benches/run drain`.
 //!
 //! Mounting: 1000 intervals of real sealed records, kept from a real replica. Of the large histories the content compresses
-//! about 14:1, so that they fit the disk; the number of index entries is that of 100 GiB. The last one does not compress.
+//! about 14:1, so that they fit the disk; the number of index entries is that of 100 GiB. Their long runs of zeroes unpack slowly:
+//! beside them smaller ones whose content compresses to a half, or not at all.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs, reason = "a benchmark reads the clock")]
 
 use std::path::Path;
@@ -17,7 +13,6 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use tidegate::config::limits::APPLY_DEPTH as DEPTH;
 use tidegate::crypto::keyring::DataKey;
-use tidegate::disk::recent::{Memory, Recent};
 use tidegate::disk::{Disk, Format, Image};
 use tidegate::master_target::apply::overwrite::overwrite;
 use tidegate::master_target::apply::roll::{Progress, bring_back};
@@ -27,15 +22,11 @@ use tidegate::storage::AlignedBuf;
 use tidegate::storage::uring::{self, Uring, UringFile};
 
 const ROUNDS: usize = 3;
-const CHECKPOINT: u64 = 64 << 20;
 
 /// Scattered numbers below `bound`, the same in every run.
 fn scattered(n: u64, bound: u64) -> u64 {
     n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29).wrapping_mul(0xbf58_476d_1ce4_e5b9).rotate_left(31) % bound
 }
-
-/// Memory in which all of the replica finds room that is applied to.
-const ROOM: u64 = 4 << 30;
 
 /// Bytes of which `random` in every 4096 do not compress.
 fn content(len: usize, random: usize, seed: u64) -> Bytes {
@@ -61,90 +52,13 @@ async fn filled(path: &Path, format: Format, size: u64, random: usize) -> Image<
     image
 }
 
-/// 16 KiB places of one checkpoint, as folding leaves them: sorted, each once.
-fn places(image: &impl Disk, seed: u64, checkpoint: u64) -> Vec<(Extent, ())> {
-    const BLOCK: u64 = 16 << 10;
-    let numbers = (0..CHECKPOINT / BLOCK).map(|n| scattered(seed + checkpoint * CHECKPOINT + n, image.size() / BLOCK) * BLOCK);
-    let places: std::collections::BTreeSet<u64> = numbers.collect();
-    places.into_iter().map(|at| (Extent::new(at, BLOCK), ())).collect()
-}
-
-/// MB/s of reading such places and nothing else: what keeping old content cannot do without.
-async fn reading(image: &impl Disk, seed: u64, bytes: u64) -> f64 {
-    let started = Instant::now();
-    for checkpoint in 0..bytes / CHECKPOINT {
-        let reads = places(image, seed, checkpoint).into_iter().map(|(extent, ())| image.read(extent));
-        let mut reads = futures_util::stream::iter(reads).buffer_unordered(DEPTH);
-        while let Some(read) = reads.next().await {
-            read.unwrap();
-        }
-    }
-    bytes as f64 / started.elapsed().as_secs_f64() / 1e6
-}
-
-/// MB/s of overwrites.
-async fn apply(image: &impl Disk, retention: Option<&Retention<Uring>>, seed: u64, random: usize, bytes: u64) -> f64 {
-    let data = content(1 << 20, random, seed);
-    let started = Instant::now();
-    for checkpoint in 0..bytes / CHECKPOINT {
-        let places = places(image, seed, checkpoint);
-        if let Some(retention) = retention {
-            retention.begin(Position::new(1, seed * 1000 + checkpoint + 1)).await.unwrap();
-        }
-        let write = |extent: Extent, ()| {
-            let at = (extent.offset % (1 << 19)) as usize;
-            image.write(extent.offset, data.slice(at..at + extent.len as usize))
-        };
-        let keep = async |piece: &[(Extent, ())]| match retention {
-            Some(retention) => retention.preserve(image, piece.iter().map(|(extent, ())| *extent)).await.map_err(|e| panic!("{e}")),
-            None => Ok(()),
-        };
-        overwrite(&places, DEPTH, retention.is_some().then_some(keep), write).await.unwrap();
-        image.barrier().await.unwrap();
-    }
-    bytes as f64 / started.elapsed().as_secs_f64() / 1e6
-}
-
-fn applying(dir: &Path) {
-    for (format, room, random) in [Format::Raw, Format::Vhdx].into_iter().flat_map(|f| [(f, ROOM, 2048), (f, ROOM, 4096), (f, 0, 4096)]) {
-        uring::run(async {
-            let path = dir.join("replica");
-            let image = Image::create(&Uring::direct(), &path, format, ROOM).await.unwrap();
-            let image = Recent::new(image, &Memory::new(room));
-            for mib in 0..ROOM >> 20 {
-                image.write(mib << 20, content(1 << 20, random, mib)).await.unwrap();
-            }
-            image.barrier().await.unwrap();
-            for round in 0..ROUNDS as u64 {
-                let undo = dir.join(format!("undo-{round}"));
-                let without = apply(&image, None, 10 + round, random, 1 << 30).await;
-                let retention = Retention::open(Uring::direct(), &undo, subject(), None).await.unwrap();
-                let with = apply(&image, Some(&retention), 20 + round, random, 1 << 30).await;
-                let read = reading(&image, 30 + round, 1 << 30).await;
-                let (memory, replica) = retention.take_kept();
-                println!(
-                    "random 16 KiB overwrites of an allocated {} replica, content that compresses to {:.1}, a point every 64 MiB, {:.0} % of the old content in memory: {with:.0} MB/s, without points {without:.0} MB/s, costs {:.2} times as much; reading such places alone {read:.0} MB/s",
-                    format.as_str(),
-                    random as f64 / 4096.0,
-                    100.0 * memory as f64 / (memory + replica) as f64,
-                    without / with,
-                );
-                std::fs::remove_dir_all(&undo).unwrap();
-            }
-            std::fs::remove_file(&path).unwrap();
-        })
-        .unwrap();
-    }
-}
-
-/// Median and 99th percentile in microseconds of reads of 64 KiB at random places, one at a time.
-async fn reads(view: &View<Uring>, image: &Image<UringFile>, seed: u64) -> (f64, f64) {
-    const LEN: u64 = 64 << 10;
+/// Median and 99th percentile in microseconds of reads of `len` bytes at random places, one at a time.
+async fn reads(view: &View<Uring>, image: &Image<UringFile>, len: u64, seed: u64) -> (f64, f64) {
     let mut times = Vec::new();
     for n in 0..2000 {
-        let at = scattered(seed + n, image.size() / LEN) * LEN;
+        let at = scattered(seed + n, image.size() / len) * len;
         let started = Instant::now();
-        view.read(image, Extent::new(at, LEN)).await.unwrap();
+        view.read(image, Extent::new(at, len)).await.unwrap();
         times.push(started.elapsed().as_secs_f64() * 1e6);
     }
     times.sort_by(f64::total_cmp);
@@ -201,19 +115,27 @@ fn mounting(dir: &Path, name: &str, len: u64, extents: u64, random: usize, disk:
             view.read(&image, Extent::new(scattered(round, disk >> 16) << 16, 64 << 10)).await.unwrap();
             let first = ms(started);
             let now = retention.view(newest).await.unwrap();
-            let (old, new) = (reads(&view, &image, round * 7919).await, reads(&now, &image, round * 104_729).await);
             let (old_deep, new_deep) = (reads_at_depth(&view, &image, round * 31).await, reads_at_depth(&now, &image, round * 37).await);
             println!(
                 "{name}: the oldest of {POINTS} points opens in {opened:.3} ms (right after a start {learned:.0} ms), first read {first:.2} ms, index {:.1} MB; \
-                 64 KiB reads {:.0} us (p99 {:.0}), of the newest {:.0} us (p99 {:.0}), ratio {:.2}; 16 at a time {old_deep:.0} and {new_deep:.0} MB/s, ratio {:.2}",
+                 reads of 64 KiB, 16 at a time: {old_deep:.0} MB/s, of the newest {new_deep:.0}, ratio {:.2}",
                 retention.index_bytes() as f64 / 1e6,
-                old.0,
-                old.1,
-                new.0,
-                new.1,
-                old.0 / new.0,
                 new_deep / old_deep
             );
+            // Of as much as was overwritten at once, and of several such pieces.
+            for read in std::collections::BTreeSet::from([len, 64 << 10]) {
+                let old = reads(&view, &image, read, round * 7919).await;
+                let new = reads(&now, &image, read, round * 104_729).await;
+                println!(
+                    "    reads of {} KiB, one at a time: {:.0} us (p99 {:.0}), of the newest {:.0} us (p99 {:.0}), ratio {:.2}",
+                    read >> 10,
+                    old.0,
+                    old.1,
+                    new.0,
+                    new.1,
+                    old.0 / new.0
+                );
+            }
         })
         .unwrap();
     }
@@ -274,9 +196,6 @@ fn rolling(dir: &Path, disk: u64, churn: u64) {
 fn main() {
     let dir = tempfile::tempdir().unwrap();
     let only = std::env::var("POINTS_ONLY").unwrap_or_default();
-    if only.is_empty() || only == "apply" {
-        applying(dir.path());
-    }
     if only.is_empty() || only == "roll" {
         // A tenth of what 20 MB/s are in an hour; then a tenth of that, then a tenth of the disk.
         for (disk, churn) in [(100 << 30, 7_200_000_000), (100 << 30, 720_000_000), (10 << 30, 720_000_000)] {
@@ -286,6 +205,9 @@ fn main() {
     }
     if only.is_empty() || only == "small" {
         mounting(dir.path(), "6.5 GiB of history that does not compress, in 64 KiB", 64 << 10, 105, 4096, 4 << 30);
+    }
+    if only.is_empty() || only == "half" {
+        mounting(dir.path(), "13 GiB of history that compresses to a half, in 16 KiB", 16 << 10, 850, 2048, 4 << 30);
     }
     if only.is_empty() || only == "64k" {
         mounting(dir.path(), "100 GiB of history in 64 KiB", 64 << 10, 1640, 256, 8 << 30);

@@ -380,3 +380,41 @@ impl TargetShared {
         self.disks.iter().filter(|d| d.machine == machine).map(|d| d.id).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk() -> DiskShared {
+        let text = include_str!("../../config/master-target.toml");
+        let settings: crate::config::master_target::MasterTargetSettings = toml::from_str(text).unwrap();
+        DiskShared::new(&settings.machine[0], &settings.machine[0].disk[0])
+    }
+
+    fn header(last: u64) -> BatchHeader {
+        BatchHeader { epoch: 1, first: last, last, data_len: 1000, ..BatchHeader::new(DiskId(uuid::Uuid::nil()), 1) }
+    }
+
+    fn body() -> AlignedBuf {
+        AlignedBuf::zeroed(1000)
+    }
+
+    #[test]
+    fn a_body_reaches_the_batch_it_was_read_for_or_nobody() {
+        let (disk, place) = (disk(), Location::of_length);
+        for last in 1..=4 {
+            let mut item = Item::recovered(&header(last), place(last));
+            item.body = (last == 2).then(|| (header(last), body()));
+            disk.push(item);
+        }
+        assert_eq!(disk.unopened(3500), [place(1), place(3)], "two is open, and four lies behind the bound");
+        assert!(disk.give_body(place(3), (header(3), body())));
+        assert!(!disk.give_body(place(3), (header(3), body())), "it has one");
+        assert!(!disk.give_body(place(4), (header(3), body())), "another batch stands there by now");
+        assert!(!disk.give_body(place(9), (header(9), body())));
+        assert_eq!(disk.take(2500).iter().map(|item| item.body.is_some()).collect::<Vec<_>>(), [false, true, true]);
+        assert!(!disk.give_body(place(1), (header(1), body())), "it is under way");
+        disk.clear_queue();
+        assert!(!disk.give_body(place(4), (header(4), body())));
+    }
+}
