@@ -657,7 +657,9 @@ fn what_version_1_kept_is_read_and_gone_on_with() {
         let retention = open().await;
         check(&retention, 1, &first).await;
         check(&retention, 2, &second).await;
-        // The one that grew goes on growing, over restarts.
+        // The one that grew goes on growing, over restarts; an older program is told that it is not its own any more.
+        let grew = undo.join("undo-0000000000000001-0000000000000002.tgu");
+        assert_eq!(std::fs::read(&grew).unwrap()[..8], *b"TGUNDO\0\x02");
         retention.preserve(&image, [Extent::new(700 * BLOCK, 30 * BLOCK)].into_iter()).await.unwrap();
         image.write(700 * BLOCK, filled(30, 204)).await.unwrap();
         check(&retention, 2, &second).await;
@@ -678,6 +680,18 @@ fn what_version_1_kept_is_read_and_gone_on_with() {
         check(&retention, 1, &first).await;
         let new = |block: u64| if (700..730).contains(&block) { 204 } else { third(block) };
         check(&retention, 3, &new).await;
+        drop(retention);
+        // A version that nobody knows yet is refused by name, and nothing is done with it.
+        let mut next =
+            std::fs::read(&grew).unwrap_or_else(|_| std::fs::read(undo.join("undo-0000000000000001-0000000000000003.tgu")).unwrap());
+        next[7] = 3;
+        let crc = crc32c::crc32c(&next[..40]);
+        next[40..44].copy_from_slice(&crc.to_le_bytes());
+        let path = undo.join("undo-0000000000000001-0000000000000004.tgu");
+        std::fs::write(&path, &next).unwrap();
+        let refused = Retention::open(Uring::direct(), &undo, subject(), Some(position(4))).await.err().unwrap();
+        assert!(refused.to_string().contains("has version 3") && refused.damaged_interval().is_none(), "{refused}");
+        assert!(std::fs::read(&path).unwrap() == next);
     })
     .unwrap();
 }

@@ -18,6 +18,8 @@ use crate::wire::batch::BatchHeader;
 
 /// Verdicts that may wait for the process server.
 const VERDICTS_MAX: usize = 4096;
+/// Batches that are opened ahead at once.
+const UNOPENED_MAX: usize = 4096;
 
 /// A batch's header and its opened body.
 pub type Opened = (BatchHeader, AlignedBuf);
@@ -285,7 +287,7 @@ impl DiskShared {
         taken
     }
 
-    /// Where those of the next `bytes` are that have to be read back.
+    /// Where those of the next `bytes` are that have to be read back, at most [`UNOPENED_MAX`].
     pub fn unopened(&self, bytes: u64) -> Vec<Location> {
         let queue = self.lock_queue();
         let mut sum = 0;
@@ -293,17 +295,25 @@ impl DiskShared {
             sum += u64::from(item.body_len);
             sum <= bytes
         });
-        next.filter(|item| item.body.is_none()).map(|item| item.location).collect()
+        next.filter(|item| item.body.is_none()).map(|item| item.location).take(UNOPENED_MAX).collect()
     }
 
     /// The opened body of a batch that was read back from `location`; false if that does not wait any more.
     pub fn give_body(&self, location: Location, body: Opened) -> bool {
         let mut queue = self.lock_queue();
+        let Ok(at) = queue.binary_search_by_key(&body.0.end(), |item| item.end) else { return false };
+        let item = &mut queue[at];
         // Its place may have been given up, and used again.
-        let is_it = |item: &&mut Item| item.location == location && (item.first, item.end) == (body.0.first, body.0.end());
-        let Some(item) = queue.iter_mut().find(is_it).filter(|item| item.body.is_none()) else { return false };
+        if item.body.is_some() || (item.location, item.first) != (location, body.0.first) {
+            return false;
+        }
         item.body = Some(body);
         true
+    }
+
+    /// Nobody will apply what waits: the bodies are given up. Their bytes.
+    pub fn close_bodies(&self) -> u64 {
+        self.lock_queue().iter_mut().filter_map(|item| item.body.take()).map(|(_, body)| body.len() as u64).sum()
     }
 
     /// Batches waiting.
@@ -410,10 +420,12 @@ mod tests {
         assert_eq!(disk.unopened(3500), [place(1), place(3)], "two is open, and four lies behind the bound");
         assert!(disk.give_body(place(3), (header(3), body())));
         assert!(!disk.give_body(place(3), (header(3), body())), "it has one");
-        assert!(!disk.give_body(place(4), (header(3), body())), "another batch stands there by now");
+        assert!(!disk.give_body(place(3), (header(4), body())), "another batch stands there by now");
         assert!(!disk.give_body(place(9), (header(9), body())));
         assert_eq!(disk.take(2500).iter().map(|item| item.body.is_some()).collect::<Vec<_>>(), [false, true, true]);
         assert!(!disk.give_body(place(1), (header(1), body())), "it is under way");
+        assert!(disk.give_body(place(4), (header(4), body())));
+        assert_eq!((disk.close_bodies(), disk.close_bodies()), (1000, 0));
         disk.clear_queue();
         assert!(!disk.give_body(place(4), (header(4), body())));
     }

@@ -57,10 +57,11 @@ pub async fn open_bodies(apply: &Apply, replica: &Replica, items: &mut [Item]) -
     .await
 }
 
-/// Opens what waits within the next `bytes`, as far as the memory for bodies reaches.
+/// Opens what waits within the next `bytes`, as far as half of the memory for bodies reaches: the rest is for what arrives, which
+/// need not be read back then.
 pub async fn open_waiting(apply: &Apply, replica: &Replica, bytes: u64) {
     let places = replica.shared.unopened(bytes);
-    let has_room = || apply.shared.body_bytes.load(Ordering::Relaxed) < apply.settings.apply.memory_max;
+    let has_room = || apply.shared.body_bytes.load(Ordering::Relaxed) < apply.settings.apply.memory_max / 2;
     if places.is_empty() || !has_room() {
         return;
     }

@@ -388,6 +388,8 @@ impl Apply {
             let disk = replica.shared.clone();
             if let Err(error) = apply.keep_applying(&replica).await {
                 tracing::error!(disk = disk.label, %error, "the replica cannot go on; what arrives stays in the journal. Repair the storage and restart the master target");
+                // The others have use for the memory.
+                apply.shared.body_bytes.fetch_sub(disk.close_bodies(), Ordering::Relaxed);
                 if !replica.retired.get() {
                     disk.condition().error = Some(error.to_string());
                 }
@@ -435,7 +437,12 @@ impl Apply {
                     self.lose_journaled(replica, items, &error).await?;
                     continue;
                 }
-                other => other?,
+                Err(error) => {
+                    // What the journal has of them stays there.
+                    let _ = self.shared.drop_items(items);
+                    return Err(error);
+                }
+                Ok(()) => {}
             }
             // What comes next is opened meanwhile, so that it can begin at once.
             let (ran, ()) =

@@ -390,7 +390,7 @@ impl DiskStream<'_> {
             return Err(StreamError::Refused { retry: false, message: condition.hold_reason.clone() });
         }
         let shared = &self.receiver.shared;
-        let keep = shared.body_bytes.load(Ordering::Relaxed) < self.receiver.settings.apply.memory_max;
+        let keep = condition.error.is_none() && shared.body_bytes.load(Ordering::Relaxed) < self.receiver.settings.apply.memory_max;
         if keep {
             shared.body_bytes.fetch_add(body.len() as u64, Ordering::Relaxed);
         }

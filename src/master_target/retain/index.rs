@@ -5,12 +5,15 @@
 //! record body length u32, place in the record's data u32 (all ones: zeroes).
 
 use crate::model::Extent;
+use crate::wire::batch::BATCH_BYTES_MAX;
 
 /// Most entries of one index record: 512 KiB.
 pub const ENTRIES_MAX: usize = 16384;
 /// Magic of an index record's body.
 pub const MAGIC: [u8; 4] = *b"TGIX";
 const HEAD_LEN: usize = 16;
+/// No record stands here or behind: more than a file can have.
+const RECORDS_END: u64 = 1 << 62;
 const ENTRY_LEN: usize = 32;
 
 /// Where an extent's old content is.
@@ -52,7 +55,9 @@ pub fn decode(body: &[u8]) -> Option<(Vec<(Extent, Source)>, u64)> {
         let at = HEAD_LEN + index * ENTRY_LEN;
         let extent = Extent::new(u64_at(at)?, u64_at(at + 8)?);
         let data_at = Some(u32_at(at + 28)?).filter(|&d| d != u32::MAX);
-        extent.fits(u64::MAX).then_some((extent, Source { record_at: u64_at(at + 16)?, body_len: u32_at(at + 24)?, data_at }))
+        let (record_at, body_len) = (u64_at(at + 16)?, u32_at(at + 24)?);
+        let sane = extent.fits(u64::MAX) && record_at < RECORDS_END && body_len as usize <= BATCH_BYTES_MAX;
+        sane.then_some((extent, Source { record_at, body_len, data_at }))
     });
     Some((entries.collect::<Option<Vec<_>>>()?, u64_at(8)?))
 }
@@ -65,7 +70,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn entries_round_trip(fields in proptest::collection::vec((0u64..1 << 40, 1u64..1 << 30, any::<u64>(), any::<u32>(), proptest::option::of(0u32..u32::MAX)), 0..50)) {
+        fn entries_round_trip(fields in proptest::collection::vec((0u64..1 << 40, 1u64..1 << 30, 0..RECORDS_END, 0..BATCH_BYTES_MAX as u32, proptest::option::of(0u32..u32::MAX)), 0..50)) {
             let entries: Vec<_> = fields.into_iter().map(|(offset, len, record_at, body_len, data_at)| (Extent::new(offset, len), Source { record_at, body_len, data_at })).collect();
             prop_assert_eq!(decode(&encode(&entries, 99)), Some((entries, 99)));
         }

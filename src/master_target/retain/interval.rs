@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use super::index::{self, ENTRIES_MAX, Source};
 use super::record::{self, Loose, Run, pages_of, read_record, stored};
+use super::window::{WINDOW_BYTES, Window};
 use super::{RetainError, Subject};
 use crate::crypto::seal::{OpenError, Opener, SealingSession};
 use crate::model::{Extent, OverlayMap, Piece, Position, SECTOR};
@@ -28,8 +29,6 @@ const MAGIC_PAGES: [u8; 8] = *b"TGUNDO\0\x01";
 const FIRST_RECORD: u64 = 4096;
 /// Space is reserved in steps of this.
 const RESERVE_BYTES: u64 = 8 << 20;
-/// Records are looked for in so many bytes at once.
-const WINDOW_BYTES: u64 = 1 << 20;
 
 /// Name of the file of the interval that begins at `start`.
 pub(super) fn file_name(start: Position) -> String {
@@ -51,18 +50,6 @@ pub(super) struct Entries {
     pub(super) list: Vec<(Extent, Source)>,
 }
 
-/// A part of a file that was read.
-struct Window {
-    at: u64,
-    bytes: AlignedBuf,
-}
-
-impl Default for Window {
-    fn default() -> Self {
-        Self { at: 0, bytes: AlignedBuf::with_capacity(0) }
-    }
-}
-
 /// An interval's file.
 pub(super) struct Interval<F> {
     start: Position,
@@ -77,6 +64,8 @@ pub(super) struct Interval<F> {
     published: RefCell<Vec<Extent>>,
     /// The header is gone.
     headless: Cell<bool>,
+    /// The header says an older version.
+    outdated: Cell<bool>,
     /// A record whose extents nobody knows any more: where it stood.
     lost: Cell<Option<u64>>,
 }
@@ -125,10 +114,12 @@ impl<F: File> Interval<F> {
         let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Write).await?;
         if index_at == 0 || !interval.read_index(index_at).await {
             interval.pending.borrow_mut().clear();
-            interval.scan(opener, durable.max(index_at)).await?;
+            let len = interval.file.len().map_err(|e| interval.io(e))?;
+            interval.scan(opener, durable.max(index_at.min(len))).await?;
             interval.cut_torn_run();
         }
-        if index_at != 0 {
+        // Before a record of this version follows those of another, too.
+        if index_at != 0 || interval.outdated.get() {
             let opened = async {
                 interval.write_header(0).await?;
                 interval.file.sync_data().await
@@ -223,6 +214,7 @@ impl<F: File> Interval<F> {
             pending: RefCell::default(),
             published: RefCell::default(),
             headless: Cell::new(false),
+            outdated: Cell::new(false),
             lost: Cell::new(None),
         }
     }
@@ -238,8 +230,11 @@ impl<F: File> Interval<F> {
             AlignedBuf::zeroed(FIRST_RECORD as usize)
         };
         let u64_at = |at: usize| u64::from_le_bytes(*page[at..].first_chunk().expect("the page is longer than the header"));
-        let whole = [MAGIC, MAGIC_PAGES].contains(page[..8].first_chunk().expect("the page is longer than the header"))
-            && crc32c::crc32c(&page[..40]).to_le_bytes() == page[40..44];
+        let passes = crc32c::crc32c(&page[..40]).to_le_bytes() == page[40..44];
+        let whole = passes && (page[..8] == MAGIC || page[..8] == MAGIC_PAGES);
+        if passes && !whole && page[..7] == MAGIC[..7] {
+            return Err(RetainError::Version { path, version: page[7] });
+        }
         if !whole && let Some(incarnation) = first_incarnation(&file, len).await.map_err(io)? {
             // The header was damaged; the records say the same.
             let interval = Self::new(start, path, file, incarnation, FIRST_RECORD);
@@ -263,6 +258,7 @@ impl<F: File> Interval<F> {
         }
         let interval = Self::new(start, path, file, u64_at(8), FIRST_RECORD);
         interval.reserved.set(len);
+        interval.outdated.set(page[..8] == MAGIC_PAGES);
         Ok((interval, u64_at(32)))
     }
 
@@ -270,7 +266,7 @@ impl<F: File> Interval<F> {
     /// is not whole is passed over and noted: nobody knows any more which extents it had.
     async fn scan(&self, opener: &RefCell<Opener>, durable: u64) -> Result<(), RetainError> {
         let len = self.file.len().map_err(|e| self.io(e))?;
-        let (mut at, mut window) = (FIRST_RECORD, Window::default());
+        let (mut at, mut window) = (FIRST_RECORD, Window::new());
         while at + SECTOR <= len.max(durable) {
             let found = self.read_record(at, len, &mut window).await?;
             let entries = match &found {
@@ -322,7 +318,7 @@ impl<F: File> Interval<F> {
 
     async fn read_index(&self, index_at: u64) -> bool {
         let Ok(len) = self.file.len() else { return false };
-        let (mut at, mut read, mut window) = (index_at, 0, Window::default());
+        let (mut at, mut read, mut window) = (index_at, 0, Window::new());
         loop {
             let Ok(Some((body, span))) = self.read_record(at, len, &mut window).await else { return false };
             let Some((entries, total)) = index::decode(&body) else { return false };
@@ -342,30 +338,11 @@ impl<F: File> Interval<F> {
 
     /// The body of the record at `at` and the bytes from there to the next; `None` if there is no whole one.
     async fn read_record(&self, at: u64, file_len: u64, window: &mut Window) -> Result<Option<(AlignedBuf, u64)>, RetainError> {
-        let Some(first) = self.look(window, at, SECTOR, file_len).await? else { return Ok(None) };
+        let Some(first) = window.look(&self.file, at, SECTOR, file_len).await.map_err(|e| self.io(e))? else { return Ok(None) };
         let Some(body_len) = peek_record(first, self.incarnation, BATCH_BYTES_MAX) else { return Ok(None) };
-        let Some(record) = self.look(window, at, stored(body_len), file_len).await? else { return Ok(None) };
+        let Some(record) = window.look(&self.file, at, stored(body_len), file_len).await.map_err(|e| self.io(e))? else { return Ok(None) };
         let body = || AlignedBuf::copy_of(&record[RECORD_HEADER_LEN..RECORD_HEADER_LEN + body_len]);
         Ok(record_is_whole(record, body_len).then(|| (body(), span_of(record, body_len) as u64)))
-    }
-
-    /// `len` bytes of the file, which come with others that are wanted next; `None` if it ends before.
-    async fn look<'w>(&self, window: &'w mut Window, at: u64, len: u64, file_len: u64) -> Result<Option<&'w [u8]>, RetainError> {
-        let needed = pages_of(at, len);
-        if needed.end > file_len {
-            return Ok(None);
-        }
-        if needed.start < window.at || needed.end > window.at + window.bytes.len() as u64 {
-            let wide = needed.end.max(needed.start + WINDOW_BYTES).min(file_len / FIRST_RECORD * FIRST_RECORD);
-            window.bytes = match self.file.read_at(needed.start, (wide - needed.start) as usize).await {
-                Ok(bytes) => bytes,
-                // It may be what nobody needs of it that cannot be read.
-                Err(_) => self.file.read_at(needed.start, (needed.end - needed.start) as usize).await.map_err(|e| self.io(e))?,
-            };
-            window.at = needed.start;
-        }
-        let from = (at - window.at) as usize;
-        Ok(window.bytes.get(from..from + len as usize))
     }
 
     /// Appends a run of records. Durable after [`Interval::sync`].

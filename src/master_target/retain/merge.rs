@@ -10,18 +10,23 @@
 //! Nothing waits for a merge: the interval that grows is never part of one, and views keep the files they opened.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
+
+use futures_util::{StreamExt, TryStreamExt};
 
 use super::index::Source;
 use super::interval::{Interval, file_name};
+use super::parts::{self, Part};
 use super::record::Loose;
-use super::{RetainError, Retention, parts};
+use super::{RetainError, Retention};
 use crate::crypto::seal::{Opener, Purpose};
 use crate::model::{Extent, OverlayMap, Position};
 use crate::storage::uring::is_full;
 use crate::storage::{AlignedBuf, Storage};
 
+/// Records read at once.
+const READ_DEPTH: usize = 16;
 /// Intervals that are merged at once: each is an open file with its index in memory.
 const MERGE_MAX: usize = 32;
 /// With so many dropped intervals behind a point they are merged however little they hold.
@@ -130,7 +135,7 @@ impl<S: Storage> Retention<S> {
             sources.push(interval);
         }
         let merged = Interval::create_at(&self.storage, &self.dir, beside, plan.starts[0]).await?;
-        // In the order in which they stand in the files, so that each record is opened once.
+        // In the order in which they stand in the files, so that each record is opened once, or twice where a run ends.
         let mut pieces: Vec<(Extent, usize, Source)> = map
             .iter()
             .map(|p| {
@@ -139,28 +144,25 @@ impl<S: Storage> Retention<S> {
             })
             .collect();
         pieces.sort_by_key(|(extent, from, source)| (*from, source.record_at, extent.offset));
-        let parts = pieces.iter().map(|(extent, _, source)| (*extent, source.data_at.is_none())).collect();
-        let mut kept: Option<(usize, u64, std::rc::Rc<AlignedBuf>)> = None;
-        let mut todo = pieces.into_iter().peekable();
-        for run in parts::runs(&parts::group(parts)) {
+        let groups = parts::group(pieces.iter().map(|(extent, _, source)| (*extent, source.data_at.is_none())).collect());
+        let mut origins = origins(&groups, &pieces).into_iter();
+        for run in parts::runs(&groups) {
+            let origins: Vec<(usize, Source)> = origins.by_ref().take(run.iter().map(Vec::len).sum()).collect();
+            let wanted: BTreeMap<(usize, u64), Source> =
+                origins.iter().filter(|(_, s)| s.data_at.is_some()).map(|(from, s)| ((*from, s.record_at), *s)).collect();
+            let reads = wanted.into_iter().map(|(name, source)| {
+                let read = sources[name.0].read(source, &opener);
+                async move { Ok::<_, RetainError>((name, read.await?)) }
+            });
+            let bodies: HashMap<_, _> = futures_util::stream::iter(reads).buffer_unordered(READ_DEPTH).try_collect().await?;
+            let mut origins = origins.into_iter();
             let mut records = Vec::with_capacity(run.len());
             for group in run {
                 let mut record = Loose { parts: group.clone(), content: Vec::new() };
-                for (part, _) in group {
-                    // Long pieces were cut.
-                    let Some((extent, from, source)) =
-                        todo.next_if(|(extent, ..)| part.end() == extent.end()).or_else(|| todo.peek().copied())
-                    else {
-                        break;
-                    };
-                    let Some(at) = source.data_at.map(|at| at as usize + (part.offset - extent.offset) as usize) else { continue };
-                    let opened = match &kept {
-                        Some((i, r, body)) if (*i, *r) == (from, source.record_at) => body.clone(),
-                        _ => sources[from].read(source, &opener).await?,
-                    };
-                    let content = opened.get(at..at + part.len as usize);
+                for ((part, _), (from, source)) in group.iter().zip(origins.by_ref()) {
+                    let Some(at) = source.data_at.map(|at| at as usize) else { continue };
+                    let content = bodies.get(&(from, source.record_at)).and_then(|body| body.get(at..at + part.len as usize));
                     record.content.push(AlignedBuf::copy_of(content.ok_or_else(|| sources[from].damaged(source))?));
-                    kept = Some((from, source.record_at, opened));
                 }
                 records.push(record);
             }
@@ -170,6 +172,22 @@ impl<S: Storage> Retention<S> {
         merged.close().await?;
         Ok(merged)
     }
+}
+
+/// Whose content each part is: of which interval, and where in it. `pieces` follow each other as the parts do; long ones were cut.
+fn origins(groups: &[Vec<Part>], pieces: &[(Extent, usize, Source)]) -> Vec<(usize, Source)> {
+    let mut todo = pieces.iter();
+    let mut piece = todo.next();
+    let mut origins = Vec::with_capacity(pieces.len());
+    for (part, _) in groups.iter().flatten() {
+        let Some((extent, from, source)) = piece else { break };
+        let skipped = (part.offset - extent.offset) as u32;
+        origins.push((*from, Source { data_at: source.data_at.map(|at| at + skipped), ..*source }));
+        if part.end() == extent.end() {
+            piece = todo.next();
+        }
+    }
+    origins
 }
 
 /// Name of a merged interval while it is written.
@@ -185,6 +203,26 @@ pub(super) fn is_left_over(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_cut_goes_on_where_it_was_cut() {
+        let (kib, source) = (1 << 10, |at, data_at| Source { record_at: at, body_len: 1, data_at });
+        let pieces = [
+            (Extent::new(0, 200 * kib), 0, source(1, Some(512))),
+            (Extent::new(200 * kib, 16 * kib), 1, source(1, Some(0))),
+            (Extent::new(500 * kib, 900 * kib), 1, source(2, None)),
+            (Extent::new(9000 * kib, 16 * kib), 1, source(3, Some(4096))),
+        ];
+        let groups = parts::group(pieces.iter().map(|(extent, _, s)| (*extent, s.data_at.is_none())).collect());
+        let parts: Vec<_> = groups.concat();
+        let found = origins(&groups, &pieces);
+        assert_eq!(found.len(), parts.len());
+        for ((part, _), (from, found)) in parts.iter().zip(&found) {
+            let (extent, of, expected) = pieces.iter().find(|(e, ..)| e.offset <= part.offset && part.end() <= e.end()).unwrap();
+            let data_at = expected.data_at.map(|at| at + (part.offset - extent.offset) as u32);
+            assert_eq!((from, *found), (of, Source { data_at, ..*expected }));
+        }
+    }
 
     #[test]
     fn only_what_has_no_point_between_is_merged_and_only_when_it_pays() {

@@ -28,6 +28,7 @@ mod merge;
 mod parts;
 mod record;
 mod view;
+mod window;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -76,6 +77,14 @@ pub enum RetainError {
         offset: u64,
         /// How it was noticed.
         source: OpenError,
+    },
+    /// A file was made by a newer version: nothing is done with it.
+    #[error("{path} has version {version} of the retention journal, which this version of Tidegate does not know: update Tidegate")]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        version: u8,
     },
     /// The replica cannot be read.
     #[error(transparent)]
@@ -340,11 +349,12 @@ impl<S: Storage> Retention<S> {
     /// Reads, seals and appends old content, all three at once for different records. They stand in the file in their order.
     async fn keep<D: Disk>(&self, image: &D, interval: &Interval<S::File>, groups: Vec<Vec<Part>>) -> Result<(), RetainError> {
         // Space first: a file system that is full is noticed before anything was written.
-        interval.reserve(groups.iter().map(|group| record::stored_at_most(group)).sum::<u64>()).await?;
+        let runs = parts::runs(&groups);
+        interval.reserve(runs.iter().map(|run| record::run_at_most(run)).sum()).await?;
         let (reading, failed) = (tokio::sync::Semaphore::new(READ_DEPTH), Cell::new(false));
         // In long runs: a file system takes its time for each write that makes a file longer, and a hop to another thread, which
         // seals, costs as much as sealing a record.
-        let sealed = parts::runs(&groups).into_iter().map(|groups| {
+        let sealed = runs.into_iter().map(|groups| {
             let (reading, failed) = (&reading, &failed);
             let first = interval.next_records(groups.len() as u64);
             async move {

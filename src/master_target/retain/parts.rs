@@ -19,12 +19,11 @@ const RUN_BYTES: u64 = 1 << 20;
 /// An extent, and whether it is a hole.
 pub(super) type Part = (Extent, bool);
 
-/// Whether `next` does not belong into the record that holds `parts`.
-pub(super) fn is_full(parts: &[Part], next: Part) -> bool {
+/// Whether `next` does not belong into the record that holds `parts` with `held` bytes of content.
+fn is_full(parts: &[Part], held: u64, next: Part) -> bool {
     let Some((last, _)) = parts.last() else { return false };
     let most = if last.end() == next.0.offset { RECORD_DATA } else { SCATTERED_DATA };
-    let held = data_of(parts);
-    held + data_of(&[next]) > most && held > 0 || parts.len() >= BATCH_EXTENTS_MAX
+    held > 0 && held + data_of(&[next]) > most || parts.len() >= BATCH_EXTENTS_MAX
 }
 
 /// Bytes of content.
@@ -60,15 +59,18 @@ pub(super) fn split_holes<D: Disk>(image: &D, extents: Vec<Extent>) -> Result<Ve
 /// Groups parts into records, cutting long ones.
 pub(super) fn group(parts: Vec<Part>) -> Vec<Vec<Part>> {
     let mut groups: Vec<Vec<Part>> = vec![Vec::new()];
+    let mut held = 0;
     for (extent, hole) in parts {
         let mut at = extent.offset;
         while at < extent.end() {
             let limit = if hole { ZERO_BYTES_MAX } else { RECORD_DATA };
             let part = (Extent::new(at, limit.min(extent.end() - at)), hole);
             at = part.0.end();
-            if groups.last().is_some_and(|group| is_full(group, part)) {
+            if groups.last().is_some_and(|group| is_full(group, held, part)) {
                 groups.push(Vec::new());
+                held = 0;
             }
+            held += data_of(&[part]);
             groups.last_mut().expect("there is always one group").push(part);
         }
     }

@@ -81,6 +81,11 @@ pub(super) fn stored_at_most(parts: &[Part]) -> u64 {
     stored(HEADER_LEN + data_of(parts) as usize + parts.len() * ENTRY_LEN + TAG_LEN)
 }
 
+/// Most bytes that a run of records of these parts takes.
+pub(super) fn run_at_most(records: &[Vec<Part>]) -> u64 {
+    records.iter().map(|parts| stored_at_most(parts)).sum::<u64>().next_multiple_of(ALIGN as u64)
+}
+
 /// The opened body of a record of `file`, in one read.
 pub(super) async fn read_record<F: File>(
     file: &F,
