@@ -620,6 +620,59 @@ fn rot_in_one_of_many_records_is_told_from_the_others() {
     }
 }
 
+/// A crash cuts off a run anywhere in it: what comes later is found again, over another start.
+#[test]
+fn a_run_that_a_crash_cut_off_is_no_hole_in_what_follows() {
+    const BLOCKS: u64 = 12;
+    const SPACING: u64 = 64 << 10;
+    const LEN: u64 = 16 << 10;
+    for sector in (0..).step_by(7) {
+        let over = run(async {
+            let storage = Faulty::default();
+            let image = Image::create(&storage, Path::new("/r/image"), Format::Raw, BLOCKS * SPACING).await.unwrap();
+            let extents = || (0..BLOCKS).map(|n| Extent::new(n * SPACING, LEN));
+            for extent in extents() {
+                let noise: Vec<u8> = (0..LEN).map(|i| (i.wrapping_mul(extent.offset + 77) >> 5) as u8).collect();
+                image.write(extent.offset, Bytes::from(noise)).await.unwrap();
+            }
+            let old = image.read(Extent::new(0, BLOCKS * SPACING)).await.unwrap();
+            let open = async || Retention::open(storage.clone(), Path::new("/u"), subject(), Some(Position::new(1, 1))).await.unwrap();
+            let retention = open().await;
+            retention.preserve(&image, extents()).await.unwrap();
+            let whole = retention.bytes();
+            drop(retention);
+            let path = Path::new("/u").join(&storage.list(Path::new("/u")).unwrap()[0]);
+            let at = 4096 + sector * 512;
+            if at >= 150 << 10 {
+                return true;
+            }
+            storage.rot(&path, at, 3);
+            // Nothing was overwritten yet: the checkpoint is done again.
+            let retention = open().await;
+            retention.preserve(&image, extents()).await.unwrap();
+            assert!(retention.bytes() <= 2 * whole);
+            for extent in extents() {
+                image.write(extent.offset, Bytes::from(vec![9; LEN as usize])).await.unwrap();
+            }
+            for _start in 0..2 {
+                let retention = open().await;
+                let view = retention.view(Position::new(1, 1)).await.unwrap();
+                for extent in extents() {
+                    let found = view.read(&image, extent).await.unwrap();
+                    assert!(
+                        found[..] == old[extent.offset as usize..extent.end() as usize],
+                        "sector {sector}: other content at {extent:?}"
+                    );
+                }
+            }
+            false
+        });
+        if over {
+            break;
+        }
+    }
+}
+
 /// Files of version 1, in which each record stands at a page: `tests/golden/undo_v1`, a closed interval and one that grew.
 #[test]
 fn what_version_1_kept_is_read_and_gone_on_with() {
