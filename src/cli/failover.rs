@@ -303,10 +303,14 @@ fn watch(request: &Request, wait: &Wait) -> anyhow::Result<JobView> {
     let bar =
         if wait.ask.json || !std::io::stderr().is_terminal() { indicatif::ProgressBar::hidden() } else { indicatif::ProgressBar::new(0) };
     bar.set_style(indicatif::ProgressStyle::with_template("  {bar:40} {binary_bytes} of {binary_total_bytes}")?);
-    let mut missed = 0;
+    let (mut missed, mut waits) = (0, None);
     while job.busy && !wait.detach {
         if !wait.ask.json {
             told.print(&job);
+        }
+        if job.remedy != waits && !wait.ask.json {
+            waits = job.remedy.clone();
+            waits.iter().for_each(|remedy| eprintln!("  {remedy}"));
         }
         if let Some((done, total)) = job.progress {
             bar.set_length(total);

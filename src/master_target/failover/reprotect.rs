@@ -172,6 +172,13 @@ impl Engine {
                 return Ok(());
             }
             self.go_on_waiting(id)?;
+            let heard = disk.condition().report.as_ref().is_some_and(|(_, at)| clock::now().since(*at) < FRESH);
+            if let Some(entry) = self.setup.jobs.lock().get_mut(&id) {
+                // For who looks meanwhile; the next step that is kept takes it away.
+                let silent =
+                    || format!("waiting for the agent that has {}, which is not heard: start it, and its process server", disk.label);
+                entry.job.remedy = (!heard).then(silent);
+            }
             tokio::time::sleep(LOOK).await;
         }
     }
