@@ -560,22 +560,34 @@ fn rot_in_old_content_is_an_error_and_never_other_content() {
     });
 }
 
+/// How scattered blocks lie on a disk, and how long they are: each gets a record of its own.
+const SPACING: u64 = 64 << 10;
+const LEN: u64 = 16 << 10;
+
+fn scattered(blocks: u64) -> impl Iterator<Item = Extent> {
+    (0..blocks).map(|n| Extent::new(n * SPACING, LEN))
+}
+
+/// An image that holds noise there.
+async fn noisy(storage: &Faulty, blocks: u64) -> Image<FaultyFile> {
+    let image = Image::create(storage, Path::new("/r/image"), Format::Raw, blocks * SPACING).await.unwrap();
+    for extent in scattered(blocks) {
+        let noise: Vec<u8> = (0..LEN).map(|i| (i.wrapping_mul(extent.offset + 77) >> 5) as u8).collect();
+        image.write(extent.offset, Bytes::from(noise)).await.unwrap();
+    }
+    image
+}
+
 /// Small records of scattered blocks stand close: rot in one costs that one, also when the index is gone and they are looked for.
 #[test]
 fn rot_in_one_of_many_records_is_told_from_the_others() {
     const BLOCKS: u64 = 30;
-    const SPACING: u64 = 64 << 10;
-    const LEN: u64 = 16 << 10;
     for sector in 0..BLOCKS * 2 {
         for without_index in [false, true] {
             run(async {
                 let storage = Faulty::default();
-                let image = Image::create(&storage, Path::new("/r/image"), Format::Raw, BLOCKS * SPACING).await.unwrap();
-                let extents = || (0..BLOCKS).map(|n| Extent::new(n * SPACING, LEN));
-                for extent in extents() {
-                    let noise: Vec<u8> = (0..LEN).map(|i| (i.wrapping_mul(extent.offset + 77) >> 5) as u8).collect();
-                    image.write(extent.offset, Bytes::from(noise)).await.unwrap();
-                }
+                let extents = || scattered(BLOCKS);
+                let image = noisy(&storage, BLOCKS).await;
                 let old = image.read(Extent::new(0, BLOCKS * SPACING)).await.unwrap();
                 let retention = Retention::open(storage.clone(), Path::new("/u"), subject(), None).await.unwrap();
                 retention.begin(Position::new(1, 1)).await.unwrap();
@@ -624,17 +636,11 @@ fn rot_in_one_of_many_records_is_told_from_the_others() {
 #[test]
 fn a_run_that_a_crash_cut_off_is_no_hole_in_what_follows() {
     const BLOCKS: u64 = 12;
-    const SPACING: u64 = 64 << 10;
-    const LEN: u64 = 16 << 10;
     for sector in (0..).step_by(7) {
         let over = run(async {
             let storage = Faulty::default();
-            let image = Image::create(&storage, Path::new("/r/image"), Format::Raw, BLOCKS * SPACING).await.unwrap();
-            let extents = || (0..BLOCKS).map(|n| Extent::new(n * SPACING, LEN));
-            for extent in extents() {
-                let noise: Vec<u8> = (0..LEN).map(|i| (i.wrapping_mul(extent.offset + 77) >> 5) as u8).collect();
-                image.write(extent.offset, Bytes::from(noise)).await.unwrap();
-            }
+            let extents = || scattered(BLOCKS);
+            let image = noisy(&storage, BLOCKS).await;
             let old = image.read(Extent::new(0, BLOCKS * SPACING)).await.unwrap();
             let open = async || Retention::open(storage.clone(), Path::new("/u"), subject(), Some(Position::new(1, 1))).await.unwrap();
             let retention = open().await;
