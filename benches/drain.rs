@@ -40,7 +40,7 @@ const BATCH_BLOCKS: u64 = 16;
 const BYTES: u64 = 1 << 30;
 /// Bytes between points: five seconds, the default, of a machine that writes 100 MB/s.
 const POINT_EVERY: u64 = 512 << 20;
-/// The same of one that writes a tenth of that: its checkpoints are cut in two.
+/// The same where points come so often that checkpoints are cut in two.
 const OFTEN: u64 = 64 << 20;
 
 /// The disks, by number.

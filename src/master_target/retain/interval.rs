@@ -299,7 +299,8 @@ impl<F: File> Interval<F> {
         Ok(())
     }
 
-    /// Appends go to a new page. Where a crash cut off a run, none of it was durable, so what is whole of it goes, too.
+    /// Appends go to a new page. Where a crash cut off a run it was not synced, so nothing of it was overwritten in the replica, and
+    /// what is whole of it goes, too. Not covered: a run that was synced, not noted before the power went, and then rots.
     fn cut_torn_run(&self) {
         let mut pending = self.pending.borrow_mut();
         while !self.end.get().is_multiple_of(FIRST_RECORD) {

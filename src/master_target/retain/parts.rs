@@ -10,7 +10,7 @@ use crate::model::change::ZERO_BYTES_MAX;
 use crate::wire::batch::BATCH_EXTENTS_MAX;
 
 /// Data of one record. Small enough that a read of 64 KiB opens little else, large enough to compress.
-pub(super) const RECORD_DATA: u64 = 64 << 10;
+const RECORD_DATA: u64 = 64 << 10;
 /// The same of parts that do not lie together.
 const SCATTERED_DATA: u64 = 16 << 10;
 /// Bytes of the records of one run: the largest pooled buffer.
