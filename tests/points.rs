@@ -487,7 +487,7 @@ fn a_policy_that_is_set_counts_at_once_and_until_it_is_reset() {
     cluster.kill("master-target");
     cluster.start_role("master-target");
     let shown = cluster.tidegate(&["policy", "show", "--control", &cluster.control("master-target")]);
-    assert!(shown.contains("points_max  2  (policy set)") && shown.contains("span        3days  (policy set)"), "{shown}");
+    assert!(shown.contains("points_max  2  (policy set)") && shown.contains("span        3d  (policy set)"), "{shown}");
     assert!(shown.contains("points_min  1  (configuration)"), "{shown}");
     cluster.tidegate(&["policy", "set", "--reset", "--control", &cluster.control("master-target")]);
     let shown = cluster.tidegate(&["policy", "show", "--control", &cluster.control("master-target")]);

@@ -244,8 +244,11 @@ pub(super) fn lost(plan: &PlanView, choice: &Choice) -> String {
         None => text += "         what the agent had and not sent is not known: it was not heard since this master target started\n",
     }
     text += "         and what it wrote since then, which nobody here knows\n";
-    if plan.heard_seconds.is_some_and(|heard| heard < 5.0) {
-        text += "note     the agent is heard now: `failover planned` would lose nothing\n";
+    if let Some(heard) = plan.heard_seconds.filter(|heard| *heard < 5.0) {
+        text += &format!(
+            "note     the agent was heard {} ago: if its host lives, `failover planned` loses nothing\n",
+            output::seconds(Some(heard))
+        );
     }
     text + &format!(
         "The source of {} is refused from now on, until the failover is cancelled. Points stay until it is committed.",
@@ -376,7 +379,9 @@ impl Told {
 }
 
 fn end(job: &JobView, detached: bool) {
-    println!("failover {} of {}: {}", job.id, job.machine, job.state);
+    let point =
+        job.point_time.as_ref().filter(|_| job.state == "failed-over").map_or_else(String::new, |time| format!(", at the point of {time}"));
+    println!("failover {} of {}: {}{point}", job.id, job.machine, job.state);
     if detached && job.busy {
         return println!("it goes on; see `tidegate failover show {}`", job.id);
     }
@@ -414,7 +419,10 @@ fn list(args: &Ask) -> anyhow::Result<()> {
         let result = match (j.passed, &j.error) {
             (Some(true), _) => "passed".to_owned(),
             (_, Some(error)) => error.chars().take(60).collect(),
-            _ => String::new(),
+            (Some(false), None) => "failed".to_owned(),
+            (None, None) if j.kind == JobKind::Test.as_str() && !j.busy => "not checked".to_owned(),
+            (None, None) if j.over => "done".to_owned(),
+            (None, None) => "-".to_owned(),
         };
         vec![
             j.id.to_string(),

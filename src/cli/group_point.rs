@@ -30,8 +30,8 @@ fn members(point: &GroupPointView) -> String {
 }
 
 /// `point list --group`.
-pub(super) fn list(group: String, args: &Ask) -> anyhow::Result<()> {
-    let points: Vec<GroupPointView> = ask(&args.control, &Request::GroupPoints { group: Some(group) })?;
+pub(super) fn list(group: String, last: Option<usize>, args: &Ask) -> anyhow::Result<()> {
+    let points: Vec<GroupPointView> = output::newest(ask(&args.control, &Request::GroupPoints { group: Some(group) })?, last);
     if args.json {
         return output::json(&points);
     }

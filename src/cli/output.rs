@@ -15,6 +15,12 @@ pub(super) fn table(heading: &[&str], rows: &[Vec<String>]) {
     rows.iter().for_each(|row| line(row));
 }
 
+/// The last `count` of a list that has the oldest first; all without a count.
+pub(super) fn newest<T>(mut list: Vec<T>, count: Option<usize>) -> Vec<T> {
+    list.drain(..list.len().saturating_sub(count.unwrap_or(usize::MAX)));
+    list
+}
+
 /// Prints a value as JSON.
 pub(super) fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
     println!("{}", serde_json::to_string_pretty(value)?);

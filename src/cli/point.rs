@@ -15,6 +15,9 @@ use crate::control::client;
 #[derive(clap::Subcommand)]
 pub(super) enum PointCommand {
     /// Listed points, the oldest first. Ask the master target.
+    #[command(
+        after_help = "Examples:\n  tidegate point list --last 20\n  tidegate point list --machine web01 --json\n  tidegate point list --bad"
+    )]
     List {
         /// Of one machine only.
         #[arg(long)]
@@ -25,6 +28,9 @@ pub(super) enum PointCommand {
         /// Points that became unusable instead, with the cause.
         #[arg(long)]
         bad: bool,
+        /// Only the newest so many.
+        #[arg(long, value_name = "COUNT")]
+        last: Option<usize>,
         #[command(flatten)]
         ask: Ask,
     },
@@ -33,7 +39,7 @@ pub(super) enum PointCommand {
         after_help = "Examples:\n  tidegate point verify latest\n  tidegate point verify 3f2a --json\n\nThe digest is BLAKE3 of the content; it does not depend on how that is stored. Exit code 1: the point is bad, or could not be read."
     )]
     Verify {
-        /// Its id, the beginning of it, or `latest`.
+        /// Its id, the beginning of it, its label, or `latest`.
         point: String,
         #[command(flatten)]
         ask: Ask,
@@ -75,7 +81,7 @@ pub(super) enum PointCommand {
     },
     /// Keep a point whatever the policy says, until it is unpinned. Ask the master target.
     Pin {
-        /// Its id, the beginning of it, or `latest`.
+        /// Its id, the beginning of it, its label, or `latest`.
         point: String,
         #[command(flatten)]
         ask: Ask,
@@ -153,8 +159,8 @@ fn mark_group(group: String, app: bool, label: Option<String>, args: &Ask) -> an
     Ok(())
 }
 
-fn list_bad(machine: Option<String>, args: &Ask) -> anyhow::Result<()> {
-    let points: Vec<BadPointView> = ask(&args.control, &Request::BadPoints { machine })?;
+fn list_bad(machine: Option<String>, last: Option<usize>, args: &Ask) -> anyhow::Result<()> {
+    let points: Vec<BadPointView> = output::newest(ask(&args.control, &Request::BadPoints { machine })?, last);
     if args.json {
         return output::json(&points);
     }
@@ -248,8 +254,8 @@ fn verdict(view: &VerifyView) -> anyhow::Result<()> {
 /// Runs the command.
 pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
     match command {
-        PointCommand::List { machine, bad: true, ask: args, .. } => list_bad(machine, &args),
-        PointCommand::List { group: Some(group), ask: args, .. } => group_point::list(group, &args),
+        PointCommand::List { machine, bad: true, last, ask: args, .. } => list_bad(machine, last, &args),
+        PointCommand::List { group: Some(group), last, ask: args, .. } => group_point::list(group, last, &args),
         PointCommand::Verify { point, ask: args } => verify(point, &args),
         PointCommand::Forget { point: None, all: false, .. } => {
             Err(Usage("which one? Give the id of an unusable point, or --all".to_owned()).into())
@@ -277,8 +283,8 @@ pub(super) fn run(command: PointCommand) -> anyhow::Result<()> {
             );
             Ok(())
         }
-        PointCommand::List { machine, ask: args, .. } => {
-            let points: Vec<PointView> = ask(&args.control, &Request::Points { machine })?;
+        PointCommand::List { machine, last, ask: args, .. } => {
+            let points: Vec<PointView> = output::newest(ask(&args.control, &Request::Points { machine })?, last);
             if args.json {
                 return output::json(&points);
             }

@@ -1,13 +1,10 @@
 //! `tidegate policy`.
-
-use std::time::Duration;
-
 use anyhow::bail;
 
 use super::{Ask, ask, output};
 use crate::config::units::{parse_size, show_size};
 use crate::control::api::{PolicySet, PolicyValues, PolicyView, Request};
-use crate::model::Ladder;
+use crate::model::{Ladder, show_span};
 
 /// Which recovery points stay.
 #[derive(clap::Subcommand)]
@@ -141,11 +138,10 @@ fn show(view: &PolicyView) {
     let line = |name: &str, value: String, is_set: bool| {
         println!("{name:<11} {value}  ({})", if is_set { "policy set" } else { "configuration" });
     };
-    let span = |s| humantime::format_duration(Duration::from_secs(s)).to_string();
     line("ladder", view.ladder.clone(), set.ladder.is_some());
     line("points_min", view.points_min.to_string(), set.points_min.is_some());
     line("points_max", view.points_max.to_string(), set.points_max.is_some());
-    line("span", view.span_seconds.map_or_else(|| "the end of the ladder".to_owned(), span), set.span_seconds.is_some());
+    line("span", view.span_seconds.map_or_else(|| "the end of the ladder".to_owned(), show_span), set.span_seconds.is_some());
     line("space_max", view.space_max_bytes.map_or_else(|| "-".to_owned(), show_size), set.space_max_bytes.is_some());
     for machine in &view.machines {
         let held = format!("{} pinned", machine.pinned);
@@ -165,7 +161,7 @@ fn own(values: &PolicyValues) -> String {
     parts.extend(values.ladder.as_ref().map(|l| format!("ladder {l:?}")));
     parts.extend(values.points_min.map(|n| format!("points_min {n}")));
     parts.extend(values.points_max.map(|n| format!("points_max {n}")));
-    parts.extend(values.span_seconds.map(|s| format!("span {}", humantime::format_duration(Duration::from_secs(s)))));
+    parts.extend(values.span_seconds.map(|s| format!("span {}", show_span(s))));
     parts.extend(values.space_max_bytes.map(|b| format!("space_max {}", show_size(b))));
     if parts.is_empty() { String::new() } else { format!("; its own: {}", parts.join(", ")) }
 }

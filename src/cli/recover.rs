@@ -149,6 +149,9 @@ fn mount(point: String, nbd: Address, disk: Option<String>, read_only: bool, det
         println!("{} of {} is at {uri} ({how}), name {}", view.point, view.disk, view.name);
     }
     if detach {
+        if !args.json {
+            println!("it stays until `tidegate recover unmount {}`", view.name);
+        }
         return Ok(());
     }
     if !args.json {
@@ -194,10 +197,8 @@ fn export(point: String, disk: Option<String>, format: Format, file: PathBuf, ar
     })?;
     bar.finish_and_clear();
     if let Some(error) = &view.error {
-        bail!(
-            "export failed: {error}; the same command again goes on from where it was, `tidegate recover unmount {}` gives it up",
-            view.name
-        );
+        let again = if view.done_bytes > 0 { "goes on from where it was" } else { "tries it again" };
+        bail!("export failed: {error}; the same command again {again}, `tidegate recover unmount {}` gives it up", view.name);
     }
     if args.json {
         return output::json(&view);

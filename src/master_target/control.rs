@@ -228,7 +228,10 @@ impl Control {
             }
             (Some(name), _) => disks.iter().copied().find(|d| d.name.as_str() == name || d.id.to_string() == name),
         };
-        found.map(|d| (d.id, d.label.clone())).ok_or_else(|| format!("the point has no disk {}", name.unwrap_or_default()))
+        found.map(|d| (d.id, d.label.clone())).ok_or_else(|| {
+            let names: Vec<_> = disks.iter().map(|d| d.name.as_str()).collect();
+            format!("the point has no disk {}; it has {}", name.unwrap_or_default(), names.join(", "))
+        })
     }
 
     async fn pin(&self, point: &str, pinned: bool) -> Result<PointView, String> {

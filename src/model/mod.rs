@@ -22,7 +22,7 @@ pub use group::GroupPart;
 pub use ids::{DiskId, MachineId, Name, NameError, PointId};
 pub use job::{Choice, Hold, Job, JobKind, JobState};
 pub use point::{PointKind, RecoveryPoint};
-pub use policy::{Ladder, Policy};
+pub use policy::{Ladder, Policy, show_span};
 pub use position::{Position, Reliance, Rung};
 pub use state::{DiskReport, Health, ReplicationState, Wanted};
 

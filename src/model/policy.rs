@@ -101,14 +101,24 @@ impl TryFrom<String> for Ladder {
     }
 }
 
+/// Seconds as a configuration has them: `1d2h`. Not in months, which are no whole days.
+pub fn show_span(seconds: u64) -> String {
+    let parts = [(86400, 'd'), (3600, 'h'), (60, 'm'), (1, 's')].iter().scan(seconds, |left, (unit, name)| {
+        let count = *left / unit;
+        *left %= unit;
+        Some(if count > 0 { format!("{count}{name}") } else { String::new() })
+    });
+    let text: String = parts.collect();
+    if text.is_empty() { "0s".to_owned() } else { text }
+}
+
 impl fmt::Display for Ladder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, step) in self.0.iter().enumerate() {
             let comma = if index == 0 { "" } else { ", " };
-            let time = |seconds: u64| humantime::format_duration(Duration::from_secs(seconds)).to_string().replace(' ', "");
             match step.every {
-                None => write!(f, "{comma}all to {}", time(step.until))?,
-                Some(every) => write!(f, "{comma}1/{} to {}", time(every), time(step.until))?,
+                None => write!(f, "{comma}all to {}", show_span(step.until))?,
+                Some(every) => write!(f, "{comma}1/{} to {}", show_span(every), show_span(step.until))?,
             }
         }
         Ok(())
@@ -311,7 +321,9 @@ mod tests {
     fn ladders_are_read_as_people_write_them() {
         let ladder: Ladder = "all for 2h, 1/h for 1d, 1/2h to 7d, 1/4h to 15d".parse().unwrap();
         assert_eq!(ladder, Ladder::default());
+        assert_eq!(ladder.to_string(), "all to 2h, 1/1h to 1d2h, 1/2h to 7d, 1/4h to 15d");
         assert_eq!(ladder.to_string().parse::<Ladder>().unwrap(), ladder);
+        assert_eq!("all for 31d".parse::<Ladder>().unwrap().to_string(), "all to 31d");
         assert_eq!("2/h for 1d".parse::<Ladder>().unwrap().0[0].every, Some(1800));
         for bad in [
             "",

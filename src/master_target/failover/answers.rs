@@ -44,7 +44,11 @@ impl Desk {
             format!("{} (failover {}, {}{point}){error}", j.state.as_str(), j.id, j.kind.as_str())
         });
         let tests = of().filter(|j| j.kind == JobKind::Test && !j.state.is_over()).count();
-        let now = now.or_else(|| (tests > 0).then(|| format!("{tests} test failovers stand, see `tidegate failover list`")));
+        let now = now.or_else(|| {
+            (tests > 0).then(|| {
+                format!("{tests} test {}, see `tidegate failover list`", if tests == 1 { "failover stands" } else { "failovers stand" })
+            })
+        });
         let test = of().find(|j| j.kind == JobKind::Test && (j.passed.is_some() || j.state.is_at_rest()));
         let test = test.map(|j| {
             let result = match (j.passed, &j.error) {
