@@ -28,6 +28,7 @@ pub mod observe;
 pub mod storage;
 pub mod wire;
 
+pub mod checksum;
 pub mod clock;
 pub mod config;
 pub mod hook;

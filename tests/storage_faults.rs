@@ -11,6 +11,7 @@ use bytes::Bytes;
 use support::Rng;
 use support::faulty_storage::{Fault, Faulty, FaultyFile};
 use tidegate::agent::dirty_map::DirtyMap;
+use tidegate::checksum;
 use tidegate::crypto::keyring::DataKey;
 use tidegate::disk::{Disk, Format, Image};
 use tidegate::master_target::apply::roll::fall_back;
@@ -744,7 +745,7 @@ fn what_version_1_kept_is_read_and_gone_on_with() {
         let mut next =
             std::fs::read(&grew).unwrap_or_else(|_| std::fs::read(undo.join("undo-0000000000000001-0000000000000003.tgu")).unwrap());
         next[7] = 3;
-        let crc = crc32c::crc32c(&next[..40]);
+        let crc = checksum::crc32c(&next[..40]);
         next[40..44].copy_from_slice(&crc.to_le_bytes());
         let path = undo.join("undo-0000000000000001-0000000000000004.tgu");
         std::fs::write(&path, &next).unwrap();

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use memory::Faulty;
 use rng::Rng;
+use tidegate::checksum;
 use tidegate::disk::places::Table;
 use tidegate::disk::vhdx::bat::{Bat, Geometry, load_pages};
 use tidegate::disk::vhdx::format::{HEADER_LEN as HEADER_LEN_VHDX, Header as VhdxHeader, MIB, Metadata, REGION_LEN, Regions};
@@ -55,7 +56,7 @@ pub const TARGETS: &[(&str, Target)] = &[
 pub fn wire_ingest(data: &[u8]) {
     if let Some(&(mut head)) = data.first_chunk::<FRAME_LEN>() {
         let _ = Frame::decode(&head);
-        let crc = crc32c::crc32c(&head[..60]);
+        let crc = checksum::crc32c(&head[..60]);
         head[60..].copy_from_slice(&crc.to_le_bytes());
         if let Ok(frame) = Frame::decode(&head) {
             assert_eq!(frame.encode()[..52], head[..52]);
@@ -193,7 +194,7 @@ fn reseal(file: &mut [u8]) {
 /// Sets the checksum of a VHDX structure.
 fn checksum(bytes: &mut [u8]) {
     bytes[4..8].fill(0);
-    let crc = crc32c::crc32c(bytes);
+    let crc = checksum::crc32c(bytes);
     bytes[4..8].copy_from_slice(&crc.to_le_bytes());
 }
 

@@ -11,6 +11,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::spill::SpillError;
+use crate::checksum;
 use crate::config::limits::SILENCE_SECONDS;
 use crate::crypto::pki::{PkiError, Role};
 use crate::crypto::tls::{ALPN_INGEST, Credentials, TlsError, peer_identity, server_name};
@@ -115,7 +116,7 @@ pub(super) async fn read_message<R: tokio::io::AsyncRead + Unpin>(
     }
     buffer.resize(frame.payload_len as usize, 0);
     read.read_exact(buffer).await?;
-    if crc32c::crc32c(buffer) != frame.payload_crc {
+    if checksum::crc32c(buffer) != frame.payload_crc {
         return Err(WireError::Checksum("message").into());
     }
     Ok(decode_control(buffer)?)

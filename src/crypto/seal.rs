@@ -15,6 +15,7 @@ use sha2::Sha256;
 use thiserror::Error;
 
 use super::keyring::{DataKey, random};
+use crate::checksum;
 use crate::model::DiskId;
 use crate::storage::AlignedBuf;
 use crate::storage::log::format::RECORD_HEADER_LEN;
@@ -90,7 +91,7 @@ impl SealingSession {
         let stored: &[u8] = packed.unwrap_or(body);
         header.compressed = packed.is_some();
         header.stored_len = (stored.len() + TAG_LEN) as u32;
-        header.body_crc = crc32c::crc32c(body);
+        header.body_crc = checksum::crc32c(body);
         header.salt = self.salt;
         header.nonce = self.next.fetch_add(1, Ordering::Relaxed);
         let aad = header.encode();
@@ -143,7 +144,7 @@ impl Opener {
             .decrypt_inout_detached(&nonce(header.nonce), &sealed[..HEADER_LEN], (&mut text[..]).into(), &tag)
             .map_err(|_| OpenError::Seal)?;
         let body = if header.compressed { unpack(&text, header.body_len())? } else { text };
-        if body.len() != header.body_len() || crc32c::crc32c(&body) != header.body_crc {
+        if body.len() != header.body_len() || checksum::crc32c(&body) != header.body_crc {
             return Err(OpenError::Body);
         }
         Ok((header, body))

@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use crate::checksum;
 use redb::{Database, ReadTransaction, ReadableDatabase, ReadableTable, TableDefinition, TableHandle, WriteTransaction};
 use serde::{Serialize, de::DeserializeOwned};
 use thiserror::Error;
@@ -40,8 +41,8 @@ pub struct Catalogue {
 const DAMAGED: &str = "is damaged, or was written by an earlier version: check its storage, then put the folder back from a backup, or begin with an empty one";
 
 fn seal(table: &str, key: &[u8], value: &[u8]) -> [u8; 4] {
-    let crc = crc32c::crc32c_append(crc32c::crc32c(table.as_bytes()), key);
-    crc32c::crc32c_append(crc, value).to_le_bytes()
+    let crc = checksum::crc32c_append(checksum::crc32c(table.as_bytes()), key);
+    checksum::crc32c_append(crc, value).to_le_bytes()
 }
 
 /// Makes an empty catalogue under its name at once: power that goes in between leaves none, not one that does not open.

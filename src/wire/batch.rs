@@ -32,6 +32,7 @@
 use uuid::Uuid;
 
 use super::{CONTROL_BYTES_MAX, Fields, WireError, check_len};
+use crate::checksum;
 use crate::model::change::{CHANGE_BYTES_MAX, ZERO_BYTES_MAX};
 use crate::model::{Digest, DiskId, Extent, Marker, Position, SECTOR, Trailer};
 
@@ -148,7 +149,7 @@ impl BatchHeader {
         out.extend_from_slice(&self.salt);
         out.extend_from_slice(&self.nonce.to_le_bytes());
         out.extend_from_slice(&[0; 20]);
-        let crc = crc32c::crc32c(&out);
+        let crc = checksum::crc32c(&out);
         out.extend_from_slice(&crc.to_le_bytes());
         out.try_into().expect("the fields above add up to the header")
     }
@@ -168,7 +169,7 @@ impl BatchHeader {
             return Err(WireError::Version { what: "batch format", found: version });
         }
         let crc = u32::from_le_bytes([bytes[156], bytes[157], bytes[158], bytes[159]]);
-        if crc32c::crc32c(&bytes[..156]) != crc {
+        if checksum::crc32c(&bytes[..156]) != crc {
             return Err(WireError::Checksum("batch header"));
         }
         let flags = fields.u16();

@@ -22,6 +22,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{CONTROL_BYTES_MAX, Fields, PROTOCOL, WireError, check_len, decode_control};
+use crate::checksum;
 use crate::model::change::{CHANGE_BYTES_MAX, ZERO_BYTES_MAX};
 use crate::model::{ChangeKind, Compare, DiskId, DiskReport, Extent, MachineId, Name, Position, Reliance, SECTOR, Verdict, Wanted};
 
@@ -84,7 +85,7 @@ impl Frame {
         }
         out.extend_from_slice(&self.payload_crc.to_le_bytes());
         out.extend_from_slice(&[0; 8]);
-        let crc = crc32c::crc32c(&out);
+        let crc = checksum::crc32c(&out);
         out.extend_from_slice(&crc.to_le_bytes());
         out.try_into().expect("the fields above add up to the frame")
     }
@@ -103,7 +104,7 @@ impl Frame {
             return Err(WireError::Version { what: "ingest protocol", found: version });
         }
         let crc = u32::from_le_bytes([bytes[60], bytes[61], bytes[62], bytes[63]]);
-        if crc32c::crc32c(&bytes[..60]) != crc {
+        if checksum::crc32c(&bytes[..60]) != crc {
             return Err(WireError::Checksum("frame"));
         }
         let kind = match fields.take::<2>() {
@@ -175,7 +176,7 @@ pub fn encode_change(slot: u32, sequence: u64, change: &ChangeKind, age_us: u64,
         sequence,
         extent: change.extent().unwrap_or(Extent::new(0, 0)),
         age_us,
-        payload_crc: crc32c::crc32c(payload),
+        payload_crc: checksum::crc32c(payload),
     };
     out.extend_from_slice(&frame.encode());
     out.extend_from_slice(payload);
@@ -187,7 +188,7 @@ pub fn encode_change(slot: u32, sequence: u64, change: &ChangeKind, age_us: u64,
 /// # Errors
 /// [`WireError`] for anything that is not a change within its bounds.
 pub fn decode_change(frame: &Frame, payload: Bytes) -> Result<ChangeKind, WireError> {
-    if crc32c::crc32c(&payload) != frame.payload_crc {
+    if checksum::crc32c(&payload) != frame.payload_crc {
         return Err(WireError::Checksum("payload"));
     }
     Ok(match frame.kind {
@@ -213,7 +214,7 @@ pub fn control_frame<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
         sequence: 0,
         extent: Extent::new(0, 0),
         age_us: 0,
-        payload_crc: crc32c::crc32c(&payload),
+        payload_crc: checksum::crc32c(&payload),
     };
     Ok([&frame.encode()[..], &payload].concat())
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use tidegate::checksum;
 use tidegate::crypto::pki::Role;
 use tidegate::crypto::statement::Signer;
 use tidegate::crypto::tls::{ALPN_INGEST, Credentials, TlsFiles, server_name};
@@ -141,7 +142,7 @@ impl Slot {
             sequence: index as u64 + 1,
             extent: *extent,
             age_us: 0,
-            payload_crc: crc32c::crc32c(payload),
+            payload_crc: checksum::crc32c(payload),
         };
         [&frame.encode()[..], payload].concat()
     }

@@ -14,6 +14,7 @@
 
 use uuid::Uuid;
 
+use crate::checksum;
 use crate::model::{DiskId, Position, RegionSet};
 
 /// Unit that a device writes as a whole.
@@ -65,7 +66,7 @@ impl Header {
         out[68..76].copy_from_slice(&self.origin.to_le_bytes());
         out[76..84].copy_from_slice(&self.cleaned.epoch.to_le_bytes());
         out[84..92].copy_from_slice(&self.cleaned.sequence.to_le_bytes());
-        let crc = crc32c::crc32c(&out[..92]);
+        let crc = checksum::crc32c(&out[..92]);
         out[92..96].copy_from_slice(&crc.to_le_bytes());
         out
     }
@@ -82,7 +83,7 @@ impl Header {
             2 => (76, Position::default()),
             _ => return None,
         };
-        if u32_at(crc_at)? != crc32c::crc32c(&bytes[..crc_at]) {
+        if u32_at(crc_at)? != checksum::crc32c(&bytes[..crc_at]) {
             return None;
         }
         Some(Header {
@@ -115,7 +116,7 @@ pub fn encode_sector(bits: &RegionSet, sector: u64) -> [u8; SECTOR_LEN] {
         out[(bit / 8) as usize] |= 1 << (bit % 8);
         at = region + 1;
     }
-    let crc = crc32c::crc32c(&out[..508]);
+    let crc = checksum::crc32c(&out[..508]);
     out[508..].copy_from_slice(&crc.to_le_bytes());
     out
 }
@@ -124,7 +125,7 @@ pub fn encode_sector(bits: &RegionSet, sector: u64) -> [u8; SECTOR_LEN] {
 pub fn decode_sector(bytes: &[u8], sector: u64, bits: &mut RegionSet) -> bool {
     let first = sector * REGIONS_PER_SECTOR;
     let last = (first + REGIONS_PER_SECTOR).min(bits.regions());
-    let whole = bytes.len() == SECTOR_LEN && crc32c::crc32c(&bytes[..508]).to_le_bytes() == bytes[508..];
+    let whole = bytes.len() == SECTOR_LEN && checksum::crc32c(&bytes[..508]).to_le_bytes() == bytes[508..];
     for region in first..last {
         let bit = region - first;
         if !whole || bytes[(bit / 8) as usize] & 1 << (bit % 8) != 0 {
@@ -178,7 +179,7 @@ mod tests {
         assert_eq!(Header::decode(&header.encode()), Some(header));
         let mut old = header.encode();
         old[4..8].copy_from_slice(&2u32.to_le_bytes());
-        let crc = crc32c::crc32c(&old[..76]);
+        let crc = checksum::crc32c(&old[..76]);
         old[76..80].copy_from_slice(&crc.to_le_bytes());
         assert_eq!(Header::decode(&old), Some(Header { cleaned: Position::default(), ..header }), "a map of the version before");
         assert_eq!(Header::decode(&[0; 512]), None);

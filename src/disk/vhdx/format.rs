@@ -7,6 +7,7 @@
 //! | 192 KiB, 256 KiB | 64 KiB each | region table and its copy |
 //! | 1 MiB and up | | log, BAT, metadata, payload blocks, each at a multiple of 1 MiB |
 
+use crate::checksum;
 use uuid::Uuid;
 
 /// Unit of everything in the file.
@@ -323,12 +324,12 @@ impl ParentLocator {
 
 pub(super) fn seal_crc(bytes: &mut [u8]) {
     bytes[4..8].fill(0);
-    let crc = crc32c::crc32c(bytes);
+    let crc = checksum::crc32c(bytes);
     bytes[4..8].copy_from_slice(&crc.to_le_bytes());
 }
 
 pub(super) fn crc_matches(bytes: &[u8]) -> bool {
-    let crc = crc32c::crc32c_append(crc32c::crc32c_append(crc32c::crc32c(&bytes[..4]), &[0; 4]), &bytes[8..]);
+    let crc = checksum::crc32c_append(checksum::crc32c_append(checksum::crc32c(&bytes[..4]), &[0; 4]), &bytes[8..]);
     u32_at(bytes, 4) == crc
 }
 

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use crate::checksum;
 use crate::disk::Format;
 use crate::model::{DiskId, PointId};
 use crate::storage::uring::sync_dir;
@@ -91,7 +92,7 @@ impl Staging {
         let bytes = fs::read(self.dir.join("progress")).ok()?;
         let u64_at = |at: usize| Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
         let crc = u32::from_le_bytes(*bytes.get(24..)?.first_chunk()?);
-        let sound = bytes.len() == 28 && bytes[..8] == MAGIC && crc == crc32c::crc32c(&bytes[..24]) && u64_at(8)? == size;
+        let sound = bytes.len() == 28 && bytes[..8] == MAGIC && crc == checksum::crc32c(&bytes[..24]) && u64_at(8)? == size;
         u64_at(16).filter(|&done| sound && done > 0 && done <= size)
     }
 
@@ -100,7 +101,7 @@ impl Staging {
         let mut bytes = MAGIC.to_vec();
         bytes.extend_from_slice(&size.to_le_bytes());
         bytes.extend_from_slice(&done.to_le_bytes());
-        bytes.extend_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
+        bytes.extend_from_slice(&checksum::crc32c(&bytes).to_le_bytes());
         let new = self.dir.join("progress.new");
         let mut file = File::create(&new)?;
         file.write_all(&bytes)?;

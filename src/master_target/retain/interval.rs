@@ -15,6 +15,7 @@ use super::index::{self, ENTRIES_MAX, Source};
 use super::record::{self, Loose, Run, pages_of, read_record, stored};
 use super::window::{WINDOW_BYTES, Window};
 use super::{RetainError, Subject};
+use crate::checksum;
 use crate::crypto::seal::{OpenError, Opener, SealingSession};
 use crate::model::{Extent, OverlayMap, Piece, Position, SECTOR};
 use crate::sabotage;
@@ -230,7 +231,7 @@ impl<F: File> Interval<F> {
             AlignedBuf::zeroed(FIRST_RECORD as usize)
         };
         let u64_at = |at: usize| u64::from_le_bytes(*page[at..].first_chunk().expect("the page is longer than the header"));
-        let passes = crc32c::crc32c(&page[..40]).to_le_bytes() == page[40..44];
+        let passes = checksum::crc32c(&page[..40]).to_le_bytes() == page[40..44];
         let whole = passes && (page[..8] == MAGIC || page[..8] == MAGIC_PAGES);
         if passes && !whole && page[..7] == MAGIC[..7] {
             return Err(RetainError::Version { path, version: page[7] });
@@ -482,7 +483,7 @@ impl<F: File> Interval<F> {
         for field in [self.incarnation, self.start.epoch, self.start.sequence, index_at] {
             page.extend(&field.to_le_bytes());
         }
-        let crc = crc32c::crc32c(&page);
+        let crc = checksum::crc32c(&page);
         page.extend(&crc.to_le_bytes());
         page.pad_to(FIRST_RECORD as usize);
         self.file.write_at(0, page.freeze()).await

@@ -12,6 +12,7 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio_rustls::server::TlsStream;
 
+use crate::checksum;
 use crate::clock;
 use crate::config::limits::{DISKS_PER_CONNECTION_MAX, SILENCE_SECONDS};
 use crate::model::position::EPOCH_STEP_MAX;
@@ -136,7 +137,7 @@ impl Connection {
             let mut payload = AlignedBuf::with_capacity(frame.payload_len as usize);
             payload.set_len(frame.payload_len as usize);
             timed(read.read_exact(&mut payload)).await?;
-            if crc32c::crc32c(&payload) != frame.payload_crc {
+            if checksum::crc32c(&payload) != frame.payload_crc {
                 return Err(WireError::Checksum("payload").into());
             }
             match frame.kind {

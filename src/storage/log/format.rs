@@ -23,6 +23,7 @@
 
 use uuid::Uuid;
 
+use crate::checksum;
 use crate::storage::aligned::ALIGN;
 
 /// Bytes before a record's body. Writers leave this much room in front.
@@ -48,7 +49,7 @@ impl SegmentHeader {
         out[..8].copy_from_slice(&SEGMENT_MAGIC);
         out[8..24].copy_from_slice(self.log.as_bytes());
         out[24..32].copy_from_slice(&self.incarnation.to_le_bytes());
-        let crc = crc32c::crc32c(&out[..32]);
+        let crc = checksum::crc32c(&out[..32]);
         out[32..].copy_from_slice(&crc.to_le_bytes());
         out
     }
@@ -56,7 +57,7 @@ impl SegmentHeader {
     /// `None` if the page is not a header, as after a crash while the file was made.
     pub fn decode(page: &[u8]) -> Option<SegmentHeader> {
         let head = page.first_chunk::<36>()?;
-        if head[..8] != SEGMENT_MAGIC || le_u32(&head[32..]) != crc32c::crc32c(&head[..32]) {
+        if head[..8] != SEGMENT_MAGIC || le_u32(&head[32..]) != checksum::crc32c(&head[..32]) {
             return None;
         }
         Some(SegmentHeader { log: Uuid::from_slice(&head[8..24]).ok()?, incarnation: le_u64(&head[24..]) })
@@ -111,8 +112,8 @@ pub fn record_is_whole(record: &[u8], body_len: usize) -> bool {
 }
 
 fn record_crc(record: &[u8], body_len: usize) -> u32 {
-    let head = crc32c::crc32c(&record[8..24]);
-    crc32c::crc32c_append(head, &record[RECORD_HEADER_LEN..RECORD_HEADER_LEN + body_len])
+    let head = checksum::crc32c(&record[8..24]);
+    checksum::crc32c_append(head, &record[RECORD_HEADER_LEN..RECORD_HEADER_LEN + body_len])
 }
 
 fn le_u32(bytes: &[u8]) -> u32 {

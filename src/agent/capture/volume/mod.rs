@@ -26,6 +26,7 @@ use crate::agent::locks::{RangeGuard, RangeLocks};
 use crate::agent::regions::Regions;
 use crate::agent::scrub::Scrub;
 use crate::agent::shared::{AgentShared, VolumeShared};
+use crate::checksum;
 use crate::clock::{self, Mono, micros};
 use crate::config::agent::{AgentSettings, Disk};
 use crate::config::units::show_size;
@@ -80,7 +81,7 @@ fn origin(disk: &Disk, metadata: &std::fs::Metadata) -> u64 {
         true => disk.kind().files(&disk.path).into_iter().flat_map(inode).collect(),
         false => disk.path.as_os_str().as_encoded_bytes().to_vec(),
     };
-    u64::from(crc32c::crc32c(disk.kind().as_str().as_bytes())) << 32 | u64::from(crc32c::crc32c(&place))
+    u64::from(checksum::crc32c(disk.kind().as_str().as_bytes())) << 32 | u64::from(checksum::crc32c(&place))
 }
 
 /// One protected disk.
