@@ -5,10 +5,13 @@
 //! session ends with the process that began it and is never continued, so a (key, nonce) pair cannot repeat.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use aes_gcm::aead::{AeadInOut, KeyInit};
 use aes_gcm::{Aes256Gcm, Nonce, Tag};
+use bytes::Bytes;
 use hkdf::Hkdf;
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
 use sha2::Sha256;
@@ -113,23 +116,54 @@ pub struct Opener {
     purpose: Purpose,
     disk: DiskId,
     generation: u64,
-    sessions: HashMap<[u8; 32], Aes256Gcm>,
+    sessions: Mutex<HashMap<[u8; 32], Arc<Aes256Gcm>>>,
 }
 
 /// Sessions whose keys are kept; deriving one again costs microseconds.
-const SESSIONS_KEPT_MAX: usize = 16;
+const SESSIONS_KEPT_MAX: usize = 64;
 
 impl Opener {
     /// An opener for a disk's data key.
     pub fn new(key: DataKey, purpose: Purpose, disk: DiskId, generation: u64) -> Self {
-        Self { key, purpose, disk, generation, sessions: HashMap::new() }
+        Self { key, purpose, disk, generation, sessions: Mutex::default() }
     }
 
     /// Verifies and unpacks a sealed batch (header first). The returned body is page-aligned.
     ///
     /// # Errors
     /// [`OpenError`]; nothing of an unverified body is returned.
-    pub fn open(&mut self, sealed: &[u8]) -> Result<(BatchHeader, AlignedBuf), OpenError> {
+    pub fn open(&self, sealed: &[u8]) -> Result<(BatchHeader, AlignedBuf), OpenError> {
+        let header = self.header(sealed)?;
+        let text_end = sealed.len() - TAG_LEN;
+        let mut text = AlignedBuf::copy_of(&sealed[HEADER_LEN..text_end]);
+        self.decrypt(&header, &sealed[..HEADER_LEN], &mut text, &sealed[text_end..])?;
+        let body = if header.compressed { unpack(&text, header.body_len())? } else { text };
+        check(&header, &body)?;
+        Ok((header, body))
+    }
+
+    /// The same of a batch that stands at `place` of a buffer that nobody else needs, without a copy. The returned body may begin
+    /// anywhere in memory.
+    ///
+    /// # Errors
+    /// [`OpenError`]; nothing of an unverified body is returned.
+    pub fn open_within(&self, mut buffer: AlignedBuf, place: Range<usize>) -> Result<(BatchHeader, Bytes), OpenError> {
+        let sealed = buffer.get_mut(place.clone()).ok_or(WireError::Short("sealed batch"))?;
+        let header = self.header(sealed)?;
+        let (head, rest) = sealed.split_at_mut(HEADER_LEN);
+        let (text, tag) = rest.split_at_mut(rest.len() - TAG_LEN);
+        self.decrypt(&header, head, text, tag)?;
+        let body = if header.compressed {
+            unpack(text, header.body_len())?.freeze()
+        } else {
+            buffer.freeze().slice(place.start + HEADER_LEN..place.end - TAG_LEN)
+        };
+        check(&header, &body)?;
+        Ok((header, body))
+    }
+
+    /// The header of a batch of this disk, which is as long as it says.
+    fn header(&self, sealed: &[u8]) -> Result<BatchHeader, OpenError> {
         let header = BatchHeader::decode(sealed)?;
         if header.disk != self.disk || header.generation != self.generation {
             return Err(WireError::Illegal("batch of another disk or generation").into());
@@ -137,26 +171,31 @@ impl Opener {
         if sealed.len() != header.sealed_len() {
             return Err(WireError::Short("sealed batch").into());
         }
-        let text_end = sealed.len() - TAG_LEN;
-        let mut text = AlignedBuf::copy_of(&sealed[HEADER_LEN..text_end]);
-        let tag = Tag::try_from(&sealed[text_end..]).map_err(|_| OpenError::Seal)?;
-        self.cipher(&header.salt)
-            .decrypt_inout_detached(&nonce(header.nonce), &sealed[..HEADER_LEN], (&mut text[..]).into(), &tag)
-            .map_err(|_| OpenError::Seal)?;
-        let body = if header.compressed { unpack(&text, header.body_len())? } else { text };
-        if body.len() != header.body_len() || checksum::crc32c(&body) != header.body_crc {
-            return Err(OpenError::Body);
-        }
-        Ok((header, body))
+        Ok(header)
     }
 
-    fn cipher(&mut self, salt: &[u8; 32]) -> &Aes256Gcm {
-        if self.sessions.len() >= SESSIONS_KEPT_MAX && !self.sessions.contains_key(salt) {
-            self.sessions.clear();
-        }
-        let (key, purpose, disk, generation) = (&self.key, self.purpose, self.disk, self.generation);
-        self.sessions.entry(*salt).or_insert_with(|| session_cipher(key, purpose, disk, generation, salt))
+    fn decrypt(&self, header: &BatchHeader, head: &[u8], text: &mut [u8], tag: &[u8]) -> Result<(), OpenError> {
+        let tag = Tag::try_from(tag).map_err(|_| OpenError::Seal)?;
+        let opened = self.cipher(&header.salt).decrypt_inout_detached(&nonce(header.nonce), head, text.into(), &tag);
+        opened.map_err(|_| OpenError::Seal)
     }
+
+    fn cipher(&self, salt: &[u8; 32]) -> Arc<Aes256Gcm> {
+        // What is in it is right even if somebody panicked over it.
+        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        if sessions.len() >= SESSIONS_KEPT_MAX && !sessions.contains_key(salt) {
+            sessions.clear();
+        }
+        let derive = || Arc::new(session_cipher(&self.key, self.purpose, self.disk, self.generation, salt));
+        sessions.entry(*salt).or_insert_with(derive).clone()
+    }
+}
+
+fn check(header: &BatchHeader, body: &[u8]) -> Result<(), OpenError> {
+    if body.len() != header.body_len() || checksum::crc32c(body) != header.body_crc {
+        return Err(OpenError::Body);
+    }
+    Ok(())
 }
 
 /// Reusable state of the compressor; one per thread that seals.
@@ -232,9 +271,17 @@ mod tests {
         fn what_was_sealed_opens_and_one_changed_bit_does_not(body in proptest::collection::vec(0u8..4, 1..5000), flip in any::<prop::sample::Index>()) {
             let mut bytes = sealed(&body);
             prop_assert_eq!(&opener().open(&bytes).unwrap().1[..], &body[..]);
+            // Both ways of opening say the same.
+            let within = |bytes: &[u8]| {
+                let mut buffer = AlignedBuf::zeroed(bytes.len() + 99);
+                buffer[77..77 + bytes.len()].copy_from_slice(bytes);
+                opener().open_within(buffer, 77..77 + bytes.len())
+            };
+            prop_assert_eq!(&within(&bytes).unwrap().1[..], &body[..]);
             let bit = flip.index(bytes.len() * 8);
             bytes[bit / 8] ^= 1 << (bit % 8);
             prop_assert!(opener().open(&bytes).is_err());
+            prop_assert!(within(&bytes).is_err());
         }
     }
 

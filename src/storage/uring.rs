@@ -32,6 +32,8 @@ const THROTTLED_FOR: Duration = Duration::from_millis(100);
 const THROTTLED_FOR_MAX: Duration = Duration::from_secs(10);
 /// Writes on the spot cover whole pages: part of a page that is not in memory would be read first.
 const PAGE: u64 = 4096;
+/// What the memory of direct I/O is aligned to, in bytes.
+const SECTOR_ALIGN: usize = 512;
 /// Operations of one file that may be in the ring, so that a disk that hangs leaves room for the others of its thread.
 const FILE_ENTRIES: usize = 128;
 
@@ -319,6 +321,9 @@ impl File for UringFile {
         if self.closed.get() {
             return Err(closed_for_writing());
         }
+        // Direct I/O takes memory from a sector on only, and not everybody who has content knows where it begins.
+        let is_taken = self.cached || data.as_ptr().addr().is_multiple_of(SECTOR_ALIGN);
+        let data = if is_taken { data } else { AlignedBuf::copy_of(&data).freeze() };
         let _slot = self.slot().await;
         let brief = usize::from(is_brief(offset, data.len()));
         self.writing.update(|n| n + brief);
@@ -399,4 +404,23 @@ fn is_brief(offset: u64, len: usize) -> bool {
 /// Whether an error means that the file system or the quota is full.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_begins_anywhere_in_memory_is_written_past_the_page_cache() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = AlignedBuf::copy_of(&(0..8192 + 101).map(|n| n as u8).collect::<Vec<_>>()).freeze();
+        run(async {
+            let file = Uring::direct().open(&dir.path().join("file"), OpenMode::Create).await.unwrap();
+            for at in [0, 101] {
+                file.write_at(4096, content.slice(at..at + 8192)).await.unwrap();
+                assert_eq!(file.read_at(4096, 8192).await.unwrap()[..], content[at..at + 8192]);
+            }
+        })
+        .unwrap();
+    }
 }

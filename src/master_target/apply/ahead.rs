@@ -23,7 +23,7 @@ const GROUPS: usize = 3;
 async fn open(apply: &Apply, replica: &Replica, places: &[Location], mut put: impl FnMut(usize, Opened) -> bool) -> Result<(), ApplyError> {
     let groups = places.chunks(GROUP).map(|places| async move {
         let sealed = try_join_all(places.iter().map(|place| apply.journal.read(*place))).await?;
-        let mut opener = Opener::new(replica.key.clone(), Purpose::Stream, replica.shared.id, replica.generation);
+        let opener = Opener::new(replica.key.clone(), Purpose::Stream, replica.shared.id, replica.generation);
         let opened = tokio::task::spawn_blocking(move || {
             sealed.iter().map(|record| opener.open(&record[RECORD_HEADER_LEN..])).collect::<Result<Vec<Opened>, _>>()
         });

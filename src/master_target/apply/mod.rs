@@ -333,7 +333,7 @@ impl Apply {
         // Its history may have ended while it was read.
         self.open_view_of(number)?;
         match read {
-            Ok(content) => Ok(content.freeze()),
+            Ok(content) => Ok(content),
             Err(error) => Err(self.judge_of(&replica, &error, point).await),
         }
     }

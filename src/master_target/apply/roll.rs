@@ -23,6 +23,7 @@ use crate::disk::Disk;
 use crate::master_target::retain::Retention;
 use crate::model::{BLOCK, Extent, Position};
 use crate::storage::Storage;
+use bytes::Bytes;
 
 /// Bytes read at once.
 const STEP: u64 = 1 << 20;
@@ -143,9 +144,8 @@ async fn rewrite<S: Storage>(
 }
 
 /// Writes content, zeroes as zeroes: what was a hole at the point takes no space.
-async fn write_sparse(image: &impl Disk, extent: Extent, data: crate::storage::AlignedBuf) -> Result<(), ApplyError> {
+async fn write_sparse(image: &impl Disk, extent: Extent, data: Bytes) -> Result<(), ApplyError> {
     const UNIT: usize = 64 << 10;
-    let data = data.freeze();
     let is_zero = |bytes: &[u8]| bytes.iter().all(|&b| b == 0);
     let mut at = 0;
     while at < data.len() {

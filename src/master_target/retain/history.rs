@@ -13,10 +13,10 @@ use std::rc::Rc;
 use super::RetainError;
 use super::atlas::{Atlas, NUMBERS_MAX, Spot};
 use super::interval::{Entries, file_name};
-use super::record::read_record;
-use crate::crypto::seal::{OpenError, Opener};
+use super::record::{Sealed, read_sealed};
+use crate::crypto::seal::OpenError;
 use crate::model::{Extent, Position};
-use crate::storage::{AlignedBuf, OpenMode, Storage};
+use crate::storage::{OpenMode, Storage};
 
 /// Files of closed intervals that one disk keeps open, as far as the process may: to open one costs as much as to read it.
 const FILES_OPEN_MAX: usize = 1024;
@@ -177,15 +177,10 @@ impl<S: Storage> History<S> {
         self.known.borrow().as_ref().and_then(|k| k.atlas.next_data(offset, numbers, zeroes))
     }
 
-    /// The opened body of a record.
-    pub(super) async fn read(
-        &self,
-        closed: &Rc<Closed<S::File>>,
-        spot: Spot,
-        opener: &RefCell<Opener>,
-    ) -> Result<Rc<AlignedBuf>, RetainError> {
+    /// A record.
+    pub(super) async fn read_sealed(&self, closed: &Rc<Closed<S::File>>, spot: Spot) -> Result<Sealed, RetainError> {
         let file = self.file(closed).await?;
-        read_record(&*file, &closed.path, closed.incarnation, spot, opener).await
+        read_sealed(&*file, &closed.path, closed.incarnation, spot).await
     }
 
     async fn file(&self, closed: &Rc<Closed<S::File>>) -> Result<Rc<S::File>, RetainError> {
@@ -227,8 +222,8 @@ impl<S: Storage> History<S> {
 
 impl<F> Closed<F> {
     /// A record does not hold what the atlas says.
-    pub(super) fn damaged(&self, spot: Spot) -> RetainError {
-        RetainError::Damaged { path: self.path.clone(), offset: spot.record_at, source: OpenError::Body }
+    pub(super) fn damaged(&self, spot: Spot, source: OpenError) -> RetainError {
+        RetainError::Damaged { path: self.path.clone(), offset: spot.record_at, source }
     }
 }
 

@@ -12,6 +12,7 @@ use std::ops::Bound;
 use super::interval::{Interval, file_name};
 use super::loss::Hunt;
 use super::{RetainError, Retention};
+use crate::crypto::seal::OpenError;
 use crate::model::{Extent, Position};
 use crate::storage::Storage;
 
@@ -66,12 +67,12 @@ impl<S: Storage> Retention<S> {
         if !self.files.borrow().contains_key(&start) {
             return Ok(None);
         }
-        let opener = self.new_opener();
+        let opener = &self.opener;
         let growing = self.current.borrow().clone().filter(|i| i.start() == start);
         let interval = match growing {
             Some(interval) => interval,
             None => {
-                match Interval::load(&self.storage, &self.dir, start, &opener, self.current_start.get().is_some_and(|c| start < c)).await {
+                match Interval::load(&self.storage, &self.dir, start, opener, self.current_start.get().is_some_and(|c| start < c)).await {
                     Ok(interval) => interval.into(),
                     Err(e @ RetainError::Damaged { .. }) => return unknown(told(&e)),
                     Err(RetainError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => return gone(),
@@ -85,9 +86,9 @@ impl<S: Storage> Retention<S> {
         let (mut extents, mut causes) = (Vec::new(), Vec::new());
         for (source, parts) in interval.records() {
             let fits = |body: &[u8], (extent, at): &(Extent, u32)| u64::from(*at) + extent.len <= body.len() as u64;
-            let error = match interval.read(source, &opener).await {
+            let error = match interval.read(source, opener).await {
                 Ok(body) if parts.iter().all(|part| fits(&body, part)) => None,
-                Ok(_) => Some(interval.damaged(source)),
+                Ok(_) => Some(interval.damaged(source, OpenError::Body)),
                 Err(e @ RetainError::Damaged { .. }) => Some(e),
                 Err(e) => return Err(e),
             };
@@ -120,14 +121,14 @@ impl<S: Storage> Retention<S> {
         let mut older: Vec<Position> = self.files.borrow().range(..loss.start).map(|(p, _)| *p).collect();
         let mut hunt = Hunt::new(loss.extents.clone(), loss.all);
         let (mut needing, mut upper) = (Vec::new(), loss.start);
-        let opener = self.new_opener();
+        let opener = &self.opener;
         while known && !hunt.is_over() {
             let lower = older.pop();
             let here = points.iter().filter(|(at, _)| *at <= upper && lower.is_none_or(|lower| *at > lower));
             needing.extend(here.filter(|(_, size)| hunt.needs(*size)));
             let Some(lower) = lower else { break };
             // One that cannot be read hides nothing: no point before it can be read either.
-            if let Ok(interval) = Interval::load(&self.storage, &self.dir, lower, &opener, true).await {
+            if let Ok(interval) = Interval::load(&self.storage, &self.dir, lower, opener, true).await {
                 hunt.pass(&interval.extents());
             }
             upper = lower;

@@ -8,11 +8,12 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use super::index::{self, ENTRIES_MAX, Source};
-use super::record::{self, Loose, Run, pages_of, read_record, stored};
+use super::record::{self, Loose, Run, Sealed, pages_of, read_sealed, stored};
 use super::window::{WINDOW_BYTES, Window};
 use super::{RetainError, Subject};
 use crate::checksum;
@@ -109,7 +110,7 @@ impl<F: File> Interval<F> {
         storage: &S,
         dir: &Path,
         start: Position,
-        opener: &RefCell<Opener>,
+        opener: &Opener,
         durable: u64,
     ) -> Result<Self, RetainError> {
         let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Write).await?;
@@ -136,7 +137,7 @@ impl<F: File> Interval<F> {
         storage: &S,
         dir: &Path,
         start: Position,
-        opener: &RefCell<Opener>,
+        opener: &Opener,
         durable: bool,
     ) -> Result<Self, RetainError> {
         let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Read).await?;
@@ -150,7 +151,7 @@ impl<F: File> Interval<F> {
         storage: &S,
         dir: &Path,
         start: Position,
-        opener: &RefCell<Opener>,
+        opener: &Opener,
     ) -> Result<Entries, RetainError> {
         let (interval, index_at) = Self::open(storage, dir, start, OpenMode::Read).await?;
         if interval.find_records(index_at, opener, true).await? {
@@ -161,7 +162,7 @@ impl<F: File> Interval<F> {
     }
 
     /// True if the file has an index.
-    async fn find_records(&self, index_at: u64, opener: &RefCell<Opener>, durable: bool) -> Result<bool, RetainError> {
+    async fn find_records(&self, index_at: u64, opener: &Opener, durable: bool) -> Result<bool, RetainError> {
         if index_at != 0 && self.read_index(index_at).await {
             return Ok(true);
         }
@@ -265,7 +266,7 @@ impl<F: File> Interval<F> {
 
     /// Reads every record and takes its table; stops at the first that is not whole, or at an index. Before `durable` what
     /// is not whole is passed over and noted: nobody knows any more which extents it had.
-    async fn scan(&self, opener: &RefCell<Opener>, durable: u64) -> Result<(), RetainError> {
+    async fn scan(&self, opener: &Opener, durable: u64) -> Result<(), RetainError> {
         let len = self.file.len().map_err(|e| self.io(e))?;
         let (mut at, mut window) = (FIRST_RECORD, Window::new());
         while at + SECTOR <= len.max(durable) {
@@ -311,9 +312,9 @@ impl<F: File> Interval<F> {
         }
     }
 
-    fn open_entries(&self, at: u64, record: &[u8], opener: &RefCell<Opener>) -> Result<Vec<(Extent, Option<u32>)>, RetainError> {
+    fn open_entries(&self, at: u64, record: &[u8], opener: &Opener) -> Result<Vec<(Extent, Option<u32>)>, RetainError> {
         let damaged = |source| RetainError::Damaged { path: self.path.clone(), offset: at, source };
-        let (header, body) = opener.borrow_mut().open(record).map_err(damaged)?;
+        let (header, body) = opener.open(record).map_err(damaged)?;
         let entries = parse_entries(&header, &body).map_err(|e| damaged(e.into()))?;
         Ok(entries.into_iter().map(|e| (e.extent, e.data_at)).collect())
     }
@@ -541,8 +542,8 @@ impl<F: File> Interval<F> {
     }
 
     /// A record does not hold what the index says.
-    pub(super) fn damaged(&self, source: Source) -> RetainError {
-        self.damaged_at(source.record_at)
+    pub(super) fn damaged(&self, source: Source, error: OpenError) -> RetainError {
+        RetainError::Damaged { path: self.path.clone(), offset: source.record_at, source: error }
     }
 
     fn damaged_at(&self, offset: u64) -> RetainError {
@@ -554,9 +555,14 @@ impl<F: File> Interval<F> {
         self.incarnation
     }
 
+    /// A record.
+    pub(super) async fn read_sealed(&self, source: Source) -> Result<Sealed, RetainError> {
+        read_sealed(&self.file, &self.path, self.incarnation, source.into()).await
+    }
+
     /// The opened body of a record.
-    pub(super) async fn read(&self, source: Source, opener: &RefCell<Opener>) -> Result<Rc<AlignedBuf>, RetainError> {
-        read_record(&self.file, &self.path, self.incarnation, source.into(), opener).await
+    pub(super) async fn read(&self, source: Source, opener: &Opener) -> Result<Bytes, RetainError> {
+        self.read_sealed(source).await?.open(opener).map_err(|error| self.damaged(source, error))
     }
 
     fn io(&self, source: io::Error) -> RetainError {

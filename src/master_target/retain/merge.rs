@@ -9,7 +9,6 @@
 //!
 //! Nothing waits for a merge: the interval that grows is never part of one, and views keep the files they opened.
 
-use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
@@ -20,7 +19,7 @@ use super::interval::{Interval, file_name};
 use super::parts::{self, Part};
 use super::record::Loose;
 use super::{RetainError, Retention};
-use crate::crypto::seal::{Opener, Purpose};
+use crate::crypto::seal::OpenError;
 use crate::model::{Extent, OverlayMap, Position};
 use crate::storage::uring::is_full;
 use crate::storage::{AlignedBuf, Storage};
@@ -124,11 +123,10 @@ impl<S: Storage> Retention<S> {
     /// Writes the merged interval beside the others, durably.
     async fn write_merged(&self, plan: &Plan, beside: &Path) -> Result<Interval<S::File>, RetainError> {
         let subject = &self.subject;
-        let opener = RefCell::new(Opener::new(subject.key.clone(), Purpose::Retention, subject.disk, subject.generation));
         let mut sources = Vec::new();
         let mut map: OverlayMap<(usize, Source)> = OverlayMap::default();
         for &start in &plan.starts {
-            let interval = Interval::load(&self.storage, &self.dir, start, &opener, true).await?;
+            let interval = Interval::load(&self.storage, &self.dir, start, &self.opener, true).await?;
             for (extent, source) in interval.entries().list {
                 map.insert_below(extent, (sources.len(), source));
             }
@@ -151,7 +149,7 @@ impl<S: Storage> Retention<S> {
             let wanted: BTreeMap<(usize, u64), Source> =
                 origins.iter().filter(|(_, s)| s.data_at.is_some()).map(|(from, s)| ((*from, s.record_at), *s)).collect();
             let reads = wanted.into_iter().map(|(name, source)| {
-                let read = sources[name.0].read(source, &opener);
+                let read = sources[name.0].read(source, &self.opener);
                 async move { Ok::<_, RetainError>((name, read.await?)) }
             });
             let bodies: HashMap<_, _> = futures_util::stream::iter(reads).buffer_unordered(READ_DEPTH).try_collect().await?;
@@ -162,7 +160,7 @@ impl<S: Storage> Retention<S> {
                 for ((part, _), (from, source)) in group.iter().zip(origins.by_ref()) {
                     let Some(at) = source.data_at.map(|at| at as usize) else { continue };
                     let content = bodies.get(&(from, source.record_at)).and_then(|body| body.get(at..at + part.len as usize));
-                    record.content.push(AlignedBuf::copy_of(content.ok_or_else(|| sources[from].damaged(source))?));
+                    record.content.push(AlignedBuf::copy_of(content.ok_or_else(|| sources[from].damaged(source, OpenError::Body))?));
                 }
                 records.push(record);
             }

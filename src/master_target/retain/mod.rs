@@ -134,7 +134,7 @@ pub struct Retention<S: Storage> {
     dir: PathBuf,
     subject: Subject,
     session: Arc<SealingSession>,
-    opener: RefCell<Opener>,
+    opener: Arc<Opener>,
     /// Begin of every interval that has a file, and its bytes.
     files: RefCell<BTreeMap<Position, u64>>,
     current: RefCell<Option<Rc<Interval<S::File>>>>,
@@ -182,7 +182,7 @@ impl<S: Storage> Retention<S> {
         let io = |source| RetainError::Io { path: dir.to_owned(), source };
         storage.create_dir(dir).map_err(io)?;
         let session = Arc::new(SealingSession::start(&subject.key, Purpose::Retention, subject.disk, subject.generation));
-        let opener = RefCell::new(Opener::new(subject.key.clone(), Purpose::Retention, subject.disk, subject.generation));
+        let opener = Arc::new(Opener::new(subject.key.clone(), Purpose::Retention, subject.disk, subject.generation));
         let retention = Self {
             dir: dir.to_owned(),
             session,

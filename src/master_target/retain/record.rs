@@ -7,8 +7,9 @@ use std::cell::RefCell;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
-use std::rc::Rc;
 use std::sync::Arc;
+
+use bytes::Bytes;
 
 use super::atlas::Spot;
 use super::parts::{Part, data_of};
@@ -86,25 +87,36 @@ pub(super) fn run_at_most(records: &[Vec<Part>]) -> u64 {
     records.iter().map(|parts| stored_at_most(parts)).sum::<u64>().next_multiple_of(ALIGN as u64)
 }
 
-/// The opened body of a record of `file`, in one read.
-pub(super) async fn read_record<F: File>(
-    file: &F,
-    path: &Path,
-    incarnation: u64,
-    spot: Spot,
-    opener: &RefCell<Opener>,
-) -> Result<Rc<AlignedBuf>, RetainError> {
-    let damaged = |source| RetainError::Damaged { path: path.to_owned(), offset: spot.record_at, source };
-    let pages = pages_of(spot.record_at, u64::from(spot.stored));
-    let record = match file.read_at(pages.start, (pages.end - pages.start) as usize).await {
-        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Err(damaged(OpenError::Body)),
+/// A record as it was read: nothing of it was verified.
+pub(super) struct Sealed {
+    pages: AlignedBuf,
+    /// Where its body stands in them.
+    body: Range<usize>,
+}
+
+impl Sealed {
+    /// Its body.
+    pub(super) fn open(self, opener: &Opener) -> Result<Bytes, OpenError> {
+        let record = self.pages.get(self.body.start - RECORD_HEADER_LEN..self.body.end).ok_or(OpenError::Body)?;
+        if !record_is_whole(record, self.body.len()) {
+            return Err(OpenError::Body);
+        }
+        Ok(opener.open_within(self.pages, self.body)?.1)
+    }
+}
+
+/// A record of `file`, in one read.
+pub(super) async fn read_sealed<F: File>(file: &F, path: &Path, incarnation: u64, spot: Spot) -> Result<Sealed, RetainError> {
+    let damaged = || RetainError::Damaged { path: path.to_owned(), offset: spot.record_at, source: OpenError::Body };
+    let wanted = pages_of(spot.record_at, u64::from(spot.stored));
+    let pages = match file.read_at(wanted.start, (wanted.end - wanted.start) as usize).await {
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Err(damaged()),
         other => other.map_err(|source| RetainError::Io { path: path.to_owned(), source })?,
     };
-    let record = &record[(spot.record_at - pages.start) as usize..];
-    let body_len = peek_record(record, incarnation, BATCH_BYTES_MAX).filter(|&len| record_is_whole(record, len));
-    let body_len = body_len.ok_or_else(|| damaged(OpenError::Body))?;
-    let opened = opener.borrow_mut().open(&record[RECORD_HEADER_LEN..RECORD_HEADER_LEN + body_len]);
-    Ok(Rc::new(opened.map_err(damaged)?.1))
+    let at = (spot.record_at - wanted.start) as usize;
+    let body_len = peek_record(&pages[at..], incarnation, BATCH_BYTES_MAX).ok_or_else(damaged)?;
+    let begin = at + RECORD_HEADER_LEN;
+    Ok(Sealed { pages, body: begin..begin + body_len })
 }
 
 /// The pages that `len` bytes at `at` touch.

@@ -4,23 +4,30 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::rc::Rc;
+use std::sync::Arc;
 
+use bytes::Bytes;
 use futures_util::StreamExt;
 
 use super::atlas::Spot;
 use super::history::{Closed, History};
 use super::index::Source;
 use super::interval::Interval;
+use super::record::Sealed;
 use super::{RetainError, Retention};
-use crate::crypto::seal::{Opener, Purpose};
+use crate::crypto::seal::{OpenError, Opener};
 use crate::disk::Disk;
 use crate::model::{Extent, OverlayMap, Position};
 use crate::storage::{AlignedBuf, File, Storage};
 
-/// Opened records kept for the next read.
-const RECORDS_KEPT: usize = 128;
+/// Opened records kept for the next read, in bytes: so few that the processor's cache has them.
+const KEPT_BYTES: usize = 512 << 10;
+/// As many are kept in any case: those of one read.
+const KEPT_MIN: usize = FETCH_DEPTH;
 /// Pieces of one read that are fetched at once.
 const FETCH_DEPTH: usize = 16;
+/// Content whose records are not all opened on this thread: as long as that takes, another one can be woken.
+const ELSEWHERE_BYTES: u64 = 48 << 10;
 /// Files read at once while the atlas is made.
 const LEARN_DEPTH: usize = 16;
 
@@ -31,14 +38,32 @@ pub struct View<S: Storage> {
     numbers: RefCell<Range<u32>>,
     /// The interval that is current, and what an attempt left behind it that a crash cut off. Read in order of their begin.
     live: RefCell<Vec<Rc<Interval<S::File>>>>,
-    opener: RefCell<Opener>,
-    kept: RefCell<VecDeque<(RecordName, Rc<AlignedBuf>)>>,
+    opener: Arc<Opener>,
+    /// Reads that are under way.
+    reading: Cell<usize>,
+    kept: RefCell<VecDeque<(RecordName, Bytes)>>,
     /// Nothing of the closed intervals is data from `.0` up to the extent.
     quiet: Cell<Option<(u64, Option<Extent>)>>,
 }
 
 /// A record: its file's incarnation, and its place.
 type RecordName = (u64, u64);
+
+/// Counts a read while it is under way.
+struct Reading<'a>(&'a Cell<usize>);
+
+impl<'a> Reading<'a> {
+    fn begin(count: &'a Cell<usize>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
 
 enum Where<F> {
     Closed(Rc<Closed<F>>, Spot),
@@ -79,7 +104,7 @@ impl<S: Storage> Retention<S> {
     /// the way of the points that need it, and of no other.
     pub async fn learn(&self) {
         let _alone = self.learning.lock().await;
-        let opener = self.new_opener();
+        let opener = &self.opener;
         let mut read: BTreeMap<Position, (u64, Option<super::interval::Entries>)> = BTreeMap::new();
         while !self.history.is_known() {
             // Files come, go and are replaced meanwhile: until everything that stands there now was read as it stands.
@@ -94,7 +119,6 @@ impl<S: Storage> Retention<S> {
                 self.history.learn(std::mem::take(&mut read).into_iter().map(|(start, (_, entries))| (start, entries)).collect());
                 break;
             }
-            let opener = &opener;
             let loads = missing.into_iter().map(|(start, version)| async move {
                 (start, version, Interval::load_entries(&self.storage, &self.dir, start, opener).await.ok())
             });
@@ -108,17 +132,13 @@ impl<S: Storage> Retention<S> {
         }
     }
 
-    pub(super) fn new_opener(&self) -> RefCell<Opener> {
-        RefCell::new(Opener::new(self.subject.key.clone(), Purpose::Retention, self.subject.disk, self.subject.generation))
-    }
-
     /// `None` if something changed while files were read.
     async fn load_view(&self, position: Position) -> Result<Option<Rc<View<S>>>, RetainError> {
         self.learn().await;
         let (current, shape) = (self.current_start.get(), self.history.shape());
-        let opener = self.new_opener();
+        let opener = &self.opener;
         for start in self.history.from(position).1 {
-            let entries = Interval::load_entries(&self.storage, &self.dir, start, &opener).await?;
+            let entries = Interval::load_entries(&self.storage, &self.dir, start, opener).await?;
             self.history.add_late(start, entries);
         }
         // Left by an attempt that a crash cut off behind the checkpoint: it comes after the current interval, and the replica
@@ -127,7 +147,7 @@ impl<S: Storage> Retention<S> {
             self.files.borrow().range(position..).map(|(p, _)| *p).filter(|p| current.is_none_or(|current| *p > current)).collect();
         let mut live = Vec::new();
         for start in behind {
-            live.push(Rc::new(Interval::load(&self.storage, &self.dir, start, &opener, false).await?));
+            live.push(Rc::new(Interval::load(&self.storage, &self.dir, start, opener, false).await?));
         }
         if self.current_start.get() != current || self.history.shape() != shape || !self.history.is_known() {
             return Ok(None);
@@ -138,7 +158,8 @@ impl<S: Storage> Retention<S> {
             numbers: RefCell::new(self.history.from(position).0),
             history: self.history.clone(),
             live: RefCell::new(live),
-            opener,
+            opener: self.opener.clone(),
+            reading: Cell::new(0),
             kept: RefCell::default(),
             quiet: Cell::default(),
         });
@@ -172,8 +193,9 @@ impl<S: Storage> View<S> {
     ///
     /// # Errors
     /// [`RetainError`].
-    pub async fn read<D: Disk>(&self, image: &D, extent: Extent) -> Result<AlignedBuf, RetainError> {
-        let mut out = AlignedBuf::zeroed(extent.len as usize);
+    pub async fn read<D: Disk>(&self, image: &D, extent: Extent) -> Result<Bytes, RetainError> {
+        let _reading = Reading::begin(&self.reading);
+        let mut found = Vec::new();
         let mut todo = vec![extent];
         while let Some(part) = todo.pop() {
             let shape = self.history.shape();
@@ -186,24 +208,28 @@ impl<S: Storage> View<S> {
                 let content = content?;
                 // It may have been overwritten while it was read; then its old content is in an interval by now.
                 if self.resolve(piece).iter().all(|(_, place)| matches!(place, Where::Replica)) {
-                    out[slot(extent, piece)].copy_from_slice(&content);
+                    found.push((piece, Some(content.freeze())));
                 } else {
                     todo.push(piece);
                 }
             }
             drop(now);
             for (piece, place) in &pieces {
-                let Some(name) = place.record() else { continue };
-                match records.get(&name) {
-                    Some(Ok(body)) => place.copy(body, &mut out[slot(extent, *piece)])?,
+                match place.record().map(|name| records.get(&name)) {
+                    None if matches!(place, Where::Replica) => {}
+                    None => found.push((*piece, None)),
+                    Some(Some(Ok(body))) => found.push((*piece, Some(place.part(body, *piece)?))),
                     // Its file was merged into another one, where it is found now.
                     _ if self.history.shape() != shape => todo.push(*piece),
                     // Once more by itself, for its error.
-                    _ => place.copy(&self.record(place).await?, &mut out[slot(extent, *piece)])?,
+                    _ => {
+                        let body = self.sealed(place).await?.open(&self.opener).map_err(|error| place.damaged(error))?;
+                        found.push((*piece, Some(place.part(&body, *piece)?)));
+                    }
                 }
             }
         }
-        Ok(out)
+        Ok(joined(extent, found))
     }
 
     /// The next extent at or after `offset` that may hold something else than zeroes.
@@ -272,51 +298,120 @@ impl<S: Storage> View<S> {
     }
 
     /// Every record that `pieces` need, each once.
-    async fn fetch(&self, pieces: &[(Extent, Where<S::File>)]) -> HashMap<RecordName, Result<Rc<AlignedBuf>, RetainError>> {
+    async fn fetch(&self, pieces: &[(Extent, Where<S::File>)]) -> HashMap<RecordName, Result<Bytes, RetainError>> {
+        let mut records = HashMap::new();
         let mut wanted: HashMap<RecordName, &Where<S::File>> = HashMap::new();
         for (_, place) in pieces {
-            if let Some(name) = place.record() {
-                wanted.entry(name).or_insert(place);
+            let Some(name) = place.record() else { continue };
+            match self.kept(name) {
+                Some(body) => drop(records.insert(name, Ok(body))),
+                None => drop(wanted.entry(name).or_insert(place)),
             }
         }
-        let reads = wanted.into_iter().map(|(name, place)| async move { (name, self.record(place).await) });
-        futures_util::stream::iter(reads).buffer_unordered(FETCH_DEPTH).collect().await
+        let bytes: u64 =
+            pieces.iter().filter(|(_, place)| place.record().is_some_and(|n| wanted.contains_key(&n))).map(|(p, _)| p.len).sum();
+        let reads = wanted.into_iter().map(|(name, place)| async move { (name, place, self.sealed(place).await) });
+        let mut reads = std::pin::pin!(futures_util::stream::iter(reads).buffer_unordered(FETCH_DEPTH).ready_chunks(FETCH_DEPTH));
+        while let Some(read) = reads.next().await {
+            let (mut places, mut sealed) = (Vec::new(), Vec::new());
+            for (name, place, read) in read {
+                match read {
+                    Ok(record) => {
+                        places.push((name, place));
+                        sealed.push(record);
+                    }
+                    Err(error) => drop(records.insert(name, Err(error))),
+                }
+            }
+            let opened = self.open(sealed, bytes).await;
+            for ((name, place), body) in places.into_iter().zip(opened) {
+                if let Ok(body) = &body {
+                    self.keep(name, body.clone());
+                }
+                records.insert(name, body.map_err(|error| place.damaged(error)));
+            }
+        }
+        records
     }
 
-    /// The opened record that has a piece's content.
-    async fn record(&self, place: &Where<S::File>) -> Result<Rc<AlignedBuf>, RetainError> {
-        let name = place.record().unwrap_or_default();
-        let kept = self.kept.borrow().iter().find(|(n, _)| *n == name).map(|(_, body)| body.clone());
-        if let Some(body) = kept {
-            return Ok(body);
-        }
-        let body = match place {
-            Where::Closed(closed, spot) => self.history.read(closed, *spot, &self.opener).await?,
-            Where::Live(interval, source) => interval.read(*source, &self.opener).await?,
-            Where::Replica => return Ok(Rc::new(AlignedBuf::zeroed(0))),
+    /// Opens records of a read that wants `bytes` of records. This thread serves others, too, and brings replicas up to date: of what
+    /// takes long another thread does half, or all of it if others read.
+    async fn open(&self, mut sealed: Vec<Sealed>, bytes: u64) -> Vec<Result<Bytes, OpenError>> {
+        let here = match () {
+            () if bytes < ELSEWHERE_BYTES => sealed.len(),
+            () if self.reading.get() > 1 => 0,
+            () => sealed.len().div_ceil(2),
         };
+        let there = sealed.split_off(here);
+        let opener = self.opener.clone();
+        let there = (!there.is_empty())
+            .then(|| tokio::task::spawn_blocking(move || there.into_iter().map(|record| record.open(&opener)).collect::<Vec<_>>()));
+        let mut opened: Vec<_> = sealed.into_iter().map(|record| record.open(&self.opener)).collect();
+        if let Some(there) = there {
+            opened.extend(there.await.expect("opening does not panic and the runtime outlives this task"));
+        }
+        opened
+    }
+
+    async fn sealed(&self, place: &Where<S::File>) -> Result<Sealed, RetainError> {
+        match place {
+            Where::Closed(closed, spot) => self.history.read_sealed(closed, *spot).await,
+            Where::Live(interval, source) => interval.read_sealed(*source).await,
+            Where::Replica => unreachable!("the replica has no records"),
+        }
+    }
+
+    fn kept(&self, name: RecordName) -> Option<Bytes> {
+        self.kept.borrow().iter().find(|(n, _)| *n == name).map(|(_, body)| body.clone())
+    }
+
+    fn keep(&self, name: RecordName, body: Bytes) {
         let mut kept = self.kept.borrow_mut();
-        kept.push_front((name, body.clone()));
-        kept.truncate(RECORDS_KEPT);
-        Ok(body)
+        kept.push_front((name, body));
+        while kept.len() > KEPT_MIN && kept.iter().map(|(_, body)| body.len()).sum::<usize>() > KEPT_BYTES {
+            kept.pop_back();
+        }
     }
 }
 
 impl<F: File> Where<F> {
-    fn copy(&self, body: &[u8], out: &mut [u8]) -> Result<(), RetainError> {
-        let (at, damaged) = match self {
-            Where::Closed(closed, spot) => (spot.data_at, closed.damaged(*spot)),
-            Where::Live(interval, source) => (source.data_at, interval.damaged(*source)),
-            Where::Replica => return Ok(()),
+    /// The content of `piece`, of the record that has it.
+    fn part(&self, body: &Bytes, piece: Extent) -> Result<Bytes, RetainError> {
+        let at = match self {
+            Where::Closed(_, spot) => spot.data_at,
+            Where::Live(_, source) => source.data_at,
+            Where::Replica => None,
         };
         let at = at.unwrap_or_default() as usize;
-        out.copy_from_slice(body.get(at..at + out.len()).ok_or(damaged)?);
-        Ok(())
+        let end = at + piece.len as usize;
+        if end <= body.len() {
+            return Ok(body.slice(at..end));
+        }
+        Err(self.damaged(OpenError::Body))
+    }
+
+    fn damaged(&self, error: OpenError) -> RetainError {
+        match self {
+            Where::Closed(closed, spot) => closed.damaged(*spot, error),
+            Where::Live(interval, source) => interval.damaged(*source, error),
+            Where::Replica => unreachable!("the replica has no records"),
+        }
     }
 }
 
-/// Where a piece of `extent` stands in a buffer of it.
-fn slot(extent: Extent, piece: Extent) -> Range<usize> {
-    let at = (piece.offset - extent.offset) as usize;
-    at..at + piece.len as usize
+/// One content of what was found of `extent`: each byte once; zeroes where there is no content.
+fn joined(extent: Extent, mut found: Vec<(Extent, Option<Bytes>)>) -> Bytes {
+    assert_eq!(found.iter().map(|(piece, _)| piece.len).sum::<u64>(), extent.len, "every byte was found once");
+    if let [(_, Some(whole))] = &mut found[..] {
+        return std::mem::take(whole);
+    }
+    found.sort_unstable_by_key(|(piece, _)| piece.offset);
+    let mut out = AlignedBuf::with_capacity(extent.len as usize);
+    for (piece, content) in found {
+        match content {
+            Some(content) => out.extend(&content),
+            None => out.pad_to(out.len() + piece.len as usize),
+        }
+    }
+    out.freeze()
 }
