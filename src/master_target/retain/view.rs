@@ -26,7 +26,7 @@ const KEPT_BYTES: usize = 512 << 10;
 const KEPT_MIN: usize = FETCH_DEPTH;
 /// Pieces of one read that are fetched at once.
 const FETCH_DEPTH: usize = 16;
-/// Content whose records are not all opened on this thread: as long as that takes, another one can be woken.
+/// Content whose records take longer to open than to hand over to another thread.
 const ELSEWHERE_BYTES: u64 = 48 << 10;
 /// Files read at once while the atlas is made.
 const LEARN_DEPTH: usize = 16;
@@ -334,23 +334,15 @@ impl<S: Storage> View<S> {
         records
     }
 
-    /// Opens records of a read that wants `bytes` of records. This thread serves others, too, and brings replicas up to date: of what
-    /// takes long another thread does half, or all of it if others read.
-    async fn open(&self, mut sealed: Vec<Sealed>, bytes: u64) -> Vec<Result<Bytes, OpenError>> {
-        let here = match () {
-            () if bytes < ELSEWHERE_BYTES => sealed.len(),
-            () if self.reading.get() > 1 => 0,
-            () => sealed.len().div_ceil(2),
-        };
-        let there = sealed.split_off(here);
+    /// Opens records of a read that wants `bytes` of them. This thread serves others, too, and brings replicas up to date: while others
+    /// read, what takes long is left to another thread. A single read would only wait for it to wake.
+    async fn open(&self, sealed: Vec<Sealed>, bytes: u64) -> Vec<Result<Bytes, OpenError>> {
         let opener = self.opener.clone();
-        let there = (!there.is_empty())
-            .then(|| tokio::task::spawn_blocking(move || there.into_iter().map(|record| record.open(&opener)).collect::<Vec<_>>()));
-        let mut opened: Vec<_> = sealed.into_iter().map(|record| record.open(&self.opener)).collect();
-        if let Some(there) = there {
-            opened.extend(there.await.expect("opening does not panic and the runtime outlives this task"));
+        let open = move || sealed.into_iter().map(|record| record.open(&opener)).collect();
+        if bytes < ELSEWHERE_BYTES || self.reading.get() == 1 {
+            return open();
         }
-        opened
+        tokio::task::spawn_blocking(open).await.expect("opening does not panic and the runtime outlives this task")
     }
 
     async fn sealed(&self, place: &Where<S::File>) -> Result<Sealed, RetainError> {
