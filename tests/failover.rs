@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -110,6 +111,23 @@ impl Machine {
 
     fn uris(job: &Value) -> Vec<String> {
         job["disks"].as_array().unwrap().iter().map(|d| d["nbd"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// Files of old content.
+    fn kept(&self) -> BTreeSet<PathBuf> {
+        let mut found = BTreeSet::new();
+        let mut folders = vec![self.cluster.path("master-target")];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else if path.extension().is_some_and(|e| e == "tgu") {
+                    found.insert(path);
+                }
+            }
+        }
+        found
     }
 
     fn env(&self, phase: &str) -> String {
@@ -305,11 +323,14 @@ fn a_planned_failover_loses_nothing_and_a_cancelled_one_lets_the_source_go_on() 
     assert!(
         m.cluster.try_tidegate(&["point", "mark", "--machine", "m1", "--control", &m.cluster.control("agent")]).status.code() == Some(1)
     );
-    // Written here, thrown away with the cancel.
+    // Written here, thrown away with the cancel, and what it took is given back.
+    let kept = m.kept();
     m.scribble(&Machine::uris(&job), 61);
+    assert_eq!(m.kept().len(), kept.len() + DISKS, "the way back is kept");
     m.cluster.kill("agent");
     m.cluster.start_role("agent");
     assert_eq!(m.failover(&["cancel", "m1"])["state"], "cancelled");
+    assert_eq!(m.kept(), kept);
     assert!(m.env("stop").contains("TIDEGATE_KIND=planned"));
     m.cluster.wait("the source goes on", Duration::from_secs(40), || {
         try_tool("qemu-io", &["-f", "raw", "-c", "write -P 9 0 4k", &sources[0]]).status.success()

@@ -154,7 +154,7 @@ impl Apply {
             Order::BeginServing { done } => drop(done.send(Ok(replica.next_serving()))),
             Order::Since { position, done } => drop(done.send(Ok(replica.retention.bytes_since(position)))),
             Order::Roll { before, target, progress, done } => {
-                let _ = done.send(roll::roll(&replica, before, target, &progress).await.map_err(|e| e.to_string()));
+                let _ = done.send(roll::roll(&self.records, &replica, before, target, &progress).await.map_err(|e| e.to_string()));
             }
             Order::Read { extent, done } => drop(done.send(standing::read(&replica, extent).await)),
             Order::NextData { offset, done } => drop(done.send(replica.image.next_data(offset).map_err(|e| e.to_string()))),

@@ -46,9 +46,9 @@ use crate::disk::recent::Memory;
 use crate::model::{Compare, DiskId, Extent, Hold, PointId, Position};
 use crate::storage::uring::Uring;
 
-/// After a merge failed.
 /// A batch that could not be read is read once more after this.
 const READ_AGAIN: Duration = Duration::from_millis(200);
+/// After a merge failed.
 const THIN_AGAIN: Duration = Duration::from_secs(60);
 /// How often dropped points are looked for.
 const THIN_EVERY: Duration = Duration::from_secs(2);

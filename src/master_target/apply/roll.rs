@@ -4,7 +4,7 @@
 //! A failover begins an interval of its own at the position where the replica stands. Rolling to a point writes, for every
 //! block that any interval from the point on has, the content of the first that has it; the interval of the failover keeps what
 //! stood there before. So all points stay what they were, another point is one more roll, and cancelling is the roll to the
-//! position where the failover began.
+//! position where the failover began, after which that interval has served its turn and goes.
 //!
 //! If power goes anywhere: the job says where the replica is to stand, and the same roll is done again. It reads from
 //! intervals only, never from the blocks that it writes.
@@ -20,6 +20,7 @@ use super::overwrite::overwrite;
 use super::replica::Replica;
 use crate::config::limits::APPLY_DEPTH;
 use crate::disk::Disk;
+use crate::master_target::catalogue::Records;
 use crate::master_target::retain::Retention;
 use crate::model::{BLOCK, Extent, Position};
 use crate::storage::Storage;
@@ -43,7 +44,13 @@ pub struct Progress {
 ///
 /// # Errors
 /// [`ApplyError`]; rolling again goes on.
-pub async fn roll(replica: &Replica, before: Position, target: Position, progress: &Progress) -> Result<u64, ApplyError> {
+pub async fn roll(
+    records: &Records,
+    replica: &Replica,
+    before: Position,
+    target: Position,
+    progress: &Progress,
+) -> Result<u64, ApplyError> {
     let _alone = replica.changing.lock().await;
     // What the machine wrote before and was not written yet is dropped: nothing of it may come after the roll.
     replica.next_serving();
@@ -54,6 +61,14 @@ pub async fn roll(replica: &Replica, before: Position, target: Position, progres
     replica.last_marker.set(Some(before));
     replica.noted_marker.set(Some(before));
     let total = bring_back(&replica.image, &replica.retention, target, progress).await?;
+    if target == before {
+        // It is where it was: nobody needs a way back any more, and older points find in the replica what was kept. If power goes
+        // in between, the same is done again.
+        let (records, id) = (records.clone(), replica.shared.id);
+        let forgotten = tokio::task::spawn_blocking(move || records.forget_intervals(id, &[before])).await;
+        forgotten.map_err(|e| std::io::Error::other(e.to_string()))??;
+        replica.retention.drop_from(before)?;
+    }
     replica.shared.condition().retained_bytes = replica.retention.bytes();
     Ok(total)
 }
