@@ -518,14 +518,19 @@ async fn views_round(seed: u64) -> (u64, u64) {
                 merges += 1;
             }
         }
-        for (point, view) in &views {
+        // All of them at once, and of one of them twice.
+        let mut wanted = |(point, view)| {
             let len = (1 + rng.below(3000)) * 512;
-            let offset = rng.below((SIZE - len) / 512) * 512;
-            let found = view.read(&image, Extent::new(offset, len)).await.unwrap();
-            let expected = &points[point][offset as usize..(offset + len) as usize];
-            assert!(found[..] == *expected, "seed {seed}: step {index}: point {point} differs");
+            (point, view, Extent::new(rng.below((SIZE - len) / 512) * 512, len))
+        };
+        let wanted: Vec<_> = views.iter().chain(views.first()).map(|(point, view)| wanted((point, view))).collect();
+        let reads = wanted.iter().map(|(_, view, extent)| view.read(&image, *extent));
+        for ((point, view, extent), found) in wanted.iter().zip(futures_util::future::join_all(reads).await) {
+            let offset = extent.offset;
+            let expected = &points[*point][offset as usize..extent.end() as usize];
+            assert!(found.unwrap()[..] == *expected, "seed {seed}: step {index}: point {point} differs");
             let next = view.next_data(&image, offset).unwrap().map_or(SIZE, |e| e.offset);
-            assert!(points[point][offset as usize..next as usize].iter().all(|&b| b == 0), "seed {seed}: step {index}: data was skipped");
+            assert!(points[*point][offset as usize..next as usize].iter().all(|&b| b == 0), "seed {seed}: step {index}: data was skipped");
             checked += 1;
         }
     }
@@ -625,6 +630,15 @@ fn rot_in_one_of_many_records_is_told_from_the_others() {
                     }
                 }
                 assert_eq!(damaged, 1, "sector {sector}: every record but one is whole");
+                // The same of reads that are under way together, of many records each.
+                let view = retention.view(Position::new(1, 1)).await.unwrap();
+                let large = (0..3).map(|n| Extent::new(n * 10 * SPACING, 10 * SPACING));
+                let found = futures_util::future::join_all(large.map(|extent| view.read(&image, extent))).await;
+                for (n, found) in found.iter().enumerate().filter_map(|(n, found)| Some((n, found.as_ref().ok()?))) {
+                    let at = n * 10 * SPACING as usize;
+                    assert!(found[..] == old[at..at + found.len()], "sector {sector}: other content in part {n}");
+                }
+                assert_eq!(found.iter().filter(|found| found.is_err()).count(), 1);
                 assert!(!without_index, "nobody knows what the record had");
                 let loss = retention.inspect(Position::new(1, 1), async |_| {}).await.unwrap().unwrap();
                 assert_eq!(retention.needing(&loss, &[(Position::new(1, 1), BLOCKS * SPACING)]).await.len(), 1);
@@ -677,6 +691,41 @@ fn a_run_that_a_crash_cut_off_is_no_hole_in_what_follows() {
         if over {
             break;
         }
+    }
+}
+
+/// The same behind the checkpoint, with a point that was opened before the checkpoint is done again, in other pieces.
+#[test]
+fn a_point_opened_before_a_checkpoint_is_done_again_reads_no_other_content() {
+    const BLOCKS: u64 = 12;
+    for sector in (0..300).step_by(7) {
+        run(async {
+            let storage = Faulty::default();
+            let image = noisy(&storage, BLOCKS).await;
+            let old = image.read(Extent::new(0, BLOCKS * SPACING)).await.unwrap();
+            let open = async || Retention::open(storage.clone(), Path::new("/u"), subject(), None).await.unwrap();
+            let retention = open().await;
+            retention.begin(Position::new(1, 1)).await.unwrap();
+            retention.preserve(&image, scattered(BLOCKS)).await.unwrap();
+            drop(retention);
+            let path = Path::new("/u").join(&storage.list(Path::new("/u")).unwrap()[0]);
+            storage.rot(&path, 4096 + sector * 512, 3);
+            let retention = open().await;
+            let view = retention.view(Position::new(1, 0)).await.unwrap();
+            retention.begin(Position::new(1, 1)).await.unwrap();
+            for half in [BLOCKS / 2..BLOCKS, 0..BLOCKS / 2] {
+                let extents = || scattered(BLOCKS).filter(|e| half.contains(&(e.offset / SPACING)));
+                retention.preserve(&image, extents()).await.unwrap();
+                for extent in extents() {
+                    image.write(extent.offset, Bytes::from(vec![9; LEN as usize])).await.unwrap();
+                }
+            }
+            for extent in scattered(BLOCKS) {
+                let found = view.read(&image, extent).await.unwrap();
+                let expected = &old[extent.offset as usize..extent.end() as usize];
+                assert!(found[..] == *expected, "sector {sector}: other content at {extent:?}");
+            }
+        });
     }
 }
 

@@ -197,8 +197,10 @@ fn export(point: String, disk: Option<String>, format: Format, file: PathBuf, ar
     })?;
     bar.finish_and_clear();
     if let Some(error) = &view.error {
-        let again = if view.done_bytes > 0 { "goes on from where it was" } else { "tries it again" };
-        bail!("export failed: {error}; the same command again {again}, `tidegate recover unmount {}` gives it up", view.name);
+        bail!(
+            "export failed: {error}; the same command again goes on from what was safe on disk, `tidegate recover unmount {}` gives it up",
+            view.name
+        );
     }
     if args.json {
         return output::json(&view);

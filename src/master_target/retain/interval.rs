@@ -168,6 +168,10 @@ impl<F: File> Interval<F> {
         }
         self.pending.borrow_mut().clear();
         self.scan(opener, 0).await?;
+        if !durable {
+            // As whoever goes on with the file does: other records will stand there then.
+            self.cut_torn_run();
+        }
         // A closed file has a header, and its records reach to its index.
         if (durable && self.headless.get()) || (index_at != 0 && self.end.get() < index_at) {
             return Err(self.damaged_at(self.end.get()));

@@ -95,6 +95,11 @@ pub(super) struct Sealed {
 }
 
 impl Sealed {
+    /// Bytes of its body.
+    pub(super) fn len(&self) -> usize {
+        self.body.len()
+    }
+
     /// Its body.
     pub(super) fn open(self, opener: &Opener) -> Result<Bytes, OpenError> {
         let record = self.pages.get(self.body.start - RECORD_HEADER_LEN..self.body.end).ok_or(OpenError::Body)?;

@@ -4,10 +4,11 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
+use tokio::sync::Semaphore;
 
 use super::atlas::Spot;
 use super::history::{Closed, History};
@@ -26,8 +27,11 @@ const KEPT_BYTES: usize = 512 << 10;
 const KEPT_MIN: usize = FETCH_DEPTH;
 /// Pieces of one read that are fetched at once.
 const FETCH_DEPTH: usize = 16;
-/// Content whose records take longer to open than to hand over to another thread.
-const ELSEWHERE_BYTES: u64 = 48 << 10;
+/// Bytes of records that take longer to open than to hand over to another thread.
+const ELSEWHERE_BYTES: usize = 24 << 10;
+/// Threads that open records, of all disks.
+static OPENING: LazyLock<Semaphore> =
+    LazyLock::new(|| Semaphore::new(std::thread::available_parallelism().map_or(1, std::num::NonZero::get)));
 /// Files read at once while the atlas is made.
 const LEARN_DEPTH: usize = 16;
 
@@ -169,11 +173,11 @@ impl<S: Storage> Retention<S> {
 }
 
 impl<S: Storage> View<S> {
+    /// In place of what it was before its file was gone on with.
     pub(super) fn add_live(&self, interval: Rc<Interval<S::File>>) {
         let mut live = self.live.borrow_mut();
-        if !live.iter().any(|i| Rc::ptr_eq(i, &interval)) {
-            live.push(interval);
-        }
+        live.retain(|other| other.start() != interval.start());
+        live.push(interval);
     }
 
     /// Nothing is kept from `position` on any more.
@@ -206,8 +210,10 @@ impl<S: Storage> View<S> {
             let mut now = futures_util::stream::iter(now).buffer_unordered(FETCH_DEPTH);
             while let Some((piece, content)) = now.next().await {
                 let content = content?;
-                // It may have been overwritten while it was read; then its old content is in an interval by now.
-                if self.resolve(piece).iter().all(|(_, place)| matches!(place, Where::Replica)) {
+                // It may have been overwritten while it was read; then its old content is in an interval by now, or was, if the
+                // replica was brought back since.
+                let is_old = self.resolve(piece).iter().all(|(_, place)| matches!(place, Where::Replica));
+                if is_old && self.history.shape() == shape {
                     found.push((piece, Some(content.freeze())));
                 } else {
                     todo.push(piece);
@@ -308,22 +314,22 @@ impl<S: Storage> View<S> {
                 None => drop(wanted.entry(name).or_insert(place)),
             }
         }
-        let bytes: u64 =
-            pieces.iter().filter(|(_, place)| place.record().is_some_and(|n| wanted.contains_key(&n))).map(|(p, _)| p.len).sum();
         let reads = wanted.into_iter().map(|(name, place)| async move { (name, place, self.sealed(place).await) });
         let mut reads = std::pin::pin!(futures_util::stream::iter(reads).buffer_unordered(FETCH_DEPTH).ready_chunks(FETCH_DEPTH));
         while let Some(read) = reads.next().await {
             let (mut places, mut sealed) = (Vec::new(), Vec::new());
             for (name, place, read) in read {
-                match read {
-                    Ok(record) => {
+                match (self.kept(name), read) {
+                    // Another read wanted it, too, and was first.
+                    (Some(body), _) => drop(records.insert(name, Ok(body))),
+                    (None, Ok(record)) => {
                         places.push((name, place));
                         sealed.push(record);
                     }
-                    Err(error) => drop(records.insert(name, Err(error))),
+                    (None, Err(error)) => drop(records.insert(name, Err(error))),
                 }
             }
-            let opened = self.open(sealed, bytes).await;
+            let opened = self.open(sealed).await;
             for ((name, place), body) in places.into_iter().zip(opened) {
                 if let Ok(body) = &body {
                     self.keep(name, body.clone());
@@ -334,15 +340,19 @@ impl<S: Storage> View<S> {
         records
     }
 
-    /// Opens records of a read that wants `bytes` of them. This thread serves others, too, and brings replicas up to date: while others
-    /// read, what takes long is left to another thread. A single read would only wait for it to wake.
-    async fn open(&self, sealed: Vec<Sealed>, bytes: u64) -> Vec<Result<Bytes, OpenError>> {
+    /// Opens records. This thread serves others, too, and brings replicas up to date: while others read, what takes long is left to
+    /// another thread, if one has time. A single read would only wait for it to wake.
+    async fn open(&self, sealed: Vec<Sealed>) -> Vec<Result<Bytes, OpenError>> {
+        let bytes: usize = sealed.iter().map(Sealed::len).sum();
         let opener = self.opener.clone();
         let open = move || sealed.into_iter().map(|record| record.open(&opener)).collect();
         if bytes < ELSEWHERE_BYTES || self.reading.get() == 1 {
             return open();
         }
-        tokio::task::spawn_blocking(open).await.expect("opening does not panic and the runtime outlives this task")
+        // More threads than cores would open nothing sooner, and take the cores from everybody else.
+        let Ok(thread) = OPENING.try_acquire() else { return open() };
+        let work = move || (open(), drop(thread)).0;
+        tokio::task::spawn_blocking(work).await.expect("opening does not panic and the runtime outlives this task")
     }
 
     async fn sealed(&self, place: &Where<S::File>) -> Result<Sealed, RetainError> {
@@ -358,6 +368,9 @@ impl<S: Storage> View<S> {
     }
 
     fn keep(&self, name: RecordName, body: Bytes) {
+        if self.kept(name).is_some() {
+            return;
+        }
         let mut kept = self.kept.borrow_mut();
         kept.push_front((name, body));
         while kept.len() > KEPT_MIN && kept.iter().map(|(_, body)| body.len()).sum::<usize>() > KEPT_BYTES {
@@ -394,6 +407,8 @@ impl<F: File> Where<F> {
 /// One content of what was found of `extent`: each byte once; zeroes where there is no content.
 fn joined(extent: Extent, mut found: Vec<(Extent, Option<Bytes>)>) -> Bytes {
     assert_eq!(found.iter().map(|(piece, _)| piece.len).sum::<u64>(), extent.len, "every byte was found once");
+    let is_whole = |(piece, content): &(Extent, Option<Bytes>)| content.as_ref().is_none_or(|content| content.len() as u64 == piece.len);
+    assert!(found.iter().all(is_whole), "each piece has the content of its bytes");
     if let [(_, Some(whole))] = &mut found[..] {
         return std::mem::take(whole);
     }
