@@ -329,8 +329,11 @@ fn a_planned_failover_loses_nothing_and_a_cancelled_one_lets_the_source_go_on() 
     assert_eq!(m.kept().len(), kept.len() + DISKS, "the way back is kept");
     m.cluster.kill("agent");
     m.cluster.start_role("agent");
+    m.cluster.wait("the agent is there again", Duration::from_secs(30), || m.cluster.agent_disk(0)["state"].is_string());
+    m.cluster.kill("agent");
     assert_eq!(m.failover(&["cancel", "m1"])["state"], "cancelled");
     assert_eq!(m.kept(), kept);
+    m.cluster.start_role("agent");
     assert!(m.env("stop").contains("TIDEGATE_KIND=planned"));
     m.cluster.wait("the source goes on", Duration::from_secs(40), || {
         try_tool("qemu-io", &["-f", "raw", "-c", "write -P 9 0 4k", &sources[0]]).status.success()
@@ -350,6 +353,9 @@ fn a_planned_failover_loses_nothing_and_a_cancelled_one_lets_the_source_go_on() 
     m.cluster.tidegate(&["failover", "planned", "m1", "--yes", "--detach", "--control", &control]);
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(m.failover(&["show", "m1"])["state"], "quiescing");
+    m.cluster.wait("it says what it waits for", Duration::from_secs(20), || {
+        m.failover(&["show", "m1"])["remedy"].as_str().is_some_and(|r| r.contains("waiting for the agent") && r.contains("failover cancel"))
+    });
     m.cluster.tidegate(&["failover", "cancel", "m1", "--detach", "--control", &control]);
     m.cluster.wait("it is given up", Duration::from_secs(5), || {
         m.failover(&["list"]).as_array().unwrap().iter().all(|j| j["state"] == "cancelled" || j["state"] == "failed")

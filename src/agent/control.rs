@@ -13,6 +13,7 @@ use super::{Agent, AgentShared, Command};
 use crate::clock;
 use crate::control::api::{ApiError, DiskView, MachineView, Marked, Request, RoleStatus, ScrubView, Verifying};
 use crate::control::server::{Answer, Role};
+use crate::model::change::{LABEL_RULE, may_be_given};
 use crate::model::{Health, PointKind, ReplicationState};
 
 /// How often is looked whether a point is safe.
@@ -117,6 +118,9 @@ impl Role for Control {
                 let resumed = answer.await.map_err(|_| gone()).and_then(|r| r.map_err(|message| ApiError { message }));
                 return Some(resumed.map(|()| serde_json::Value::Null));
             };
+            if label.as_ref().is_some_and(|label| !may_be_given(label)) {
+                return Some(Err(ApiError { message: LABEL_RULE.to_owned() }));
+            }
             let kind = if *app { PointKind::App } else { PointKind::Crash };
             let (done, answer) = oneshot::channel();
             let asked = self.commands.send(Command::Mark { label: label.clone(), kind, done }).await;

@@ -12,6 +12,9 @@ use crate::control::api::{Decision, JobView, PlanView, Request};
 use crate::control::client;
 use crate::model::{Choice, JobKind};
 
+/// An agent that was not heard for so long is asked for nothing.
+const SILENT_SECONDS: f64 = 15.0;
+
 /// What starting and deciding have in common.
 #[derive(clap::Args, Clone)]
 pub(super) struct Wait {
@@ -157,7 +160,12 @@ pub(super) fn run(command: FailoverCommand) -> anyhow::Result<()> {
         FailoverCommand::ChangePoint { job, which, point, wait } => decide(job, which, Decision::ChangePoint(point), &wait),
         FailoverCommand::Commit { job, which, drop_pinned, yes, wait } => {
             let question = "All recovery points of what failed over are dropped, and there is no way back to before the failover.";
-            confirm(question, yes, wait.ask.json)?;
+            // Of a failover that cannot be committed the master target says why, and nobody is asked about what does not happen.
+            let jobs: Vec<JobView> = ask(&wait.ask.control, &Request::Failovers)?;
+            let mut named = jobs.iter().filter(|j| j.id.to_string() == job);
+            if !named.any(|j| j.kind == JobKind::Test.as_str() || j.over) {
+                confirm(question, yes, wait.ask.json)?;
+            }
             decide(job, which, Decision::Commit { drop_pinned }, &wait)
         }
         FailoverCommand::Cancel { job, which, wait } => decide(job, which, Decision::Cancel, &wait),
@@ -199,10 +207,17 @@ fn start(args: Start, kind: JobKind) -> anyhow::Result<()> {
     if which.is_group(&name, &wait.ask)? {
         return group_failover::start(name, kind, point, hook, yes, &wait);
     }
+    let plan: PlanView = ask(&wait.ask.control, &Request::FailoverPlan { machine: name.clone(), point: point.clone() })?;
     let question = if kind == JobKind::Planned {
-        format!("The agent of {name} stops taking writes now: shut the machine down first if it can be. Nothing is lost.")
+        if plan.heard_seconds.is_none_or(|heard| heard > SILENT_SECONDS) {
+            bail!(
+                "the agent of {name} is not heard, so nobody can stop the machine there: start it, or use `tidegate failover unplanned {name}`"
+            );
+        }
+        format!(
+            "The agent of {name} stops taking writes now: shut the machine down first if it can be. It fails over when everything that it wrote has arrived here, so that nothing is lost; without the agent it waits."
+        )
     } else {
-        let plan: PlanView = ask(&wait.ask.control, &Request::FailoverPlan { machine: name.clone(), point: point.clone() })?;
         lost(&plan, &point)
     };
     confirm(&question, yes, wait.ask.json)?;
@@ -387,7 +402,9 @@ fn end(job: &JobView, detached: bool) {
     }
     let id = job.id;
     match job.state.as_str() {
-        "running" => println!("the copy stands until `tidegate failover cleanup {id}`; what is written to it is dropped then"),
+        "running" => println!(
+            "the copy stands until `tidegate failover cleanup {id}`, or a restart of the master target; what is written to it is dropped then"
+        ),
         "failed-over" => println!(
             "run the machine from the disks above. Then: `tidegate failover change-point {id} --point P`, `commit {id}` or `cancel {id}`"
         ),
@@ -445,7 +462,9 @@ fn list(args: &Ask) -> anyhow::Result<()> {
 
 fn show(which: &str, args: &Ask) -> anyhow::Result<()> {
     let jobs: Vec<JobView> = ask(&args.control, &Request::Failovers)?;
-    let Some(job) = jobs.iter().rev().find(|j| j.id.to_string() == which || j.machine == which) else {
+    // Of a machine the one that stands, if one does.
+    let of = |j: &&JobView| j.id.to_string() == which || j.machine == which;
+    let Some(job) = jobs.iter().rev().filter(of).find(|j| !j.over).or_else(|| jobs.iter().rev().find(of)) else {
         bail!("there is no failover {which}: see `tidegate failover list`");
     };
     if args.json {
@@ -461,7 +480,12 @@ fn show(which: &str, args: &Ask) -> anyhow::Result<()> {
         println!("ended      {ended}");
     }
     for disk in &job.disks {
-        println!("  disk {}  {}  {}", disk.name, show_size(disk.size_bytes), disk.nbd.as_deref().unwrap_or("not served"));
+        println!(
+            "  disk {}  {}  {}",
+            disk.name,
+            show_size(disk.size_bytes),
+            disk.nbd.as_deref().filter(|_| !job.over).unwrap_or("not served")
+        );
     }
     Told { open: true, ..Told::default() }.print(job);
     if let Some((done, total)) = job.progress {

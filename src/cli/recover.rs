@@ -37,7 +37,7 @@ pub(super) enum RecoverCommand {
         /// Refuse writes.
         #[arg(long)]
         read_only: bool,
-        /// Leave it mounted and return.
+        /// Leave it mounted and return. It ends with `recover unmount`, or with the master target.
         #[arg(long)]
         detach: bool,
         #[command(flatten)]
@@ -150,7 +150,7 @@ fn mount(point: String, nbd: Address, disk: Option<String>, read_only: bool, det
     }
     if detach {
         if !args.json {
-            println!("it stays until `tidegate recover unmount {}`", view.name);
+            println!("it stays until `tidegate recover unmount {}`, or a restart of the master target", view.name);
         }
         return Ok(());
     }
@@ -197,6 +197,9 @@ fn export(point: String, disk: Option<String>, format: Format, file: PathBuf, ar
     })?;
     bar.finish_and_clear();
     if let Some(error) = &view.error {
+        if view.done_bytes == 0 {
+            bail!("export failed before anything was written: {error}");
+        }
         bail!(
             "export failed: {error}; the same command again goes on from what was safe on disk, `tidegate recover unmount {}` gives it up",
             view.name

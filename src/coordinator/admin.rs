@@ -10,6 +10,7 @@ use super::rounds::Event as RoundEvent;
 use crate::clock;
 use crate::control::api::{GroupValues, Request};
 use crate::model::Name;
+use crate::model::change::{LABEL_RULE, may_be_given};
 use crate::storage::catalogue::CatalogueError;
 
 /// Points that people may wait for, of one group.
@@ -33,9 +34,7 @@ impl Hub {
     fn ask_mark(&mut self, group: &str, app: bool, label: Option<String>, reply: Reply) {
         let refused = match self.groups.get(group).map(|g| g.name.clone()) {
             Err(error) => error,
-            Ok(_) if label.as_ref().is_some_and(|l| !crate::model::change::is_label(l)) => {
-                "a label has at most 256 bytes and no control characters".to_owned()
-            }
+            Ok(_) if label.as_ref().is_some_and(|l| !may_be_given(l)) => LABEL_RULE.to_owned(),
             Ok(name) => match self.schedules.get_mut(&name) {
                 Some(schedule) if schedule.asks.len() < ASKS_MAX => return schedule.asks.push_back((app, label, reply)),
                 _ => format!("{ASKS_MAX} points of the group are waited for already"),

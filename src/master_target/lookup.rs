@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::groups::Entry;
 use super::points::Book;
+use crate::clock;
 use crate::model::{Choice, MachineId, PointId, RecoveryPoint};
 
 /// What a text names.
@@ -35,7 +36,7 @@ pub fn find<'a>(book: &'a Book, text: &str, machine: Option<MachineId>) -> Resul
         return match all[..] {
             [only] => Ok(Found::Machine(only)),
             [] => Err(missing(book, text)),
-            _ => Err(several(text, all.len())),
+            _ => Err(several(text, all.into_iter())),
         };
     }
     let parts: HashSet<PointId> = groups.iter().flat_map(|e| e.parts()).map(|(_, id)| id).collect();
@@ -43,7 +44,7 @@ pub fn find<'a>(book: &'a Book, text: &str, machine: Option<MachineId>) -> Resul
         ([], [only]) => Ok(Found::Machine(only)),
         ([], []) => Err(missing(book, text)),
         ([only], points) if points.iter().all(|p| parts.contains(&p.id)) => Ok(Found::Group(only)),
-        _ => Err(several(text, points.len() + groups.len())),
+        _ => Err(several(text, points.into_iter().chain(groups.iter().flat_map(|e| e.parts()).filter_map(|(_, id)| book.get(id))))),
     }
 }
 
@@ -66,6 +67,9 @@ pub fn find_machine_point<'a>(book: &'a Book, text: &str, names: &HashMap<Machin
     }
 }
 
+/// Points that are named where a text names several.
+const NAMED_MAX: usize = 5;
+
 fn latest(book: &Book, machine: Option<MachineId>) -> Result<&RecoveryPoint, String> {
     let newest = book.listed().filter(|p| machine.is_none_or(|m| m == p.machine)).max_by_key(|p| p.order);
     let newest = newest.ok_or_else(|| "there is no recovery point yet".to_owned())?;
@@ -75,8 +79,13 @@ fn latest(book: &Book, machine: Option<MachineId>) -> Result<&RecoveryPoint, Str
     Ok(newest)
 }
 
-fn several(text: &str, count: usize) -> String {
-    format!("{text} names {count} points: give more of the id")
+/// What is said of a text that names several points: which, the newest last.
+pub fn several<'a>(text: &str, points: impl Iterator<Item = &'a RecoveryPoint>) -> String {
+    let mut points: Vec<(i64, PointId)> = points.map(|p| (p.wall_ms, p.id)).collect();
+    points.sort_unstable();
+    let named: Vec<String> = points.iter().rev().take(NAMED_MAX).rev().map(|(at, id)| format!("{id} of {}", clock::rfc3339(*at))).collect();
+    let newest = if points.len() > NAMED_MAX { ", the newest of them" } else { "" };
+    format!("{text} names {} points, give the id of one{newest}: {}", points.len(), named.join(", "))
 }
 
 fn missing(book: &Book, text: &str) -> String {

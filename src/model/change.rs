@@ -98,7 +98,16 @@ pub fn group_statement(part: &GroupPart, kind: PointKind, label: Option<&str>, r
     postcard::to_stdvec(&(part, kind, label, remark)).ok()
 }
 
-/// Whether a text may be a label of a point.
+/// What is said of a label that may not be given.
+pub const LABEL_RULE: &str =
+    "a label has 1 to 256 bytes and no control characters, and is not latest, latest-processed, latest-app or latest-multi-vm";
+
+/// Whether a person may call a point so: it can be named afterwards.
+pub fn may_be_given(label: &str) -> bool {
+    is_label(label) && matches!(label.parse(), Ok(super::Choice::Point(_)))
+}
+
+/// Whether a text may be a label of a point, as those of others are taken.
 pub fn is_label(text: &str) -> bool {
     text.len() <= LABEL_BYTES_MAX && !text.chars().any(char::is_control)
 }

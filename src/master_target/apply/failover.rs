@@ -22,6 +22,9 @@ const RETIRE_LOOK: Duration = Duration::from_millis(50);
 /// A checkpoint under way ends by then.
 const HALT_LIMIT: Duration = Duration::from_secs(30);
 
+/// Extents that are counted before others have their turn.
+const OVERWRITTEN_AT_ONCE: u64 = 1000;
+
 type Answer<T> = oneshot::Sender<Result<T, String>>;
 
 /// An order of a failover.
@@ -41,7 +44,7 @@ pub enum Order {
         /// The number.
         done: Answer<u64>,
     },
-    /// How much was overwritten since a point, about.
+    /// How many bytes of the disk were overwritten since a point.
     Since {
         /// The point's position.
         position: Position,
@@ -90,6 +93,22 @@ pub enum Order {
         /// The files.
         done: Answer<Vec<PathBuf>>,
     },
+}
+
+/// Bytes of the disk of which something since `position` has the old content.
+async fn overwritten_since(replica: &Replica, position: Position) -> Result<u64, String> {
+    let view = replica.retention.view(position).await.map_err(|e| e.to_string())?;
+    let (mut at, mut bytes) = (0, 0);
+    for count in 1.. {
+        let Some(found) = view.next_kept(at) else { break };
+        bytes += found.end() - found.offset.max(at);
+        at = found.end();
+        // There can be millions, and others wait for this thread.
+        if count % OVERWRITTEN_AT_ONCE == 0 {
+            crate::storage::uring::breathe().await;
+        }
+    }
+    Ok(bytes)
 }
 
 impl Apply {
@@ -152,7 +171,7 @@ impl Apply {
                 let _ = done.send(Ok(!replica.retention.is_ahead_of(checkpointed)));
             }
             Order::BeginServing { done } => drop(done.send(Ok(replica.next_serving()))),
-            Order::Since { position, done } => drop(done.send(Ok(replica.retention.bytes_since(position)))),
+            Order::Since { position, done } => drop(done.send(overwritten_since(&replica, position).await)),
             Order::Roll { before, target, progress, done } => {
                 let _ = done.send(roll::roll(&self.records, &replica, before, target, &progress).await.map_err(|e| e.to_string()));
             }

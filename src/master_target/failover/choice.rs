@@ -1,6 +1,7 @@
 //! Which point a failover takes. Pure.
 
 use crate::master_target::groups::Entry;
+use crate::master_target::lookup::several;
 use crate::master_target::points::Book;
 use crate::model::{Choice, MachineId, Name, PointKind, RecoveryPoint};
 
@@ -33,7 +34,7 @@ pub fn choose<'a>(book: &'a Book, machine: MachineId, choice: &Choice) -> Result
             match found[..] {
                 [only] => Ok(only),
                 [] => Err(format!("the machine has no recovery point {id}: see `tidegate point list`")),
-                _ => Err(format!("{id} names {} points: give more of the id", found.len())),
+                _ => Err(several(id, found.into_iter().map(|p| &**p))),
             }
         }
     }

@@ -18,8 +18,7 @@ const SCRUB_LIMIT: Duration = Duration::from_secs(3);
 impl Engine {
     /// Another point for a failover that is not committed; the same again goes on with one that failed.
     pub(super) async fn change_point(self: &Rc<Self>, id: u64, choice: Choice) -> Result<u64, String> {
-        let mut job =
-            self.at_rest(id, &[JobState::FailedOver, JobState::Rolling], "only a failover that is not committed can change its point")?;
+        let mut job = self.at_rest(id, &[JobState::FailedOver, JobState::Rolling], "only a failover that stands can change its point")?;
         job.choice = match choice {
             // Nothing arrives any more; the newest is the newest.
             Choice::Latest => Choice::LatestProcessed,
@@ -71,8 +70,9 @@ impl Engine {
         let pinned = book.of(job.machine).iter().filter(|p| p.pinned).count();
         if pinned > 0 && !drop_pinned {
             return Err(format!(
-                "{pinned} points of {} are pinned, and committing drops every point: export what you need, then add --drop-pinned",
-                job.machine_name
+                "{} of {} pinned, and committing drops every point: export what you need, then add --drop-pinned",
+                if pinned == 1 { "1 point".to_owned() } else { format!("{pinned} points") },
+                format_args!("{} {}", job.machine_name, if pinned == 1 { "is" } else { "are" })
             ));
         }
         if let Some(used) = book.of(job.machine).iter().find(|p| book.is_in_use(p.id)) {

@@ -172,14 +172,20 @@ impl Engine {
                 return Ok(());
             }
             self.go_on_waiting(id)?;
-            let heard = disk.condition().report.as_ref().is_some_and(|(_, at)| clock::now().since(*at) < FRESH);
-            if let Some(entry) = self.setup.jobs.lock().get_mut(&id) {
-                // For who looks meanwhile; the next step that is kept takes it away.
-                let silent =
-                    || format!("waiting for the agent that has {}, which is not heard: start it, and its process server", disk.label);
-                entry.job.remedy = (!heard).then(silent);
-            }
+            self.tell_whether_heard(id, &[disk], "");
             tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Says of a job that waits for agents which of them is not heard, and what helps; `else_do` is what helps otherwise. For who looks
+    /// meanwhile; the next step that is kept takes it away.
+    pub(super) fn tell_whether_heard(&self, id: u64, disks: &[&DiskShared], else_do: &str) {
+        let is_heard = |disk: &DiskShared| disk.condition().report.as_ref().is_some_and(|(_, at)| clock::now().since(*at) < FRESH);
+        let silent = disks.iter().find(|disk| !is_heard(disk));
+        if let Some(entry) = self.setup.jobs.lock().get_mut(&id) {
+            entry.job.remedy = silent.map(|disk| {
+                format!("waiting for the agent that has {}, which is not heard: start it, and its process server{else_do}", disk.label)
+            });
         }
     }
 }

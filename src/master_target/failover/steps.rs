@@ -220,6 +220,9 @@ impl Engine {
                 job.point = None;
             }
             self.go_on_waiting(job.id)?;
+            let disks: Vec<&DiskShared> = disks.iter().map(|disk| &**disk).collect();
+            let else_do = format!("; if it is gone for good, `tidegate failover cancel {}`, then `failover unplanned`", job.id);
+            self.tell_whether_heard(job.id, &disks, &else_do);
             tokio::time::sleep(LOOK).await;
         };
         job.choice = Choice::Point(listed.id.to_string());

@@ -112,6 +112,8 @@ impl Recoveries {
         {
             all.remove(at);
         }
+        // What was written there before is not what is there from now on.
+        all.retain(|v| v.state == "running" || v.target != view.target);
         all.push(view);
         Ok(())
     }

@@ -489,11 +489,6 @@ impl<S: Storage> Retention<S> {
         Ok(())
     }
 
-    /// Bytes of the intervals from `position` on: about what was overwritten since.
-    pub fn bytes_since(&self, position: Position) -> u64 {
-        self.files.borrow().range(position..).map(|(_, bytes)| *bytes).sum()
-    }
-
     /// Without a view, open files and a large atlas are given up.
     fn rest_if_unseen(&self) {
         if self.views.borrow().iter().all(|view| view.strong_count() == 0) {
