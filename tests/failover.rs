@@ -196,6 +196,9 @@ fn an_unplanned_failover_is_changed_survives_kills_and_is_cancelled_without_a_tr
     m.cluster.kill("process-server");
     let told = m.refused(&["unplanned", "m1"]);
     assert!(told.contains("what the machine wrote after it") && told.contains("--yes"), "the loss is told and nothing is done: {told}");
+    // Four times 20 writes of up to 32 KiB to each disk, of content that takes next to nothing where it is kept.
+    let told = m.refused(&["unplanned", "m1", "--point", &ids[0]]);
+    assert!(told.contains("MiB that came here after the point"), "the loss is told in bytes of the disks: {told}");
     let job = m.failover(&["unplanned", "m1", "--point", &ids[1], "--yes"]);
     assert_eq!(job["state"], "failed-over", "{job}");
     m.check_served(&job, &m.models[1].1.clone(), "point b");
