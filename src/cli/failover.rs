@@ -211,7 +211,7 @@ fn start(args: Start, kind: JobKind) -> anyhow::Result<()> {
     let question = if kind == JobKind::Planned {
         if plan.heard_seconds.is_none_or(|heard| heard > SILENT_SECONDS) {
             bail!(
-                "the agent of {name} is not heard, so nobody can stop the machine there: start it, or use `tidegate failover unplanned {name}`"
+                "the agent of {name} is not heard, so nobody can stop the machine there: start it (it is heard within seconds), or use `tidegate failover unplanned {name}`"
             );
         }
         format!(
@@ -244,8 +244,8 @@ pub(super) fn lost(plan: &PlanView, choice: &Choice) -> String {
     let clock = if plan.lost_seconds_monotonic { "measured here" } else { "by the source's clock" };
     text += &format!("lost     what the machine wrote after it: {} ({clock})\n", output::seconds(Some(plan.lost_seconds)));
     text += &format!(
-        "         about {} that came here after the point, {} that wait here to be applied\n",
-        show_size(plan.newer_bytes),
+        "         {} that came here after the point, {} that wait here to be applied\n",
+        plan.newer_bytes.map_or_else(|| "an unknown amount".to_owned(), show_size),
         show_size(plan.waiting_bytes)
     );
     match plan.heard_seconds {

@@ -41,8 +41,8 @@ pub struct PlanView {
     pub lost_seconds: f64,
     /// By the time since the newest point's capture (true), or by the source's wall clock (false).
     pub lost_seconds_monotonic: bool,
-    /// Bytes overwritten here since the point, about: they are rolled back.
-    pub newer_bytes: u64,
+    /// Bytes of the disks overwritten here since the point: they are rolled back. `None`: it cannot be counted.
+    pub newer_bytes: Option<u64>,
     /// Bytes that arrived and are not applied.
     pub waiting_bytes: u64,
     /// Bytes that the agent had and not sent when it was heard last.

@@ -168,7 +168,7 @@ impl Desk {
             note: point.group.as_ref().map(describe_group),
             lost_seconds: ((clock::wall_ms() - point.wall_ms).max(0) as f64) / 1e3,
             lost_seconds_monotonic: false,
-            newer_bytes: 0,
+            newer_bytes: Some(0),
             waiting_bytes: 0,
             unsent_bytes: 0,
             heard_seconds: None,
@@ -188,7 +188,11 @@ impl Desk {
                 let (done, answer) = oneshot::channel();
                 let order = Order::Since { position, done };
                 if self.apply.send(apply::Command::Failover { disk: disk.id, order }).await.is_ok() {
-                    plan.newer_bytes += answer.await.ok().and_then(Result::ok).unwrap_or(0);
+                    let counted = answer.await.map_err(|_| "the master target is stopping".to_owned()).and_then(|counted| counted);
+                    if let Err(error) = &counted {
+                        tracing::warn!(disk = disk.label, error, "what came after the point cannot be counted");
+                    }
+                    plan.newer_bytes = plan.newer_bytes.zip(counted.ok()).map(|(sum, bytes)| sum + bytes);
                 }
             }
         }

@@ -46,9 +46,12 @@ pub struct View<S: Storage> {
     /// Reads that are under way.
     reading: Cell<usize>,
     kept: RefCell<VecDeque<(RecordName, Bytes)>>,
-    /// Nothing of the closed intervals is data from `.0` up to the extent.
-    quiet: Cell<Option<(u64, Option<Extent>)>>,
+    /// Where nothing of the closed intervals is data; the second: not even zeroes.
+    quiet: [Cell<Option<Quiet>>; 2],
 }
+
+/// From where up to which extent there is nothing.
+type Quiet = (u64, Option<Extent>);
 
 /// A record: its file's incarnation, and its place.
 type RecordName = (u64, u64);
@@ -165,7 +168,7 @@ impl<S: Storage> Retention<S> {
             opener: self.opener.clone(),
             reading: Cell::new(0),
             kept: RefCell::default(),
-            quiet: Cell::default(),
+            quiet: Default::default(),
         });
         self.views.borrow_mut().push(Rc::downgrade(&view));
         Ok(Some(view))
@@ -183,14 +186,14 @@ impl<S: Storage> View<S> {
     /// Nothing is kept from `position` on any more.
     pub(super) fn drop_live_from(&self, position: Position) {
         self.live.borrow_mut().retain(|interval| interval.start() < position);
-        self.quiet.set(None);
+        self.quiet.iter().for_each(|quiet| quiet.set(None));
     }
 
     /// The interval that begins at `start` was closed, and is found in the history now.
     pub(super) fn retire(&self, start: Position) {
         self.live.borrow_mut().retain(|interval| interval.start() != start);
         self.numbers.borrow_mut().end = self.history.from(start).0.end;
-        self.quiet.set(None);
+        self.quiet.iter().for_each(|quiet| quiet.set(None));
     }
 
     /// Reads `extent` as it was at the point.
@@ -249,13 +252,13 @@ impl<S: Storage> View<S> {
         }
         let replica = image.next_data(offset)?;
         let live = self.live.borrow().iter().filter_map(|i| i.next_from(offset)).min_by_key(|e| e.offset);
-        let first = [replica, self.next_past(offset), live].into_iter().flatten().min_by_key(|e| e.offset);
+        let first = [replica, self.next_past(offset, false), live].into_iter().flatten().min_by_key(|e| e.offset);
         Ok(first.filter(|e| e.len > 0))
     }
 
     /// The next extent at or after `offset` of which an interval has the content: what the replica has there may differ.
     pub fn next_kept(&self, offset: u64) -> Option<Extent> {
-        let past = self.history.next_data(offset, self.numbers.borrow().clone(), true);
+        let past = self.next_past(offset, true);
         let live = self.live.borrow().iter().filter_map(|i| i.next_from(offset)).min_by_key(|e| e.offset);
         [past, live].into_iter().flatten().min_by_key(|e| e.offset).filter(|e| e.len > 0)
     }
@@ -265,15 +268,16 @@ impl<S: Storage> View<S> {
         self.resolve(extent).iter().any(|(_, place)| matches!(place, Where::Replica))
     }
 
-    /// The next data of the closed intervals. Those who go through a disk ask from place to place up to the same answer.
-    fn next_past(&self, offset: u64) -> Option<Extent> {
-        match self.quiet.get() {
+    /// The next data of the closed intervals, or the next that they have. Those who go through a disk ask from place to place up to the same answer.
+    fn next_past(&self, offset: u64, zeroes: bool) -> Option<Extent> {
+        let quiet = &self.quiet[usize::from(zeroes)];
+        match quiet.get() {
             Some((from, None)) if offset >= from => return None,
             Some((from, Some(next))) if offset >= from && offset <= next.offset => return Some(next),
             _ => {}
         }
-        let next = self.history.next_data(offset, self.numbers.borrow().clone(), false);
-        self.quiet.set(Some((offset, next)));
+        let next = self.history.next_data(offset, self.numbers.borrow().clone(), zeroes);
+        quiet.set(Some((offset, next)));
         next
     }
 
