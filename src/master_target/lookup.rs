@@ -36,7 +36,7 @@ pub fn find<'a>(book: &'a Book, text: &str, machine: Option<MachineId>) -> Resul
         return match all[..] {
             [only] => Ok(Found::Machine(only)),
             [] => Err(missing(book, text)),
-            _ => Err(several(text, all.into_iter())),
+            _ => Err(several(text, all.into_iter().map(|p| (p.id, p.wall_ms)))),
         };
     }
     let parts: HashSet<PointId> = groups.iter().flat_map(|e| e.parts()).map(|(_, id)| id).collect();
@@ -44,7 +44,11 @@ pub fn find<'a>(book: &'a Book, text: &str, machine: Option<MachineId>) -> Resul
         ([], [only]) => Ok(Found::Machine(only)),
         ([], []) => Err(missing(book, text)),
         ([only], points) if points.iter().all(|p| parts.contains(&p.id)) => Ok(Found::Group(only)),
-        _ => Err(several(text, points.into_iter().chain(groups.iter().flat_map(|e| e.parts()).filter_map(|(_, id)| book.get(id))))),
+        _ => {
+            let of_group = |e: &Entry| Some((e.statement.point, e.parts().find_map(|(_, id)| book.get(id))?.wall_ms));
+            let own = points.iter().filter(|p| !parts.contains(&p.id)).map(|p| (p.id, p.wall_ms));
+            Err(several(text, groups.iter().filter_map(|e| of_group(e)).chain(own)))
+        }
     }
 }
 
@@ -79,9 +83,9 @@ fn latest(book: &Book, machine: Option<MachineId>) -> Result<&RecoveryPoint, Str
     Ok(newest)
 }
 
-/// What is said of a text that names several points: which, the newest last.
-pub fn several<'a>(text: &str, points: impl Iterator<Item = &'a RecoveryPoint>) -> String {
-    let mut points: Vec<(i64, PointId)> = points.map(|p| (p.wall_ms, p.id)).collect();
+/// What is said of a text that names several points, each an id and a time: which, the newest last.
+pub fn several(text: &str, points: impl Iterator<Item = (PointId, i64)>) -> String {
+    let mut points: Vec<(i64, PointId)> = points.map(|(id, at)| (at, id)).collect();
     points.sort_unstable();
     let named: Vec<String> = points.iter().rev().take(NAMED_MAX).rev().map(|(at, id)| format!("{id} of {}", clock::rfc3339(*at))).collect();
     let newest = if points.len() > NAMED_MAX { ", the newest of them" } else { "" };
@@ -148,7 +152,9 @@ mod tests {
         assert!(matches!(find(&all, &id[..13], None), Ok(Found::Machine(p)) if p.id == points[1].id));
         // A machine's own point of the same label is meant as well.
         points.push(RecoveryPoint { machine: machines[0], label: Some("month-end".to_owned()), ..RecoveryPoint::sample(9, 3) });
-        assert!(find(&book(&points), "month-end", None).is_err_and(|e| e.contains("names 4 points")));
+        let (group, own) = (PointId(Uuid::from_u128(first)), points[2].id);
+        let said = find(&book(&points), "month-end", None).err().unwrap();
+        assert!(said.contains("names 2 points") && [group, own].iter().all(|id| said.contains(&id.to_string())), "{said}");
         // Of a group point that lost a part nothing is left but the other.
         let half = book(&points[..1]);
         assert!(matches!(find(&half, "month-end", None), Ok(Found::Machine(_))));

@@ -34,7 +34,7 @@ pub fn choose<'a>(book: &'a Book, machine: MachineId, choice: &Choice) -> Result
             match found[..] {
                 [only] => Ok(only),
                 [] => Err(format!("the machine has no recovery point {id}: see `tidegate point list`")),
-                _ => Err(several(id, found.into_iter().map(|p| &**p))),
+                _ => Err(several(id, found.into_iter().map(|p| (p.id, p.wall_ms)))),
             }
         }
     }
