@@ -27,7 +27,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use self::checkpoint::ApplyError;
@@ -35,7 +34,7 @@ use self::replica::Replica;
 use super::catalogue::Records;
 use super::journal::{Found, JournalHandle};
 use super::policy::LivePolicy;
-use super::retain::View;
+use super::retain::{EARLY_MAX, Early, Portion, View};
 use super::shared::{DiskShared, TargetShared};
 use crate::clock;
 use crate::config::master_target::MasterTargetSettings;
@@ -81,8 +80,10 @@ pub enum Command {
         view: u64,
         /// What.
         extent: Extent,
-        /// The content.
-        done: oneshot::Sender<Result<Bytes, String>>,
+        /// Records may come sealed, so that the thread that asks opens some of them.
+        sealed: bool,
+        /// The content; ends with the last answer or the first error. Has room for [`ANSWERS_MAX`].
+        answers: mpsc::Sender<Result<Portions, String>>,
     },
     /// Where the next data is.
     NextData {
@@ -116,6 +117,17 @@ pub enum Command {
         /// Which one it was; `None` after the last.
         done: oneshot::Sender<Result<Option<Position>, String>>,
     },
+}
+
+/// Answers to one read, at most.
+pub const ANSWERS_MAX: usize = EARLY_MAX + 1;
+
+/// Some of what a read asked for.
+pub struct Portions {
+    /// These.
+    pub portions: Vec<Portion>,
+    /// Nothing follows; every portion is as good as this one.
+    pub last: bool,
 }
 
 /// What the link needs of a replica.
@@ -301,7 +313,12 @@ impl Apply {
         match command {
             Command::Prepare { disk, size, done } => drop(done.send(self.prepare(disk, size).await)),
             Command::OpenView { point, disk, done } => drop(done.send(self.open_view(point, disk).await)),
-            Command::Read { view, extent, done } => drop(done.send(self.read(view, extent).await)),
+            Command::Read { view, extent, sealed, answers } => {
+                // It has room, or nobody wants them any more.
+                let early = |portions| drop(answers.try_send(Ok(Portions { portions, last: false })));
+                let rest = self.read(view, extent, if sealed { Some(&early) } else { None }).await;
+                let _ = answers.send(rest.map(|portions| Portions { portions, last: true })).await;
+            }
             Command::NextData { view, offset, done } => {
                 let found = self.open_view_of(view).and_then(|OpenView { view, replica, size, .. }| {
                     let next = view.next_data(&replica.image, offset).map_err(|e| e.to_string())?;
@@ -324,12 +341,12 @@ impl Apply {
         Ok(self.views.borrow().get(&number).ok_or("the view was closed")?.clone())
     }
 
-    async fn read(&self, number: u64, extent: Extent) -> Result<Bytes, String> {
+    async fn read(&self, number: u64, extent: Extent, early: Option<Early<'_>>) -> Result<Vec<Portion>, String> {
         let OpenView { view, replica, size, point } = self.open_view_of(number)?;
         if !extent.fits(size) {
             return Err("the read lies outside the disk".to_owned());
         }
-        let read = view.read(&replica.image, extent).await;
+        let read = view.read_for(&replica.image, extent, early).await;
         // Its history may have ended while it was read.
         self.open_view_of(number)?;
         match read {

@@ -128,7 +128,7 @@ async fn write_staged(
 
 /// Reads a piece and writes it, or gives it back if the format takes pieces in their order only.
 async fn read(point: &OpenPoint, image: &Image<UringFile>, extent: Extent) -> Result<(u64, Option<(u64, Bytes)>), String> {
-    let data = point.ask(|done| ApplyCommand::Read { view: point.view, extent, done }).await?;
+    let data = point.read(extent).await?;
     if data.iter().all(|&b| b == 0) {
         return Ok((extent.end(), None));
     }

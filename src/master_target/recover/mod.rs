@@ -11,14 +11,16 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bytes::Bytes;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use self::overlay::Overlay;
 pub use self::standing::Serve;
-use super::apply::Command as ApplyCommand;
+use super::apply::{ANSWERS_MAX, Command as ApplyCommand, Portions};
+use super::retain::Gathered;
 use crate::control::api::RecoveryView;
 use crate::disk::Format;
-use crate::model::{Address, DiskId, PointId};
+use crate::model::{Address, DiskId, Extent, PointId};
 
 /// Mounts and exports that may run at once.
 const RUNNING_MAX: usize = 64;
@@ -140,6 +142,34 @@ impl OpenPoint {
         let gone = || "the master target is stopping".to_owned();
         self.apply.send(make(done)).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
+    }
+
+    /// Reads `extent`, whose bounds are those of sectors. Part of the work is done on this thread, which waits for the rest anyway.
+    pub(super) async fn read(&self, extent: Extent) -> Result<Bytes, String> {
+        if let Some(content) = self.read_once(extent, true).await? {
+            return Ok(content);
+        }
+        // What a record that does not open means for the point, the apply thread finds out when it meets it itself.
+        self.read_once(extent, false).await?.ok_or_else(|| "the retention journal changed while it was read: try again".to_owned())
+    }
+
+    /// `None` if a record did not open.
+    async fn read_once(&self, extent: Extent, sealed: bool) -> Result<Option<Bytes>, String> {
+        let (answers, mut answered) = mpsc::channel(ANSWERS_MAX);
+        let gone = || "the master target is stopping".to_owned();
+        self.apply.send(ApplyCommand::Read { view: self.view, extent, sealed, answers }).await.map_err(|_| gone())?;
+        let mut gathered = Gathered::of(extent);
+        loop {
+            let Portions { portions, last } = answered.recv().await.ok_or_else(gone)??;
+            for portion in portions {
+                if gathered.add(portion).is_err() {
+                    return Ok(None);
+                }
+            }
+            if last {
+                return Ok(Some(gathered.finish()));
+            }
+        }
     }
 
     pub(super) async fn close(&self) {

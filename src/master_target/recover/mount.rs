@@ -61,7 +61,7 @@ impl Mounted {
         while at < extent.end() {
             let part = Extent::new(at, STEP.min(extent.end() - at));
             let aligned = part.aligned_out(512, self.point.size);
-            let data = self.point.ask(|done| ApplyCommand::Read { view: self.point.view, extent: aligned, done }).await?;
+            let data = self.point.read(aligned).await?;
             let from = (part.offset - aligned.offset) as usize;
             let data = data.slice(from..from + part.len as usize);
             if part == extent {

@@ -1,7 +1,7 @@
 //! A disk as it was at a point, while the replica goes on.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::{Arc, LazyLock};
@@ -14,19 +14,14 @@ use super::atlas::Spot;
 use super::history::{Closed, History};
 use super::index::Source;
 use super::interval::Interval;
+use super::portion::{FETCH_DEPTH, Kept, Piece, Portion, Record, RecordName, joined, part_of};
 use super::record::Sealed;
 use super::{RetainError, Retention};
 use crate::crypto::seal::{OpenError, Opener};
 use crate::disk::Disk;
 use crate::model::{Extent, OverlayMap, Position};
-use crate::storage::{AlignedBuf, File, Storage};
+use crate::storage::{File, Storage};
 
-/// Opened records kept for the next read, in bytes: so few that the processor's cache has them.
-const KEPT_BYTES: usize = 512 << 10;
-/// As many are kept in any case: those of one read.
-const KEPT_MIN: usize = FETCH_DEPTH;
-/// Pieces of one read that are fetched at once.
-const FETCH_DEPTH: usize = 16;
 /// Bytes of records that take longer to open than to hand over to another thread.
 const ELSEWHERE_BYTES: usize = 24 << 10;
 /// Threads that open records, of all disks.
@@ -45,7 +40,7 @@ pub struct View<S: Storage> {
     opener: Arc<Opener>,
     /// Reads that are under way.
     reading: Cell<usize>,
-    kept: RefCell<VecDeque<(RecordName, Bytes)>>,
+    kept: Arc<Kept>,
     /// Where nothing of the closed intervals is data; the second: not even zeroes.
     quiet: [Cell<Option<Quiet>>; 2],
 }
@@ -53,8 +48,20 @@ pub struct View<S: Storage> {
 /// From where up to which extent there is nothing.
 type Quiet = (u64, Option<Extent>);
 
-/// A record: its file's incarnation, and its place.
-type RecordName = (u64, u64);
+/// Times that a read hands portions over before the rest is found, at most.
+pub const EARLY_MAX: usize = 8;
+
+/// Takes portions before the rest is found; is called [`EARLY_MAX`] times in a read, at most.
+pub type Early<'a> = &'a dyn Fn(Vec<Portion>);
+
+/// Pieces of one record.
+type OfRecord<'a, F> = Vec<(Extent, &'a Where<F>)>;
+
+/// A record of a read: opened here, or on its way to another thread.
+enum Fetched {
+    Here(Bytes),
+    Elsewhere,
+}
 
 /// Counts a read while it is under way.
 struct Reading<'a>(&'a Cell<usize>);
@@ -86,6 +93,16 @@ impl<F: File> Where<F> {
             Where::Live(interval, source) => source.data_at.map(|_| (interval.incarnation(), source.record_at)),
             Where::Replica => None,
         }
+    }
+
+    /// Where in the record the content begins.
+    fn data_at(&self) -> usize {
+        let at = match self {
+            Where::Closed(_, spot) => spot.data_at,
+            Where::Live(_, source) => source.data_at,
+            Where::Replica => None,
+        };
+        at.unwrap_or_default() as usize
     }
 }
 
@@ -167,7 +184,7 @@ impl<S: Storage> Retention<S> {
             live: RefCell::new(live),
             opener: self.opener.clone(),
             reading: Cell::new(0),
-            kept: RefCell::default(),
+            kept: Arc::default(),
             quiet: Default::default(),
         });
         self.views.borrow_mut().push(Rc::downgrade(&view));
@@ -201,13 +218,28 @@ impl<S: Storage> View<S> {
     /// # Errors
     /// [`RetainError`].
     pub async fn read<D: Disk>(&self, image: &D, extent: Extent) -> Result<Bytes, RetainError> {
+        Ok(joined(extent, self.find(image, extent, None).await?))
+    }
+
+    /// The same for another thread, which puts the portions together ([`super::Gathered`]): some come early, so that it wakes and
+    /// opens what is in them while the rest is read and opened here; the last are returned.
+    ///
+    /// # Errors
+    /// [`RetainError`]; portions may have come.
+    pub async fn read_for<D: Disk>(&self, image: &D, extent: Extent, early: Option<Early<'_>>) -> Result<Vec<Portion>, RetainError> {
+        Ok(self.find(image, extent, early).await?.into_iter().map(Portion::open).collect())
+    }
+
+    /// What was not handed over early.
+    async fn find<D: Disk>(&self, image: &D, extent: Extent, early: Option<Early<'_>>) -> Result<Vec<Piece>, RetainError> {
         let _reading = Reading::begin(&self.reading);
+        let mut early = early.map(|early| (early, EARLY_MAX));
         let mut found = Vec::new();
         let mut todo = vec![extent];
         while let Some(part) = todo.pop() {
             let shape = self.history.shape();
             let pieces = self.resolve(part);
-            let records = self.fetch(&pieces).await;
+            let records = self.fetch(&pieces, &mut early).await;
             let now = pieces.iter().filter(|(_, place)| matches!(place, Where::Replica));
             let now = now.map(|(piece, _)| async { (*piece, image.read(*piece).await) });
             let mut now = futures_util::stream::iter(now).buffer_unordered(FETCH_DEPTH);
@@ -227,7 +259,8 @@ impl<S: Storage> View<S> {
                 match place.record().map(|name| records.get(&name)) {
                     None if matches!(place, Where::Replica) => {}
                     None => found.push((*piece, None)),
-                    Some(Some(Ok(body))) => found.push((*piece, Some(place.part(body, *piece)?))),
+                    Some(Some(Ok(Fetched::Here(body)))) => found.push((*piece, Some(place.part(body, *piece)?))),
+                    Some(Some(Ok(Fetched::Elsewhere))) => {}
                     // Its file was merged into another one, where it is found now.
                     _ if self.history.shape() != shape => todo.push(*piece),
                     // Once more by itself, for its error.
@@ -238,7 +271,7 @@ impl<S: Storage> View<S> {
                 }
             }
         }
-        Ok(joined(extent, found))
+        Ok(found)
     }
 
     /// The next extent at or after `offset` that may hold something else than zeroes.
@@ -307,38 +340,57 @@ impl<S: Storage> View<S> {
         out
     }
 
-    /// Every record that `pieces` need, each once.
-    async fn fetch(&self, pieces: &[(Extent, Where<S::File>)]) -> HashMap<RecordName, Result<Bytes, RetainError>> {
+    /// Every record that `pieces` need, each once. The first half of those that a lone read needs is handed over as it was read.
+    async fn fetch(
+        &self,
+        pieces: &[(Extent, Where<S::File>)],
+        early: &mut Option<(Early<'_>, usize)>,
+    ) -> HashMap<RecordName, Result<Fetched, RetainError>> {
         let mut records = HashMap::new();
-        let mut wanted: HashMap<RecordName, &Where<S::File>> = HashMap::new();
-        for (_, place) in pieces {
+        let mut wanted: HashMap<RecordName, OfRecord<'_, S::File>> = HashMap::new();
+        for (piece, place) in pieces {
             let Some(name) = place.record() else { continue };
-            match self.kept(name) {
-                Some(body) => drop(records.insert(name, Ok(body))),
-                None => drop(wanted.entry(name).or_insert(place)),
+            match self.kept.get(name) {
+                Some(body) => drop(records.insert(name, Ok(Fetched::Here(body)))),
+                None => wanted.entry(name).or_default().push((*piece, place)),
             }
         }
-        let reads = wanted.into_iter().map(|(name, place)| async move { (name, place, self.sealed(place).await) });
+        let mut share = if early.is_some() && self.reading.get() == 1 { wanted.len() / 2 } else { 0 };
+        let reads = wanted.into_iter().map(|(name, wanted)| async move {
+            let sealed = self.sealed(wanted[0].1).await;
+            (name, wanted, sealed)
+        });
         let mut reads = std::pin::pin!(futures_util::stream::iter(reads).buffer_unordered(FETCH_DEPTH).ready_chunks(FETCH_DEPTH));
         while let Some(read) = reads.next().await {
-            let (mut places, mut sealed) = (Vec::new(), Vec::new());
-            for (name, place, read) in read {
-                match (self.kept(name), read) {
+            let (mut portions, mut places, mut sealed) = (Vec::new(), Vec::new(), Vec::new());
+            for (name, wanted, read) in read {
+                match (self.kept.get(name), read) {
                     // Another read wanted it, too, and was first.
-                    (Some(body), _) => drop(records.insert(name, Ok(body))),
+                    (Some(body), _) => drop(records.insert(name, Ok(Fetched::Here(body)))),
+                    (None, Ok(sealed)) if share > 0 && early.is_some_and(|(_, times)| times > 0) => {
+                        share -= 1;
+                        let wanted = wanted.into_iter().map(|(piece, place)| (piece, place.data_at())).collect();
+                        let (opener, kept) = (self.opener.clone(), self.kept.clone());
+                        portions.push(Portion::sealed(Record { name, sealed, wanted, opener, kept }));
+                        records.insert(name, Ok(Fetched::Elsewhere));
+                    }
                     (None, Ok(record)) => {
-                        places.push((name, place));
+                        places.push((name, wanted[0].1));
                         sealed.push(record);
                     }
                     (None, Err(error)) => drop(records.insert(name, Err(error))),
                 }
             }
+            if let (Some((early, times)), false) = (&mut *early, portions.is_empty()) {
+                *times -= 1;
+                early(portions);
+            }
             let opened = self.open(sealed).await;
             for ((name, place), body) in places.into_iter().zip(opened) {
                 if let Ok(body) = &body {
-                    self.keep(name, body.clone());
+                    self.kept.put(name, body.clone());
                 }
-                records.insert(name, body.map_err(|error| place.damaged(error)));
+                records.insert(name, body.map(Fetched::Here).map_err(|error| place.damaged(error)));
             }
         }
         records
@@ -366,37 +418,12 @@ impl<S: Storage> View<S> {
             Where::Replica => unreachable!("the replica has no records"),
         }
     }
-
-    fn kept(&self, name: RecordName) -> Option<Bytes> {
-        self.kept.borrow().iter().find(|(n, _)| *n == name).map(|(_, body)| body.clone())
-    }
-
-    fn keep(&self, name: RecordName, body: Bytes) {
-        if self.kept(name).is_some() {
-            return;
-        }
-        let mut kept = self.kept.borrow_mut();
-        kept.push_front((name, body));
-        while kept.len() > KEPT_MIN && kept.iter().map(|(_, body)| body.len()).sum::<usize>() > KEPT_BYTES {
-            kept.pop_back();
-        }
-    }
 }
 
 impl<F: File> Where<F> {
     /// The content of `piece`, of the record that has it.
     fn part(&self, body: &Bytes, piece: Extent) -> Result<Bytes, RetainError> {
-        let at = match self {
-            Where::Closed(_, spot) => spot.data_at,
-            Where::Live(_, source) => source.data_at,
-            Where::Replica => None,
-        };
-        let at = at.unwrap_or_default() as usize;
-        let end = at + piece.len as usize;
-        if end <= body.len() {
-            return Ok(body.slice(at..end));
-        }
-        Err(self.damaged(OpenError::Body))
+        part_of(body, self.data_at(), piece).map_err(|error| self.damaged(error))
     }
 
     fn damaged(&self, error: OpenError) -> RetainError {
@@ -406,23 +433,4 @@ impl<F: File> Where<F> {
             Where::Replica => unreachable!("the replica has no records"),
         }
     }
-}
-
-/// One content of what was found of `extent`: each byte once; zeroes where there is no content.
-fn joined(extent: Extent, mut found: Vec<(Extent, Option<Bytes>)>) -> Bytes {
-    assert_eq!(found.iter().map(|(piece, _)| piece.len).sum::<u64>(), extent.len, "every byte was found once");
-    let is_whole = |(piece, content): &(Extent, Option<Bytes>)| content.as_ref().is_none_or(|content| content.len() as u64 == piece.len);
-    assert!(found.iter().all(is_whole), "each piece has the content of its bytes");
-    if let [(_, Some(whole))] = &mut found[..] {
-        return std::mem::take(whole);
-    }
-    found.sort_unstable_by_key(|(piece, _)| piece.offset);
-    let mut out = AlignedBuf::with_capacity(extent.len as usize);
-    for (piece, content) in found {
-        match content {
-            Some(content) => out.extend(&content),
-            None => out.pad_to(out.len() + piece.len as usize),
-        }
-    }
-    out.freeze()
 }

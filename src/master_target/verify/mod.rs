@@ -286,7 +286,7 @@ impl Verifier {
 }
 
 async fn read(open: &OpenPoint, extent: Extent) -> Result<(Extent, Bytes), String> {
-    let content = open.ask(|done| ApplyCommand::Read { view: open.view, extent, done }).await?;
+    let content = open.read(extent).await?;
     Ok((extent, content))
 }
 
