@@ -16,7 +16,7 @@ use super::parts::{Part, data_of};
 use super::{RetainError, Subject};
 use crate::crypto::seal::{OpenError, Opener, Packer, SealingSession};
 use crate::model::SECTOR;
-use crate::storage::log::format::{RECORD_HEADER_LEN, finish_close_record, peek_record, record_is_whole};
+use crate::storage::log::format::{RECORD_HEADER_LEN, finish_close_record, peek_record};
 use crate::storage::{ALIGN, AlignedBuf, File};
 use crate::wire::batch::{BATCH_BYTES_MAX, BatchHeader, ENTRY_LEN, HEADER_LEN, TAG_LEN, push_entry};
 
@@ -102,10 +102,6 @@ impl Sealed {
 
     /// Its body.
     pub(super) fn open(self, opener: &Opener) -> Result<Bytes, OpenError> {
-        let record = self.pages.get(self.body.start - RECORD_HEADER_LEN..self.body.end).ok_or(OpenError::Body)?;
-        if !record_is_whole(record, self.body.len()) {
-            return Err(OpenError::Body);
-        }
         Ok(opener.open_within(self.pages, self.body)?.1)
     }
 }
