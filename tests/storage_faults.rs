@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,7 @@ use tidegate::checksum;
 use tidegate::crypto::keyring::DataKey;
 use tidegate::disk::{Disk, Format, Image};
 use tidegate::master_target::apply::roll::fall_back;
-use tidegate::master_target::retain::{Retention, Subject};
+use tidegate::master_target::retain::{EARLY_MAX, Gathered, Retention, Subject, View};
 use tidegate::model::{DiskId, Extent, Position};
 use tidegate::storage::log::format::RECORD_HEADER_LEN;
 use tidegate::storage::log::{Location, Log, LogError, Options};
@@ -340,6 +341,30 @@ impl Site {
     }
 }
 
+/// Reads as another thread has it: some records are handed over as they were read, and opened there. Also, how many times.
+async fn read_elsewhere(view: &View<Faulty>, image: &Image<FaultyFile>, extent: Extent) -> (Result<Bytes, String>, usize) {
+    let (gathered, times) = (Cell::new(Some(Gathered::of(extent))), Cell::new(0));
+    let failed = Cell::new(false);
+    let early = |portions: Vec<_>| {
+        times.set(times.get() + 1);
+        let mut all = gathered.take().unwrap();
+        portions.into_iter().for_each(|portion| failed.set(all.add(portion).is_err() || failed.get()));
+        gathered.set(Some(all));
+    };
+    let rest = view.read_for(image, extent, Some(&early)).await;
+    assert!(times.get() <= EARLY_MAX, "those who take them have no more room");
+    let handed = times.get();
+    let read = match rest {
+        Err(error) => Err(error.to_string()),
+        Ok(_) if failed.get() => Err("a record does not open".to_owned()),
+        Ok(rest) => {
+            early(rest);
+            Ok(gathered.take().unwrap().finish())
+        }
+    };
+    (read, handed)
+}
+
 fn content_after(steps: &[Step], count: usize) -> Vec<u8> {
     let mut model = vec![0; SIZE as usize];
     for step in &steps[..count] {
@@ -470,8 +495,8 @@ fn lost_old_content_is_noticed_by_this_test() {
 
 /// Views that stay open while the replica is written, intervals are closed, points are dropped and merged: each shows its
 /// point all the while, and data is never where it says there is none.
-async fn views_round(seed: u64) -> (u64, u64) {
-    let (mut rng, mut merges, mut checked) = (Rng::new(seed), 0, 0);
+async fn views_round(seed: u64) -> (u64, u64, u64) {
+    let (mut rng, mut merges, mut checked, mut elsewhere) = (Rng::new(seed), 0, 0, 0);
     let storage = Faulty::default();
     let image = Image::create(&storage, Path::new("/r/image"), Format::Raw, SIZE).await.unwrap();
     let retention = Retention::open(storage.clone(), Path::new("/u"), subject(), None).await.unwrap();
@@ -533,18 +558,25 @@ async fn views_round(seed: u64) -> (u64, u64) {
             assert!(points[*point][offset as usize..next as usize].iter().all(|&b| b == 0), "seed {seed}: step {index}: data was skipped");
             checked += 1;
         }
+        // One of them as another thread has it.
+        if let Some((point, view, extent)) = wanted.last() {
+            let (found, handed) = read_elsewhere(view, &image, *extent).await;
+            let expected = &points[*point][extent.offset as usize..extent.end() as usize];
+            assert!(found.unwrap()[..] == *expected, "seed {seed}: step {index}: point {point} differs elsewhere");
+            elsewhere += u64::from(handed > 0);
+        }
     }
-    (merges, checked)
+    (merges, checked, elsewhere)
 }
 
 #[test]
 fn open_views_stay_exact_while_everything_else_goes_on() {
-    let (mut merges, mut checked) = (0, 0);
+    let (mut merges, mut checked, mut elsewhere) = (0, 0, 0);
     for seed in 0..60 {
-        let (m, c) = run(views_round(seed));
-        (merges, checked) = (merges + m, checked + c);
+        let (m, c, e) = run(views_round(seed));
+        (merges, checked, elsewhere) = (merges + m, checked + c, elsewhere + e);
     }
-    assert!(merges > 200 && checked > 10_000, "{merges} merges, {checked} reads");
+    assert!(merges > 200 && checked > 10_000 && elsewhere > 200, "{merges} merges, {checked} reads, {elsewhere} in two places");
 }
 
 #[test]
@@ -639,6 +671,18 @@ fn rot_in_one_of_many_records_is_told_from_the_others() {
                     assert!(found[..] == old[at..at + found.len()], "sector {sector}: other content in part {n}");
                 }
                 assert_eq!(found.iter().filter(|found| found.is_err()).count(), 1);
+                // And of reads whose records are opened in two places.
+                let view = retention.view(Position::new(1, 1)).await.unwrap();
+                let mut failed = 0;
+                for at in (0..3).map(|n| n * 10 * SPACING) {
+                    let (found, handed) = read_elsewhere(&view, &image, Extent::new(at, 10 * SPACING)).await;
+                    assert!(handed > 0, "half of ten records are handed over");
+                    match found {
+                        Ok(found) => assert!(found[..] == old[at as usize..at as usize + found.len()], "sector {sector}: other content"),
+                        Err(_) => failed += 1,
+                    }
+                }
+                assert_eq!(failed, 1, "sector {sector}");
                 assert!(!without_index, "nobody knows what the record had");
                 let loss = retention.inspect(Position::new(1, 1), async |_| {}).await.unwrap().unwrap();
                 assert_eq!(retention.needing(&loss, &[(Position::new(1, 1), BLOCKS * SPACING)]).await.len(), 1);
