@@ -224,13 +224,15 @@ fn scrub_view(volume: &super::shared::VolumeShared, what: Verifying) -> ScrubVie
 
 fn disk(volume: &super::shared::VolumeShared) -> DiskView {
     let report = volume.report();
+    let trouble = volume.trouble();
     let health = match report.state {
+        ReplicationState::Delta if trouble.is_some() => Health::Warning,
         ReplicationState::Delta => Health::Healthy,
         ReplicationState::InitialReplication | ReplicationState::Resynchronising => Health::Warning,
         ReplicationState::Error | ReplicationState::FailedOver => Health::Critical,
     };
     let handed_over = report.state == ReplicationState::FailedOver;
-    let (reason, remedy) = match volume.trouble() {
+    let (reason, remedy) = match trouble {
         Some(trouble) => (Some(trouble), Some("do what the reason says".to_owned())),
         None if handed_over => (
             Some("the machine was handed over in a planned failover: the disk takes no writes".to_owned()),

@@ -196,10 +196,17 @@ fn test(what: What, cleanup: bool, wait: &Wait) -> anyhow::Result<()> {
     if job.state == "running" {
         job = watch(&Request::FailoverDecide { job: job.id.to_string(), decision: Decision::Cleanup }, wait)?;
     }
-    if wait.ask.json {
-        output::json(&job)?;
-    }
+    finish(&job, wait)?;
     verdict(&job)
+}
+
+/// Says how a job stands that was watched.
+fn finish(job: &JobView, wait: &Wait) -> anyhow::Result<()> {
+    if wait.ask.json {
+        return output::json(job);
+    }
+    end(job, wait.detach);
+    Ok(())
 }
 
 fn start(args: Start, kind: JobKind) -> anyhow::Result<()> {
@@ -296,9 +303,7 @@ pub(super) fn confirm(question: &str, yes: bool, json: bool) -> anyhow::Result<(
 /// Sends a request, watches the job, says how it stands; an error if it does not go on.
 fn request(request: Request, wait: &Wait) -> anyhow::Result<JobView> {
     let job = watch(&request, wait)?;
-    if wait.ask.json {
-        output::json(&job)?;
-    }
+    finish(&job, wait)?;
     match (&job.error, job.passed) {
         // What a test found was told when it ran.
         _ if job.over && job.state != "failed" => Ok(job),
@@ -352,7 +357,6 @@ fn watch(request: &Request, wait: &Wait) -> anyhow::Result<JobView> {
     bar.finish_and_clear();
     if !wait.ask.json {
         told.print(&job);
-        end(&job, wait.detach);
     }
     Ok(job)
 }

@@ -58,9 +58,7 @@ pub(super) fn test_and_clean_up(group: String, point: Choice, hook: Option<Strin
     if let Some(run) = jobs.iter().filter(|j| j.state == "running").find_map(|j| j.group_job.clone()) {
         jobs = watch(&Request::GroupFailover { group: run, ask: GroupAsk::Decide(Decision::Cleanup) }, wait)?;
     }
-    if wait.ask.json {
-        output::json(&jobs)?;
-    }
+    finish(&jobs, wait)?;
     verdict
 }
 
@@ -99,9 +97,7 @@ fn question(plan: &GroupPlanView, kind: JobKind, choice: &Choice) -> String {
 /// Sends a request, watches the jobs, says how they stand; an error if one does not go on.
 fn run(request: &Request, wait: &Wait) -> anyhow::Result<Vec<JobView>> {
     let jobs = watch(request, wait)?;
-    if wait.ask.json {
-        output::json(&jobs)?;
-    }
+    finish(&jobs, wait)?;
     verdict(&jobs)?;
     Ok(jobs)
 }
@@ -154,10 +150,16 @@ fn watch(request: &Request, wait: &Wait) -> anyhow::Result<Vec<JobView>> {
             Err(error) => return Err(error.into()),
         }
     }
-    if !wait.ask.json {
-        end(&jobs);
-    }
     Ok(jobs)
+}
+
+/// Says how jobs stand that were watched.
+fn finish(jobs: &[JobView], wait: &Wait) -> anyhow::Result<()> {
+    if wait.ask.json {
+        return output::json(&jobs);
+    }
+    end(jobs);
+    Ok(())
 }
 
 fn end(jobs: &[JobView]) {

@@ -1,7 +1,6 @@
 //! `tidegate policy`.
-use anyhow::bail;
-
-use super::{Ask, ask, output};
+use super::failover::confirm;
+use super::{Ask, Usage, ask, output};
 use crate::config::units::{parse_size, show_size};
 use crate::control::api::{PolicySet, PolicyValues, PolicyView, Request};
 use crate::model::{Ladder, show_span};
@@ -14,12 +13,14 @@ pub(super) enum PolicyCommand {
         #[command(flatten)]
         ask: Ask,
     },
-    /// The points that would go now, and why. Changes nothing.
+    /// The points that would go now, and why; or with `policy set` and the same values. Changes nothing.
+    #[command(
+        after_help = "Examples:\n  tidegate policy dry-run\n  tidegate policy dry-run --ladder \"all for 1h, 1/h to 7d\"\n  tidegate policy dry-run --machine db01 --space-max 200GiB"
+    )]
     DryRun {
-        /// With this ladder instead of the one in use.
-        #[arg(long, value_name = "LADDER")]
-        ladder: Option<Ladder>,
-        /// Of one machine only.
+        #[command(flatten)]
+        values: Values,
+        /// Of one machine only; the values are then those of `policy set --machine`.
         #[arg(long)]
         machine: Option<String>,
         #[command(flatten)]
@@ -33,9 +34,8 @@ pub(super) enum PolicyCommand {
     Set(Set),
 }
 
-/// What to set.
+/// Values of a policy.
 #[derive(clap::Args)]
-#[group(id = "what", required = true, multiple = true)]
 pub(super) struct Values {
     /// Fewer points the older they get.
     #[arg(long, value_name = "LADDER")]
@@ -52,9 +52,18 @@ pub(super) struct Values {
     /// Most bytes of old content of a machine; `none`: no bound.
     #[arg(long, value_name = "B", value_parser = bytes)]
     space_max: Option<u64>,
-    /// Go back to the configuration for everything that is not given here.
-    #[arg(long)]
-    reset: bool,
+}
+
+impl Values {
+    fn to_set(&self) -> PolicyValues {
+        PolicyValues {
+            ladder: self.ladder.as_ref().map(ToString::to_string),
+            points_max: self.points_max,
+            points_min: self.points_min,
+            span_seconds: self.span,
+            space_max_bytes: self.space_max,
+        }
+    }
 }
 
 /// `policy set`.
@@ -62,6 +71,9 @@ pub(super) struct Values {
 pub(super) struct Set {
     #[command(flatten)]
     values: Values,
+    /// Go back to the configuration for everything that is not given here.
+    #[arg(long)]
+    reset: bool,
     /// For one machine only; covers what is set for all.
     #[arg(long)]
     machine: Option<String>,
@@ -92,45 +104,50 @@ fn bytes(text: &str) -> Result<u64, String> {
 pub(super) fn run(command: PolicyCommand) -> anyhow::Result<()> {
     match command {
         PolicyCommand::Show { ask: args } => {
-            let view: PolicyView = ask(&args.control, &Request::Policy { machine: None, ladder: None })?;
+            let view: PolicyView = ask(&args.control, &Request::Policy { machine: None, values: PolicyValues::default() })?;
             if args.json {
                 return output::json(&view);
             }
             show(&view);
             Ok(())
         }
-        PolicyCommand::DryRun { ladder, machine, ask: args } => {
-            let view: PolicyView = ask(&args.control, &Request::Policy { machine, ladder: ladder.map(|l| l.to_string()) })?;
+        PolicyCommand::DryRun { values, machine, ask: args } => {
+            let view: PolicyView = ask(&args.control, &Request::Policy { machine, values: values.to_set() })?;
             if args.json {
                 return output::json(&view);
             }
-            show_gone(&view);
+            show_gone(&view, false);
             Ok(())
         }
-        PolicyCommand::Set(Set { values, machine, yes, ask: args }) => {
-            let reset = values.reset;
-            let values = PolicyValues {
-                ladder: values.ladder.map(|l| l.to_string()),
-                points_max: values.points_max,
-                points_min: values.points_min,
-                span_seconds: values.span,
-                space_max_bytes: values.space_max,
-            };
-            let set: PolicySet = ask(&args.control, &Request::SetPolicy { machine, values, reset, agreed: yes })?;
-            if args.json {
-                output::json(&set)?;
-            } else {
-                show_gone(&set.policy);
-                if set.done {
-                    show(&set.policy);
-                }
+        PolicyCommand::Set(Set { values, reset, machine, yes, ask: args }) => {
+            let values = values.to_set();
+            if values == PolicyValues::default() && !reset {
+                return Err(Usage("say what to set, or --reset: see `tidegate policy set --help`".to_owned()).into());
             }
-            if !set.done {
-                bail!("nothing was changed, because points would go: say --yes to let them");
-            }
-            Ok(())
+            set(args, &|agreed| Request::SetPolicy { machine: machine.clone(), values: values.clone(), reset, agreed }, yes)
         }
     }
+}
+
+/// Sets a policy; somebody has to agree when points would go.
+fn set(args: Ask, request: &dyn Fn(bool) -> Request, yes: bool) -> anyhow::Result<()> {
+    let mut set: PolicySet = ask(&args.control, &request(yes))?;
+    if !set.done && !args.json {
+        show_gone(&set.policy, false);
+        confirm("The points above go with this policy, for good.", false, false)?;
+        set = ask(&args.control, &request(true))?;
+    }
+    if args.json {
+        output::json(&set)?;
+        return if set.done {
+            Ok(())
+        } else {
+            Err(Usage("nothing was changed, because points would go: add --yes to let them".to_owned()).into())
+        };
+    }
+    show_gone(&set.policy, set.done);
+    show(&set.policy);
+    Ok(())
 }
 
 fn show(view: &PolicyView) {
@@ -166,7 +183,8 @@ fn own(values: &PolicyValues) -> String {
     if parts.is_empty() { String::new() } else { format!("; its own: {}", parts.join(", ")) }
 }
 
-fn show_gone(view: &PolicyView) {
+/// `done`: the policy counts by now.
+fn show_gone(view: &PolicyView, done: bool) {
     let of = |m: &crate::control::api::PolicyMachine| -> Vec<Vec<String>> {
         let row = |g: &crate::control::api::PolicyGone| {
             vec![m.machine.clone(), g.point.clone(), g.time.clone(), g.label.clone().unwrap_or_default(), g.reason.clone()]
@@ -176,6 +194,8 @@ fn show_gone(view: &PolicyView) {
     output::table(&["MACHINE", "POINT", "TIME", "LABEL", "WHY"], &view.machines.iter().flat_map(of).collect::<Vec<_>>());
     for machine in &view.machines {
         let (gone, frees) = (machine.gone.len(), show_size(machine.frees_bytes_about));
-        println!("{}: {gone} of {} points would go and give back about {frees}", machine.machine, machine.points);
+        let go = if done { "go" } else { "would go" };
+        let held = if machine.held && gone > 0 { "; not before the failover that stands is over" } else { "" };
+        println!("{}: {gone} of {} points {go} and give back about {frees}{held}", machine.machine, machine.points);
     }
 }

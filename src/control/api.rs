@@ -135,8 +135,9 @@ pub enum Request {
     Policy {
         /// Of one machine only.
         machine: Option<String>,
-        /// With this ladder instead.
-        ladder: Option<String>,
+        /// With these values set, as `SetPolicy` would set them.
+        #[serde(default)]
+        values: PolicyValues,
     },
     /// What a failover would take and lose: [`PlanView`].
     FailoverPlan {
@@ -486,6 +487,9 @@ pub struct PolicyMachine {
     pub points: usize,
     /// How many of them are pinned.
     pub pinned: usize,
+    /// A failover stands: no point goes before it is over.
+    #[serde(default)]
+    pub held: bool,
     /// Bytes of old content.
     pub retained_bytes: u64,
     /// Points that would go, the oldest first for each reason.

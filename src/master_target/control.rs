@@ -28,7 +28,7 @@ use crate::control::api::{
 use crate::control::groups::{GroupPointView, ResolvedPoint};
 use crate::control::server::{Answer, Role};
 use crate::disk::Format;
-use crate::model::{DiskId, Health, Hold, Ladder, MachineId, PointId, PointKind, Policy, Position, RecoveryPoint, ReplicationState, Rung};
+use crate::model::{DiskId, Health, Hold, MachineId, PointId, PointKind, Position, RecoveryPoint, ReplicationState, Rung};
 use crate::observe::metrics;
 
 const FIGURES_EVERY: Duration = Duration::from_secs(1);
@@ -108,9 +108,9 @@ impl Role for Control {
                     Err(message) => Err(message),
                 },
                 Request::Pin { point, pinned } => self.pin(point, *pinned).await.and_then(|point| to_value(&point)),
-                Request::Policy { machine, ladder } => {
-                    let view = self.policy(machine.as_deref(), &self.policy.set(), ladder.as_deref());
-                    view.and_then(|view| to_value(&view))
+                Request::Policy { machine, values } => {
+                    let set = self.with_set(machine.as_deref(), values, false);
+                    self.policy(machine.as_deref(), &set).and_then(|view| to_value(&view))
                 }
                 Request::SetPolicy { machine, values, reset, agreed } => {
                     self.set_policy(machine.as_deref(), values, *reset, *agreed).await.and_then(|set| to_value(&set))
@@ -272,13 +272,8 @@ impl Control {
     async fn set_policy(&self, machine: Option<&str>, values: &PolicyValues, reset: bool, agreed: bool) -> Result<PolicySet, String> {
         // Nothing expires meanwhile.
         let _alone = self.shared.noting.lock().await;
-        let (name, mut set) = (machine.unwrap_or_default().to_owned(), self.policy.set());
-        let older = if reset { PolicyValues::default() } else { set.get(&name).cloned().unwrap_or_default() };
-        if reset && machine.is_none() {
-            set.clear();
-        }
-        set.insert(name, policy::merged(older, values.clone()));
-        let view = self.policy(machine, &set, None)?;
+        let set = self.with_set(machine, values, reset);
+        let view = self.policy(machine, &set)?;
         if !agreed && view.machines.iter().any(|m| !m.gone.is_empty()) {
             return Ok(PolicySet { done: false, policy: view });
         }
@@ -290,11 +285,20 @@ impl Control {
         Ok(PolicySet { done: true, policy: view })
     }
 
-    /// The policy with `set`, and with another ladder for all, and what it means now.
-    fn policy(&self, machine: Option<&str>, set: &SetValues, ladder: Option<&str>) -> Result<PolicyView, String> {
-        let ladder = ladder.map(str::parse::<Ladder>).transpose()?;
-        let with = |policy: Policy| Policy { ladder: ladder.clone().unwrap_or(policy.ladder), ..policy };
-        let policy = with(self.policy.common(set)?);
+    /// What is set, with `values` for a machine or for all.
+    fn with_set(&self, machine: Option<&str>, values: &PolicyValues, reset: bool) -> SetValues {
+        let (name, mut set) = (machine.unwrap_or_default().to_owned(), self.policy.set());
+        let older = if reset { PolicyValues::default() } else { set.get(&name).cloned().unwrap_or_default() };
+        if reset && machine.is_none() {
+            set.clear();
+        }
+        set.insert(name, policy::merged(older, values.clone()));
+        set
+    }
+
+    /// The policy with `set`, and what it means now.
+    fn policy(&self, machine: Option<&str>, set: &SetValues) -> Result<PolicyView, String> {
+        let policy = self.policy.common(set)?;
         let mut machines: Vec<(MachineId, String)> = self.machine_names().into_iter().collect();
         machines.sort_by(|a, b| a.1.cmp(&b.1));
         if machine.is_some_and(|wanted| machines.iter().all(|(_, name)| name != wanted)) {
@@ -304,12 +308,13 @@ impl Control {
         let (book, clock) = (self.shared.book(), self.shared.clock());
         let of_machine = |(id, name): (MachineId, String)| {
             let (points, used) = (book.of(id), self.shared.retained_bytes(id));
-            let gone = book.expired(id, &with(self.policy.of(set, &name)?), clock, used);
+            let gone = book.expired(id, &self.policy.of(set, &name)?, clock, used);
             Ok(PolicyMachine {
                 own: self.policy.own(set, &name),
                 machine: name,
                 points: points.len(),
                 pinned: points.iter().filter(|p| p.pinned).count(),
+                held: self.shared.disks.iter().any(|d| d.machine == id && d.condition().hold != Hold::None),
                 retained_bytes: used,
                 // Each point's own interval holds about as much as another's.
                 frees_bytes_about: used / points.len().max(1) as u64 * gone.len() as u64,
@@ -452,7 +457,8 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
         retained_bytes: condition.retained_bytes,
         replica_format: condition.image.as_ref().map(|(format, _)| format.as_str().to_owned()),
         replica_path: condition.image.as_ref().map(|(_, path)| path.display().to_string()),
-        rpo_seconds: condition.newest.map(|n| now.since(n.travel.captured()).as_secs_f64()),
+        // Without points there is nothing to go back to, of whatever age.
+        rpo_seconds: condition.newest.filter(|_| condition.hold < Hold::Committed).map(|n| now.since(n.travel.captured()).as_secs_f64()),
         rpo_parts: parts,
         positions: rungs.iter().map(|(r, p)| (r.as_str().to_owned(), p.to_string())).collect(),
     }

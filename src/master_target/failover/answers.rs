@@ -12,7 +12,7 @@ use crate::master_target::apply;
 use crate::master_target::apply::failover::Order;
 use crate::master_target::shared::TargetShared;
 use crate::model::job::JobGroup;
-use crate::model::{Choice, Job, JobKind, MachineId};
+use crate::model::{Choice, Job, JobKind, JobState, MachineId};
 
 /// The way to failovers.
 #[derive(Clone)]
@@ -37,7 +37,9 @@ impl Desk {
     pub fn of_machine(&self, machine: MachineId) -> (Option<String>, Option<String>) {
         let all = self.jobs.list();
         let of = || all.iter().map(|e| &e.job).filter(|j| j.machine == machine).rev();
-        let now = of().find(|j| j.kind != JobKind::Test && (!j.state.is_over() || j.state.hold() != crate::model::Hold::None));
+        // What was before the machine was protected again is over.
+        let since = || of().filter(|j| j.kind != JobKind::Test).take_while(|j| j.state != JobState::Protected);
+        let now = since().find(|j| !j.state.is_over() || j.state.hold() != crate::model::Hold::None);
         let now = now.map(|j| {
             let point = j.point.as_ref().map_or_else(String::new, |p| format!(", point {}", clock::rfc3339(p.wall_ms)));
             let error = j.error.as_ref().map_or_else(String::new, |e| format!(": {e}"));
@@ -174,6 +176,7 @@ impl Desk {
             heard_seconds: None,
         };
         let mut measured = newest.then_some(0f64);
+        let mut all_heard = true;
         for disk in self.shared.disks.iter().filter(|d| d.machine == id) {
             let condition = disk.condition().clone();
             let age = condition.newest.map(|n| now.since(n.travel.captured()).as_secs_f64());
@@ -184,6 +187,7 @@ impl Desk {
                 plan.heard_seconds = Some(plan.heard_seconds.map_or(heard, |h| h.max(heard)));
                 plan.unsent_bytes += report.missing_bytes + report.backlog_bytes;
             }
+            all_heard &= condition.report.is_some();
             if let Some(&position) = point.disks.get(&disk.id) {
                 let (done, answer) = oneshot::channel();
                 let order = Order::Since { position, done };
@@ -195,6 +199,10 @@ impl Desk {
                     plan.newer_bytes = plan.newer_bytes.zip(counted.ok()).map(|(sum, bytes)| sum + bytes);
                 }
             }
+        }
+        if !all_heard {
+            // What one of its disks misses is known to nobody here.
+            plan.heard_seconds = None;
         }
         if let Some(seconds) = measured {
             (plan.lost_seconds, plan.lost_seconds_monotonic) = (seconds, true);
