@@ -24,6 +24,8 @@ use crate::model::{Address, DiskId, Extent, PointId};
 
 /// Mounts and exports that may run at once.
 const RUNNING_MAX: usize = 64;
+/// Portions of a read that are opened before others have their turn.
+const PORTIONS_AT_ONCE: usize = 4;
 /// Finished exports that are remembered.
 const FINISHED_KEPT: usize = 32;
 
@@ -161,13 +163,16 @@ impl OpenPoint {
         let mut gathered = Gathered::of(extent);
         loop {
             let Portions { portions, last } = answered.recv().await.ok_or_else(gone)??;
-            for portion in portions {
+            for (index, portion) in portions.into_iter().enumerate() {
+                if index % PORTIONS_AT_ONCE == PORTIONS_AT_ONCE - 1 {
+                    tokio::task::yield_now().await;
+                }
                 if gathered.add(portion).is_err() {
                     return Ok(None);
                 }
             }
             if last {
-                return Ok(Some(gathered.finish()));
+                return Ok(gathered.finish());
             }
         }
     }

@@ -564,9 +564,11 @@ impl<F: File> Interval<F> {
         read_sealed(&self.file, &self.path, self.incarnation, source.into()).await
     }
 
-    /// The opened body of a record.
+    /// The opened body of a record that is whole, frame and all.
     pub(super) async fn read(&self, source: Source, opener: &Opener) -> Result<Bytes, RetainError> {
-        self.read_sealed(source).await?.open(opener).map_err(|error| self.damaged(source, error))
+        let sealed = self.read_sealed(source).await?;
+        let body = if sealed.is_whole() { sealed.open(opener) } else { Err(OpenError::Body) };
+        body.map_err(|error| self.damaged(source, error))
     }
 
     fn io(&self, source: io::Error) -> RetainError {

@@ -113,21 +113,24 @@ impl Gathered {
         Ok(())
     }
 
-    /// The content, when all portions were added.
-    pub fn finish(self) -> Bytes {
+    /// The content, when all portions were added; `None` if some of it is missing, or came twice.
+    pub fn finish(self) -> Option<Bytes> {
         joined(self.extent, self.found)
     }
 }
 
-/// One content of what was found of `extent`: each byte once; zeroes where there is no content.
-pub(super) fn joined(extent: Extent, mut found: Vec<Piece>) -> Bytes {
-    assert_eq!(found.iter().map(|(piece, _)| piece.len).sum::<u64>(), extent.len, "every byte was found once");
+/// One content of what was found of `extent`, zeroes where there is no content; `None` unless each byte was found once.
+pub(super) fn joined(extent: Extent, mut found: Vec<Piece>) -> Option<Bytes> {
     let is_whole = |(piece, content): &Piece| content.as_ref().is_none_or(|content| content.len() as u64 == piece.len);
-    assert!(found.iter().all(is_whole), "each piece has the content of its bytes");
-    if let [(_, Some(whole))] = &mut found[..] {
-        return std::mem::take(whole);
-    }
     found.sort_unstable_by_key(|(piece, _)| piece.offset);
+    let mut end = extent.offset;
+    let mut is_next = |piece: Extent| std::mem::replace(&mut end, piece.end()) == piece.offset;
+    if !found.iter().all(|found| is_whole(found) && is_next(found.0)) || end != extent.end() {
+        return None;
+    }
+    if let [(_, Some(whole))] = &mut found[..] {
+        return Some(std::mem::take(whole));
+    }
     let mut out = AlignedBuf::with_capacity(extent.len as usize);
     for (piece, content) in found {
         match content {
@@ -135,5 +138,5 @@ pub(super) fn joined(extent: Extent, mut found: Vec<Piece>) -> Bytes {
             None => out.pad_to(out.len() + piece.len as usize),
         }
     }
-    out.freeze()
+    Some(out.freeze())
 }

@@ -16,7 +16,7 @@ use super::parts::{Part, data_of};
 use super::{RetainError, Subject};
 use crate::crypto::seal::{OpenError, Opener, Packer, SealingSession};
 use crate::model::SECTOR;
-use crate::storage::log::format::{RECORD_HEADER_LEN, finish_close_record, peek_record};
+use crate::storage::log::format::{RECORD_HEADER_LEN, finish_close_record, peek_record, record_is_whole};
 use crate::storage::{ALIGN, AlignedBuf, File};
 use crate::wire::batch::{BATCH_BYTES_MAX, BatchHeader, ENTRY_LEN, HEADER_LEN, TAG_LEN, push_entry};
 
@@ -98,6 +98,12 @@ impl Sealed {
     /// Bytes of its body.
     pub(super) fn len(&self) -> usize {
         self.body.len()
+    }
+
+    /// Whether the frame around its body is as it was written, too. The body vouches for itself; without the frame the record is not
+    /// found again when it is looked for.
+    pub(super) fn is_whole(&self) -> bool {
+        self.pages.get(self.body.start - RECORD_HEADER_LEN..self.body.end).is_some_and(|record| record_is_whole(record, self.body.len()))
     }
 
     /// Its body.

@@ -218,7 +218,7 @@ impl<S: Storage> View<S> {
     /// # Errors
     /// [`RetainError`].
     pub async fn read<D: Disk>(&self, image: &D, extent: Extent) -> Result<Bytes, RetainError> {
-        Ok(joined(extent, self.find(image, extent, None).await?))
+        Ok(joined(extent, self.find(image, extent, None).await?).expect("nothing was handed over, so each byte is here once"))
     }
 
     /// The same for another thread, which puts the portions together ([`super::Gathered`]): some come early, so that it wakes and
@@ -350,11 +350,13 @@ impl<S: Storage> View<S> {
         let mut wanted: HashMap<RecordName, OfRecord<'_, S::File>> = HashMap::new();
         for (piece, place) in pieces {
             let Some(name) = place.record() else { continue };
-            match self.kept.get(name) {
-                Some(body) => drop(records.insert(name, Ok(Fetched::Here(body)))),
-                None => wanted.entry(name).or_default().push((*piece, place)),
-            }
+            wanted.entry(name).or_default().push((*piece, place));
         }
+        // Asked once for each record: another thread keeps and drops some meanwhile, and all pieces of one have to go one way.
+        wanted.retain(|name, _| match self.kept.get(*name) {
+            Some(body) => records.insert(*name, Ok(Fetched::Here(body))).is_some(),
+            None => true,
+        });
         let mut share = if early.is_some() && self.reading.get() == 1 { wanted.len() / 2 } else { 0 };
         let reads = wanted.into_iter().map(|(name, wanted)| async move {
             let sealed = self.sealed(wanted[0].1).await;
