@@ -400,13 +400,59 @@ fn what_the_machine_was_writing_when_its_failover_was_cancelled_never_lands() {
     }
 }
 
+fn takes_writes(cluster: &Cluster) -> bool {
+    let output = try_tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4k", &cluster.nbd_uri(0)]);
+    output.status.success() && !String::from_utf8_lossy(&output.stdout).contains("failed")
+}
+
+/// The machine runs at the other site then: nothing but a person wakes it here.
+#[test]
+fn a_commit_does_not_wake_the_source_and_a_cancel_does() {
+    let mut cluster = Cluster::start(Options { disk_bytes: 8 << 20, interval: "1h", ..Options::default() });
+    cluster.wait_for_delta();
+    cluster.mark("a");
+    let control = cluster.control("master-target");
+    let failover = |cluster: &Cluster, args: &[&str]| cluster.tidegate(&[&["failover"], args, &["--control", &control]].concat());
+    failover(&cluster, &["planned", "m1", "--yes"]);
+    assert!(!takes_writes(&cluster));
+    failover(&cluster, &["cancel", "m1"]);
+    cluster.wait("the source goes on", Duration::from_secs(20), || takes_writes(&cluster));
+    cluster.wait_for_delta();
+    // Also one that was away, of a master target that was restarted.
+    failover(&cluster, &["planned", "m1", "--yes"]);
+    cluster.kill("agent");
+    failover(&cluster, &["cancel", "m1"]);
+    cluster.kill("master-target");
+    cluster.start_role("master-target");
+    cluster.start_role("agent");
+    assert!(!takes_writes(&cluster), "it has not heard that it may");
+    cluster.wait("the source goes on", Duration::from_secs(30), || takes_writes(&cluster));
+    cluster.wait_for_delta();
+    failover(&cluster, &["planned", "m1", "--yes"]);
+    failover(&cluster, &["commit", "m1", "--yes"]);
+    let stays = |cluster: &Cluster, when: &str| {
+        for _ in 0..15 {
+            assert!(!takes_writes(cluster), "the source takes writes {when}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    };
+    stays(&cluster, "after the commit");
+    failover(&cluster, &["cleanup", "m1"]);
+    for role in ["master-target", "process-server"] {
+        cluster.kill(role);
+        cluster.start_role(role);
+    }
+    stays(&cluster, "after the cleanup and a restart");
+    // What is compared then is not written either.
+    failover(&cluster, &["reprotect", "m1", "--detach"]);
+    stays(&cluster, "while it is compared");
+    cluster.tidegate(&["machine", "resume", "m1", "--control", &cluster.control("agent")]);
+    assert!(takes_writes(&cluster));
+}
+
 #[test]
 fn a_machine_that_came_back_is_not_stopped_again_by_an_old_word() {
     let mut cluster = Cluster::start(Options { disk_bytes: 8 << 20, interval: "1h", ..Options::default() });
-    let takes_writes = |cluster: &Cluster| {
-        let output = try_tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4k", &cluster.nbd_uri(0)]);
-        output.status.success() && !String::from_utf8_lossy(&output.stdout).contains("failed")
-    };
     cluster.wait_for_delta();
     cluster.mark("a");
     let control = cluster.control("master-target");

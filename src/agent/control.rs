@@ -35,7 +35,10 @@ impl Role for Control {
     fn status(&self) -> RoleStatus {
         let connected = self.shared.connected.load(Ordering::Relaxed);
         let error = self.shared.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let disks: Vec<DiskView> = self.shared.volumes.iter().map(|v| disk(v)).collect();
+        let disks: Vec<DiskView> = {
+            let handed_over = self.shared.handed_over.load(Ordering::Relaxed);
+            self.shared.volumes.iter().map(|v| disk(v, handed_over)).collect()
+        };
         let Trouble { stuck, failed } = self.shared.rest.trouble();
         let failed = failed.map(|reason| format!("the last application-consistent point could not be made: {reason}"));
         let at_rest = stuck.map(|reason| format!("something may still be frozen: {reason}")).or(failed);
@@ -222,22 +225,26 @@ fn scrub_view(volume: &super::shared::VolumeShared, what: Verifying) -> ScrubVie
     }
 }
 
-fn disk(volume: &super::shared::VolumeShared) -> DiskView {
+fn disk(volume: &super::shared::VolumeShared, handed_over: bool) -> DiskView {
     let report = volume.report();
     let trouble = volume.trouble();
     let health = match report.state {
+        _ if handed_over => Health::Critical,
         ReplicationState::Delta if trouble.is_some() => Health::Warning,
         ReplicationState::Delta => Health::Healthy,
         ReplicationState::InitialReplication | ReplicationState::Resynchronising => Health::Warning,
         ReplicationState::Error | ReplicationState::FailedOver => Health::Critical,
     };
-    let handed_over = report.state == ReplicationState::FailedOver;
     let (reason, remedy) = match trouble {
-        Some(trouble) => (Some(trouble), Some("do what the reason says".to_owned())),
-        None if handed_over => (
+        // Whatever else is wrong: it is what people meet first.
+        _ if handed_over => (
             Some("the machine was handed over in a planned failover: the disk takes no writes".to_owned()),
-            Some("cancel the failover at the master target; or, if the machine is to run here again, `tidegate machine resume`".to_owned()),
+            Some(
+                "while the failover stands it can be cancelled at the master target; if the machine runs nowhere else, and is to run here again: `tidegate machine resume`"
+                    .to_owned(),
+            ),
         ),
+        Some(trouble) => (Some(trouble), Some("do what the reason says".to_owned())),
         None => (None, None),
     };
     let rungs = volume.backlog().rungs();

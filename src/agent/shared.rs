@@ -25,6 +25,8 @@ pub struct AgentShared {
     pub stopping: AtomicBool,
     /// Connected to the process server.
     pub connected: AtomicBool,
+    /// The disks take no writes: the machine was handed over in a planned failover.
+    pub handed_over: AtomicBool,
     /// What the last failed attempt said.
     pub last_error: Mutex<Option<String>>,
     /// The address and name of the process server that has the disks now, or had them last.

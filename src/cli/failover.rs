@@ -211,6 +211,9 @@ fn finish(job: &JobView, wait: &Wait) -> anyhow::Result<()> {
 
 fn start(args: Start, kind: JobKind) -> anyhow::Result<()> {
     let Start { what: What { name, which, point, hook }, yes, wait } = args;
+    if kind == JobKind::Planned && point != Choice::Latest {
+        return Err(Usage("a planned failover makes a final point of its own: leave --point out".to_owned()).into());
+    }
     if which.is_group(&name, &wait.ask)? {
         return group_failover::start(name, kind, point, hook, yes, &wait);
     }
@@ -222,7 +225,7 @@ fn start(args: Start, kind: JobKind) -> anyhow::Result<()> {
             );
         }
         format!(
-            "The agent of {name} stops taking writes now: shut the machine down first if it can be. It fails over when everything that it wrote has arrived here, so that nothing is lost; without the agent it waits."
+            "The agent of {name} will stop taking writes: shut the machine down first if it can be. It fails over when everything that it wrote has arrived here, so that nothing is lost; without the agent it waits."
         )
     } else {
         lost(&plan, &point)
@@ -272,10 +275,7 @@ pub(super) fn lost(plan: &PlanView, choice: &Choice) -> String {
             output::seconds(Some(heard))
         );
     }
-    text + &format!(
-        "The source of {} is refused from now on, until the failover is cancelled. Points stay until it is committed.",
-        plan.machine
-    )
+    text + &format!("The source of {} will be refused until the failover is cancelled. Points stay until it is committed.", plan.machine)
 }
 
 /// Asks a person.
@@ -468,7 +468,9 @@ fn show(which: &str, args: &Ask) -> anyhow::Result<()> {
     let jobs: Vec<JobView> = ask(&args.control, &Request::Failovers)?;
     // Of a machine the one that stands, if one does.
     let of = |j: &&JobView| j.id.to_string() == which || j.machine == which;
-    let Some(job) = jobs.iter().rev().filter(of).find(|j| !j.over).or_else(|| jobs.iter().rev().find(of)) else {
+    let standing = |j: &&JobView| !j.over && j.kind != JobKind::Test.as_str();
+    let all = || jobs.iter().rev().filter(of);
+    let Some(job) = all().find(standing).or_else(|| all().find(|j| !j.over)).or_else(|| all().next()) else {
         bail!("there is no failover {which}: see `tidegate failover list`");
     };
     if args.json {

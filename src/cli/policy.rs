@@ -194,8 +194,9 @@ fn show_gone(view: &PolicyView, done: bool) {
     output::table(&["MACHINE", "POINT", "TIME", "LABEL", "WHY"], &view.machines.iter().flat_map(of).collect::<Vec<_>>());
     for machine in &view.machines {
         let (gone, frees) = (machine.gone.len(), show_size(machine.frees_bytes_about));
-        let go = if done { "go" } else { "would go" };
+        let go = if done { "go in the background" } else { "would go" };
+        let own = own(&machine.own);
         let held = if machine.held && gone > 0 { "; not before the failover that stands is over" } else { "" };
-        println!("{}: {gone} of {} points {go} and give back about {frees}{held}", machine.machine, machine.points);
+        println!("{}: {gone} of {} points {go} and give back about {frees}{held}{own}", machine.machine, machine.points);
     }
 }

@@ -435,8 +435,7 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
         (Rung::Applied, condition.applied),
         (Rung::Checkpointed, condition.checkpointed),
     ];
-    let (health, reason, remedy) =
-        judge(&condition, condition.size, report.as_ref().map(|r| r.state), condition.report.as_ref().map(|(_, at)| now.since(*at)));
+    let (health, reason, remedy) = judge(&condition, now, report.as_ref().map(|r| r.state));
     let parts = condition.newest.map(|n| [n.travel.source, n.travel.gateway, n.travel.link, n.apply].map(|d| d.as_secs_f64()));
     DiskView {
         name: disk.name.to_string(),
@@ -464,12 +463,7 @@ fn disk_view(disk: &DiskShared, now: Mono) -> DiskView {
     }
 }
 
-fn judge(
-    condition: &Condition,
-    size: u64,
-    state: Option<ReplicationState>,
-    silent: Option<Duration>,
-) -> (Health, Option<String>, Option<String>) {
+fn judge(condition: &Condition, now: Mono, state: Option<ReplicationState>) -> (Health, Option<String>, Option<String>) {
     let told = |health, reason: &str, remedy: &str| (health, Some(reason.to_owned()), Some(remedy.to_owned()));
     if condition.hold != Hold::None && condition.error.is_none() {
         let remedy = match condition.hold {
@@ -493,11 +487,16 @@ fn judge(
     }
     match (&condition.error, state) {
         (Some(error), _) => told(Health::Critical, error, "act on the reason; restart the master target if it does not go on by itself"),
-        (None, None) if size == 0 => {
+        (None, None) if condition.size == 0 => {
             told(Health::Critical, "nothing has arrived yet", "start the agent and the process server, look at their logs")
         }
+        (None, None) if condition.freed.is_some_and(|at| now.since(at) < REPORT_FRESH) => told(
+            Health::Warning,
+            "a failover was undone a moment ago; the agent is not heard yet",
+            "wait: a running agent is heard within seconds",
+        ),
         (None, None) => {
-            let reason = match silent {
+            let reason = match condition.report.as_ref().map(|(_, at)| now.since(*at)) {
                 Some(silent) => format!("nothing heard from the agent for {} s", silent.as_secs()),
                 None => "nothing heard from the agent since this master target was started".to_owned(),
             };

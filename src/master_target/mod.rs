@@ -129,6 +129,9 @@ impl MasterTarget {
             let quiescing = found_jobs.iter().filter(|j| j.machine == disk.machine && j.state == model::JobState::Quiescing);
             if let Some(point) = quiescing.filter_map(|j| j.point.as_ref()).next_back() {
                 disk.set_wanted(model::Wanted::Quiesce(point.id));
+            } else if model::job::is_undone(found_jobs.iter(), disk.machine) {
+                // Its agent may have been away when it was.
+                disk.set_wanted(model::Wanted::Release);
             }
         }
         let policy = Arc::new(LivePolicy::new(settings.retain.policy(), policy::of_configuration(&settings.machine), records.policy()?));

@@ -110,6 +110,8 @@ pub struct Condition {
     pub hold: Hold,
     /// The same for a person.
     pub hold_reason: String,
+    /// When a failover last gave the replica back.
+    pub freed: Option<Mono>,
 }
 
 /// One disk.
@@ -247,6 +249,10 @@ impl DiskShared {
     /// Sets what a failover keeps the replica from. From [`Hold::Draining`] on nothing new counts as received.
     pub fn set_hold(&self, hold: Hold, reason: &str) {
         let mut condition = self.condition();
+        if condition.hold != Hold::None && hold == Hold::None {
+            // What was refused for the failover is not any more.
+            (condition.refused, condition.freed) = (None, Some(clock::now()));
+        }
         (condition.hold, condition.hold_reason) = (hold, reason.to_owned());
         drop(condition);
         self.queued.notify_one();

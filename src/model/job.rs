@@ -341,6 +341,13 @@ pub fn hold<'a>(jobs: impl Iterator<Item = &'a Job>, machine: MachineId) -> Opti
     Some((newest, newest.state.hold())).filter(|(_, hold)| *hold != Hold::None)
 }
 
+/// Whether what a machine did last was to fail over, and that was undone: it runs at its source.
+pub fn is_undone<'a>(jobs: impl Iterator<Item = &'a Job> + Clone, machine: MachineId) -> bool {
+    let newest = jobs.clone().filter(|j| j.machine == machine && j.kind != JobKind::Test).max_by_key(|j| j.id);
+    let undone = newest.is_some_and(|j| j.kind != JobKind::Reprotect && matches!(j.state, JobState::Cancelled | JobState::Failed));
+    undone && hold(jobs, machine).is_none()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -58,6 +58,9 @@ pub enum Wanted {
     Run,
     /// Take no more writes, and make this final point: a planned failover.
     Quiesce(super::PointId),
+    /// The same as `Run`, and a machine that was stopped goes on: its failover was undone. `Run` alone never wakes a machine, because
+    /// it may run elsewhere by then.
+    Release,
 }
 
 /// Health in the field's three levels, with the order used for exit codes.

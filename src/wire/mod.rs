@@ -16,7 +16,7 @@ use thiserror::Error;
 pub const CONTROL_BYTES_MAX: usize = 64 * 1024;
 
 /// Protocol version this program speaks on 9443 and 9444.
-pub const PROTOCOL: u16 = 7;
+pub const PROTOCOL: u16 = 8;
 
 /// Bytes that are not a message.
 #[derive(Debug, Error, PartialEq, Eq)]

@@ -268,7 +268,9 @@ fn hear(
                 slots[slot as usize].epoch = highest + 1;
             }
         }
-        ServerMessage::Wanted { wanted: Wanted::Run, .. } => slots.iter_mut().for_each(|s| s.state = ReplicationState::Delta),
+        ServerMessage::Wanted { wanted: Wanted::Run | Wanted::Release, .. } => {
+            slots.iter_mut().for_each(|s| s.state = ReplicationState::Delta)
+        }
         ServerMessage::Wanted { wanted: Wanted::Quiesce(point), .. } => {
             if quiesced.insert(point, ()).is_none() {
                 let marker = Marker {

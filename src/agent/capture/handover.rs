@@ -7,6 +7,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::Capture;
@@ -45,8 +46,8 @@ impl Capture {
     /// Does what the master target wants. Repeating changes nothing.
     pub(super) async fn obey(self: &Rc<Self>, wanted: Wanted) -> Result<(), String> {
         match wanted {
-            Wanted::Run if self.is_handed_over() => self.go_on(),
-            Wanted::Run => Ok(()),
+            Wanted::Release if self.is_handed_over() => self.go_on(),
+            Wanted::Run | Wanted::Release => Ok(()),
             // A word that is older than the machine's return; whoever repeats it has not heard of that.
             Wanted::Quiesce(point)
                 if std::fs::read_to_string(declined_path(&self.settings.state)).is_ok_and(|id| id == point.to_string()) =>
@@ -85,6 +86,7 @@ impl Capture {
         if !self.is_handed_over() {
             self.gate.close();
             self.gate.release();
+            self.shared.handed_over.store(true, Ordering::Relaxed);
             tracing::warn!(machine = %self.shared.machine, %point, "planned failover: the disks take no more writes from here on");
         }
         for volume in &self.volumes {
@@ -127,6 +129,7 @@ impl Capture {
         removed.map_err(|e| format!("{}: {e}", path.display()))?;
         self.final_point.set(None);
         self.gate.reopen();
+        self.shared.handed_over.store(false, Ordering::Relaxed);
         tracing::info!(machine = %self.shared.machine, "the disks take writes again");
         Ok(())
     }

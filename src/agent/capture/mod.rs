@@ -95,6 +95,7 @@ async fn open(settings: AgentSettings) -> io::Result<(Rc<Capture>, Vec<Listener>
         gateway: Default::default(),
         rest,
         points: Default::default(),
+        handed_over: Default::default(),
         target: Default::default(),
         group: Default::default(),
     });
@@ -111,6 +112,7 @@ async fn open(settings: AgentSettings) -> io::Result<(Rc<Capture>, Vec<Listener>
             "the machine was handed over in a planned failover: its disks take no writes until the failover is cancelled, or `tidegate machine resume` says that it runs here again"
         );
         gate.close();
+        shared.handed_over.store(true, Ordering::Relaxed);
     }
     let capture = Capture {
         shared,

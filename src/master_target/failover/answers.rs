@@ -14,6 +14,9 @@ use crate::master_target::shared::TargetShared;
 use crate::model::job::JobGroup;
 use crate::model::{Choice, Job, JobKind, JobState, MachineId};
 
+/// Characters of a test's error in `status`: hooks may say much.
+const ERROR_SHOWN: usize = 120;
+
 /// The way to failovers.
 #[derive(Clone)]
 pub struct Desk {
@@ -55,7 +58,10 @@ impl Desk {
         let test = test.map(|j| {
             let result = match (j.passed, &j.error) {
                 (Some(true), _) => "passed".to_owned(),
-                (_, Some(error)) => format!("failed: {error}"),
+                (_, Some(error)) => {
+                    let first: String = error.lines().next().unwrap_or_default().chars().take(ERROR_SHOWN).collect();
+                    format!("failed: {first}{}, see `tidegate failover show {}`", if first.len() < error.len() { " ..." } else { "" }, j.id)
+                }
                 (Some(false), None) => "failed".to_owned(),
                 (None, None) => "mounted, not checked (no hook)".to_owned(),
             };
@@ -122,9 +128,11 @@ impl Desk {
                 .then_some(id)
                 .ok_or_else(|| format!("there is no failover {id}: see `tidegate failover list`"));
         }
-        let open: Vec<u64> = all.iter().filter(|e| e.job.machine_name == text && !e.job.state.is_over()).map(|e| e.job.id).collect();
-        match open[..] {
-            [only] => Ok(only),
+        let open: Vec<&Entry> = all.iter().filter(|e| e.job.machine_name == text && !e.job.state.is_over()).collect();
+        // Tests beside the failover that stands are named by their numbers.
+        let standing: Vec<&Entry> = open.iter().copied().filter(|e| e.job.kind != JobKind::Test).collect();
+        match if standing.is_empty() { &open[..] } else { &standing[..] } {
+            [only] => Ok(only.job.id),
             [] => Err(format!("{text} has no failover that is not over: see `tidegate failover list`")),
             _ => {
                 Err(format!("{text} has {} failovers that are not over: give the number of one, see `tidegate failover list`", open.len()))

@@ -57,7 +57,7 @@ impl Engine {
             book.forget_pending(&dropped);
         }
         for disk in self.disks(machine) {
-            // Whoever was stopped for this is not to be stopped again by an old word.
+            // Whoever was stopped for this stays so: the machine runs here now. But nobody is stopped again by an old word.
             disk.set_wanted(Wanted::Run);
         }
         self.go_on(id, false);

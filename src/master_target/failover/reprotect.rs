@@ -15,7 +15,7 @@ use crate::config::units::show_size;
 use crate::master_target::apply::failover::Order;
 use crate::master_target::catalogue::{Content, Effects};
 use crate::master_target::shared::DiskShared;
-use crate::model::{Choice, DiskId, DiskReport, Hold, Job, JobKind, JobState, MachineId};
+use crate::model::{Choice, DiskId, DiskReport, Hold, Job, JobKind, JobState, MachineId, ReplicationState};
 
 /// How often what is waited for is looked at.
 const LOOK: Duration = Duration::from_millis(100);
@@ -155,6 +155,7 @@ impl Engine {
         self.done(job, None).await?;
         self.step(job, "wait for the first point").await?;
         while self.setup.shared.book().of(job.machine).is_empty() {
+            disks.first().into_iter().for_each(|disk| self.tell_whether_resumed(job.id, disk));
             tokio::time::sleep(LOOK).await;
         }
         self.done(job, None).await?;
@@ -172,8 +173,22 @@ impl Engine {
                 return Ok(());
             }
             self.go_on_waiting(id)?;
-            self.tell_whether_heard(id, &[disk], "");
+            self.tell_whether_resumed(id, disk);
             tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// As [`Self::tell_whether_heard`], and whether the agent still takes no writes since it handed the machine over.
+    fn tell_whether_resumed(&self, id: u64, disk: &DiskShared) {
+        self.tell_whether_heard(id, &[disk], "");
+        let stopped = disk.condition().report.as_ref().is_some_and(|(report, _)| report.state == ReplicationState::FailedOver);
+        if let Some(entry) = self.setup.jobs.lock().get_mut(&id).filter(|_| stopped) {
+            let machine = &disk.machine_name;
+            entry.job.remedy.get_or_insert_with(|| {
+                format!(
+                    "the agent of {machine} takes no writes since it handed the machine over: if the machine runs there now, `tidegate machine resume {machine}` there"
+                )
+            });
         }
     }
 

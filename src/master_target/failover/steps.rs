@@ -91,7 +91,7 @@ impl Engine {
         if undone && job.kind != JobKind::Test && job.kind != JobKind::Reprotect {
             self.set_hold(&job, Hold::None);
             for disk in self.disks(job.machine) {
-                disk.set_wanted(Wanted::Run);
+                disk.set_wanted(Wanted::Release);
             }
         }
     }
@@ -342,7 +342,7 @@ impl Engine {
         self.set_hold(job, Hold::None);
         for disk in self.disks(job.machine) {
             // A source that was stopped for this goes on.
-            disk.set_wanted(Wanted::Run);
+            disk.set_wanted(Wanted::Release);
         }
         let _ = std::fs::remove_dir_all(self.dir(job.id));
         Ok(())

@@ -51,6 +51,8 @@ impl Engine {
         self.step(job, "end the mounts").await?;
         self.unmount(job).await;
         self.done(job, None).await?;
+        // There is nothing to look at any more.
+        job.remedy = job.remedy.take().filter(|_| job.passed.is_none());
         job.enter(JobState::Cleaned, clock::wall_ms());
         self.keep(job.clone(), &Effects::default()).await
     }
