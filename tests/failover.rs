@@ -405,6 +405,27 @@ fn takes_writes(cluster: &Cluster) -> bool {
     output.status.success() && !String::from_utf8_lossy(&output.stdout).contains("failed")
 }
 
+/// What undid one failover does not wake the source beside the next one.
+#[test]
+fn a_source_that_missed_a_cancel_stays_stopped_while_it_fails_over_unplanned() {
+    let mut cluster = Cluster::start(Options { disk_bytes: 8 << 20, interval: "1h", ..Options::default() });
+    cluster.wait_for_delta();
+    cluster.mark("a");
+    let control = cluster.control("master-target");
+    let failover = |cluster: &Cluster, args: &[&str]| cluster.tidegate(&[&["failover"], args, &["--control", &control]].concat());
+    failover(&cluster, &["planned", "m1", "--yes"]);
+    cluster.kill("agent");
+    failover(&cluster, &["cancel", "m1"]);
+    failover(&cluster, &["unplanned", "m1", "--yes"]);
+    cluster.start_role("agent");
+    for _ in 0..20 {
+        assert!(!takes_writes(&cluster), "the machine runs at the other site");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    failover(&cluster, &["cancel", "m1"]);
+    cluster.wait("the source goes on", Duration::from_secs(30), || takes_writes(&cluster));
+}
+
 /// The machine runs at the other site then: nothing but a person wakes it here.
 #[test]
 fn a_commit_does_not_wake_the_source_and_a_cancel_does() {

@@ -236,9 +236,11 @@ fn disk(volume: &super::shared::VolumeShared, handed_over: bool) -> DiskView {
         ReplicationState::Error | ReplicationState::FailedOver => Health::Critical,
     };
     let (reason, remedy) = match trouble {
-        // Whatever else is wrong: it is what people meet first.
-        _ if handed_over => (
-            Some("the machine was handed over in a planned failover: the disk takes no writes".to_owned()),
+        trouble if handed_over => (
+            Some(format!(
+                "the machine was handed over in a planned failover: the disk takes no writes{}",
+                trouble.map_or_else(String::new, |trouble| format!("; {trouble}"))
+            )),
             Some(
                 "while the failover stands it can be cancelled at the master target; if the machine runs nowhere else, and is to run here again: `tidegate machine resume`"
                     .to_owned(),

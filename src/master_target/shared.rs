@@ -251,10 +251,17 @@ impl DiskShared {
         let mut condition = self.condition();
         if condition.hold != Hold::None && hold == Hold::None {
             // What was refused for the failover is not any more.
-            (condition.refused, condition.freed) = (None, Some(clock::now()));
+            condition.refused = None;
+            if condition.hold < Hold::Committed {
+                condition.freed = Some(clock::now());
+            }
         }
         (condition.hold, condition.hold_reason) = (hold, reason.to_owned());
         drop(condition);
+        if hold != Hold::None && self.wanted() == Wanted::Release {
+            // What an earlier failover was undone with does not wake a source beside this one.
+            self.set_wanted(Wanted::Run);
+        }
         self.queued.notify_one();
     }
 

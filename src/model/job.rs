@@ -393,6 +393,13 @@ mod tests {
         );
         assert_eq!(of(&[released.clone(), job(2, JobKind::Test, JobState::Running)]), Some((1, Hold::Released)));
         assert_eq!(of(&[released.clone(), job(2, JobKind::Unplanned, JobState::Failed)]), Some((1, Hold::Released)));
-        assert_eq!(of(&[released, job(2, JobKind::Reprotect, JobState::Comparing)]), None);
+        assert_eq!(of(&[released.clone(), job(2, JobKind::Reprotect, JobState::Comparing)]), None);
+        let undone = |jobs: &[Job]| is_undone(jobs.iter(), MachineId(uuid::Uuid::nil()));
+        let (cancelled, failed) = (job(2, JobKind::Planned, JobState::Cancelled), job(3, JobKind::Unplanned, JobState::Failed));
+        assert!(undone(std::slice::from_ref(&cancelled)) && undone(&[cancelled.clone(), failed.clone()]));
+        assert!(undone(&[cancelled.clone(), job(3, JobKind::Test, JobState::Running)]));
+        assert!(!undone(&[]) && !undone(&[job(2, JobKind::Planned, JobState::FailedOver)]));
+        assert!(!undone(&[released, failed]), "the machine runs here, whatever was tried since");
+        assert!(!undone(&[cancelled, job(3, JobKind::Reprotect, JobState::Protected)]));
     }
 }

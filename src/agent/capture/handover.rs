@@ -20,6 +20,9 @@ use crate::storage::uring::sync_dir;
 const AGAIN: Duration = Duration::from_millis(200);
 /// Writes under way have this long to finish.
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+/// A wish that could not be fulfilled is tried again after this: writes that cannot be held for long are not held at once again.
+const QUIESCE_AGAIN: Duration = Duration::from_secs(30);
+const RELEASE_AGAIN: Duration = Duration::from_secs(1);
 const LABEL: &str = "planned failover";
 
 /// Says that writes are refused, and for which point.
@@ -43,11 +46,27 @@ impl Capture {
         self.gate.is_closed()
     }
 
-    /// Does what the master target wants. Repeating changes nothing.
-    pub(super) async fn obey(self: &Rc<Self>, wanted: Wanted) -> Result<(), String> {
+    /// Does what the master target wants, if need be again and again: it is told once, and another word ends it.
+    pub(super) async fn heed(self: Rc<Self>, wanted: Wanted) {
+        self.word.set(Some(wanted));
+        while let Err(error) = self.obey(wanted).await {
+            tracing::error!(machine = %self.shared.machine, error, "the master target's wish cannot be fulfilled now; it is tried again");
+            tokio::time::sleep(if wanted == Wanted::Release { RELEASE_AGAIN } else { QUIESCE_AGAIN }).await;
+            if self.word.get() != Some(wanted) {
+                return;
+            }
+        }
+    }
+
+    /// Repeating changes nothing.
+    async fn obey(self: &Rc<Self>, wanted: Wanted) -> Result<(), String> {
         match wanted {
-            Wanted::Release if self.is_handed_over() => self.go_on(),
-            Wanted::Run | Wanted::Release => Ok(()),
+            Wanted::Release => {
+                // Also of one that is not done stopping.
+                self.final_point.set(None);
+                if self.is_handed_over() { self.go_on() } else { Ok(()) }
+            }
+            Wanted::Run => Ok(()),
             // A word that is older than the machine's return; whoever repeats it has not heard of that.
             Wanted::Quiesce(point)
                 if std::fs::read_to_string(declined_path(&self.settings.state)).is_ok_and(|id| id == point.to_string()) =>
@@ -59,8 +78,7 @@ impl Capture {
                     return Ok(());
                 }
                 let result = self.quiesce(point).await;
-                if result.is_err() {
-                    // Asked again by the next word from there.
+                if result.is_err() && self.final_point.get() == Some(point) {
                     self.final_point.set(None);
                 }
                 result
@@ -72,10 +90,18 @@ impl Capture {
         let _one_at_a_time = self.marking.lock().await;
         if !self.is_handed_over() {
             self.gate.hold();
-            if tokio::time::timeout(DRAIN_LIMIT, self.gate.drained()).await.is_err() {
+            let drained = tokio::time::timeout(DRAIN_LIMIT, self.gate.drained()).await;
+            // From here to the closed gate nothing waits, so that nobody can take the word back unnoticed.
+            if self.final_point.get() != Some(point) {
+                self.gate.release();
+                return Ok(());
+            }
+            if drained.is_err() {
                 self.gate.release();
                 return Err("writes under way did not finish: the machine goes on".to_owned());
             }
+        } else if self.final_point.get() != Some(point) {
+            return Ok(());
         }
         // Also of a point that takes the place of one that was lost: it is this one that a return of the machine ends.
         if let Err(error) = self.note(point) {
@@ -118,7 +144,8 @@ impl Capture {
     /// If the note cannot be removed durably: writes stay refused.
     pub(super) fn go_on(&self) -> Result<(), String> {
         let path = note_path(&self.settings.state);
-        let point = std::fs::read(&path).unwrap_or_default();
+        let stopping = self.final_point.get().map(|point| point.to_string().into_bytes());
+        let point = std::fs::read(&path).ok().or(stopping).unwrap_or_default();
         if !point.is_empty() {
             write_durable(&declined_path(&self.settings.state), &point).map_err(|e| format!("{}: {e}", path.display()))?;
         }

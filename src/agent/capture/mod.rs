@@ -27,7 +27,7 @@ use super::rest::{self, Freezer};
 use super::shared::{AgentShared, Command};
 use crate::clock;
 use crate::config::agent::AgentSettings;
-use crate::model::{Address, PointId};
+use crate::model::{Address, PointId, Wanted};
 use crate::nbd::{self, Listener};
 use crate::observe::metrics;
 
@@ -47,6 +47,8 @@ pub struct Capture {
     last_group_rest: Cell<Option<clock::Mono>>,
     /// The point that ends a planned failover, once it was asked for in this process.
     final_point: Cell<Option<PointId>>,
+    /// What the master target wanted last.
+    word: Cell<Option<Wanted>>,
     settings: AgentSettings,
 }
 
@@ -122,6 +124,7 @@ async fn open(settings: AgentSettings) -> io::Result<(Rc<Capture>, Vec<Listener>
         last_group_hold: Cell::new(None),
         last_group_rest: Cell::new(None),
         final_point: Cell::new(None),
+        word: Cell::new(None),
         settings,
     };
     Ok((Rc::new(capture), listeners))
@@ -207,15 +210,14 @@ impl Capture {
                 }
                 Command::Wanted { generation, volume, wanted } => {
                     if self.volumes[volume].generation() == generation {
-                        let capture = self.clone();
-                        tokio::task::spawn_local(async move {
-                            if let Err(error) = capture.obey(wanted).await {
-                                tracing::error!(machine = %capture.shared.machine, error, "the master target's wish cannot be fulfilled now");
-                            }
-                        });
+                        tokio::task::spawn_local(self.clone().heed(wanted));
                     }
                 }
-                Command::Resume(done) => drop(done.send(self.go_on())),
+                Command::Resume(done) => {
+                    // A word that is still tried does not stop it again.
+                    self.word.set(None);
+                    let _ = done.send(self.go_on());
+                }
                 Command::Opened { volume, carrier, compare, done } => {
                     self.volumes[volume].opened_at(carrier);
                     self.volumes[volume].set_compare(compare);

@@ -30,6 +30,8 @@ const LOOK: Duration = Duration::from_millis(50);
 const JOURNAL_LIMIT: Duration = Duration::from_secs(60);
 /// A marker that does not become a point for so long was lost.
 const POINT_LIMIT: Duration = Duration::from_secs(30);
+/// An agent that is heard and has not stopped after this is told of.
+const STOP_LIMIT: Duration = Duration::from_secs(45);
 /// Why a job ends that somebody does not want to wait for.
 const CANCELLED: &str = "it was cancelled";
 /// Between two attempts to note a job's end.
@@ -194,7 +196,7 @@ impl Engine {
 
     async fn quiesce(self: &Rc<Self>, job: &mut Job, disks: &[Arc<DiskShared>]) -> Result<(), String> {
         self.step(job, "stop the source and take the final point").await?;
-        let mut asked = clock::now();
+        let (began, mut asked) = (clock::now(), clock::now());
         let listed = loop {
             let point = match &job.point {
                 Some(point) => point.id,
@@ -223,6 +225,18 @@ impl Engine {
             let disks: Vec<&DiskShared> = disks.iter().map(|disk| &**disk).collect();
             let else_do = format!("; if it is gone for good, `tidegate failover cancel {}`, then `failover unplanned`", job.id);
             self.tell_whether_heard(job.id, &disks, &else_do);
+            let busy = |d: &&DiskShared| d.condition().report.as_ref().is_some_and(|(r, _)| r.state != ReplicationState::FailedOver);
+            if clock::now().since(began) > STOP_LIMIT
+                && disks.iter().any(busy)
+                && let Some(entry) = self.setup.jobs.lock().get_mut(&job.id)
+            {
+                entry.job.remedy.get_or_insert_with(|| {
+                    format!(
+                        "the agent of {} is heard, and has not stopped and sent everything yet: `tidegate status` and the log there say why; `tidegate failover cancel {}` ends this",
+                        job.machine_name, job.id
+                    )
+                });
+            }
             tokio::time::sleep(LOOK).await;
         };
         job.choice = Choice::Point(listed.id.to_string());

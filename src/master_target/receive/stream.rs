@@ -17,7 +17,7 @@ use crate::crypto::seal::{OpenError, Opener, Purpose};
 use crate::master_target::apply::{Command, Prepared};
 use crate::master_target::journal::Tag;
 use crate::master_target::shared::{DiskShared, Item, Travel};
-use crate::model::{Compare, DiskReport, Hold, Name, Position, Trailer};
+use crate::model::{Compare, DiskReport, Hold, Name, Position, Trailer, Wanted};
 use crate::observe::metrics;
 use crate::storage::AlignedBuf;
 use crate::storage::catalogue::CatalogueError;
@@ -124,13 +124,14 @@ async fn run(
     };
     let owner = claim(receiver, &disk, &shared, &prepared, open.epoch, who).await?;
     let journaled = settled(&disk, owner).await?;
+    let wanted = shared.wanted();
     let reply = Reply::Opened {
         generation: prepared.generation,
         epoch: disk.epoch.get(),
         journaled,
         data_key: *prepared.key.bytes(),
         compare: prepared.compare,
-        wanted: shared.wanted(),
+        wanted,
     };
     write_reply(send, &reply).await?;
     for extent in &prepared.damaged {
@@ -143,7 +144,7 @@ async fn run(
     let mut stream = DiskStream { receiver, disk: disk.clone(), shared, prepared, owner, openings, opener: None };
     tokio::select! {
         result = stream.take_items(connection, receive) => result,
-        result = acknowledge(&disk, &stream_shared, owner, openings, send) => result,
+        result = acknowledge(&disk, &stream_shared, owner, openings, wanted, send) => result,
     }
 }
 
@@ -219,16 +220,16 @@ async fn write_reply(send: &mut quinn::SendStream, reply: &Reply) -> Result<(), 
     send.write_all(&encode_control(reply)?).await.map_err(|e| StreamError::Quic(e.to_string()))
 }
 
-/// Tells the newest journaled position, once for however many batches.
+/// Tells the newest journaled position, once for however many batches, and what is wanted; `wanted` was told.
 async fn acknowledge(
     disk: &Rc<IncomingDisk>,
     shared: &DiskShared,
     owner: u64,
     openings: u64,
+    mut wanted: Wanted,
     send: &mut quinn::SendStream,
 ) -> Result<(), StreamError> {
     let mut told = None;
-    let mut wanted = shared.wanted();
     let mut first = true;
     loop {
         if !std::mem::take(&mut first) {
