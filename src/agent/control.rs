@@ -35,10 +35,9 @@ impl Role for Control {
     fn status(&self) -> RoleStatus {
         let connected = self.shared.connected.load(Ordering::Relaxed);
         let error = self.shared.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let disks: Vec<DiskView> = {
-            let handed_over = self.shared.handed_over.load(Ordering::Relaxed);
-            self.shared.volumes.iter().map(|v| disk(v, handed_over)).collect()
-        };
+        let handed_over = self.shared.handed_over.load(Ordering::Relaxed);
+        let view = |v: &Arc<super::shared::VolumeShared>| disk(v, handed_over, connected && !v.open.load(Ordering::Relaxed));
+        let disks: Vec<DiskView> = self.shared.volumes.iter().map(view).collect();
         let Trouble { stuck, failed } = self.shared.rest.trouble();
         let failed = failed.map(|reason| format!("the last application-consistent point could not be made: {reason}"));
         let at_rest = stuck.map(|reason| format!("something may still be frozen: {reason}")).or(failed);
@@ -51,7 +50,8 @@ impl Role for Control {
                 error.or(Some("not connected to the process server".to_owned())),
                 Some("correct what the reason names, or check the process server and the network; writes go on and are kept".to_owned()),
             ),
-            (true, Some(error)) => (
+            // What the other side refuses then is as it should be.
+            (true, Some(error)) if !handed_over => (
                 Health::Warning.max(worst),
                 Some(error),
                 Some("correct what the reason names; it is tried again every few seconds".to_owned()),
@@ -68,7 +68,7 @@ impl Role for Control {
                     Some(remedy.to_owned()),
                 )
             }
-            (true, None) => {
+            (true, _) => {
                 let of = disks.iter().find(|d| d.reason.is_some());
                 (worst, of.and_then(|d| d.reason.clone()), of.and_then(|d| d.remedy.clone()))
             }
@@ -225,12 +225,13 @@ fn scrub_view(volume: &super::shared::VolumeShared, what: Verifying) -> ScrubVie
     }
 }
 
-fn disk(volume: &super::shared::VolumeShared, handed_over: bool) -> DiskView {
+/// A disk; `left_out`: the process server is there, and does not take it.
+fn disk(volume: &super::shared::VolumeShared, handed_over: bool, left_out: bool) -> DiskView {
     let report = volume.report();
     let trouble = volume.trouble();
     let health = match report.state {
         _ if handed_over => Health::Critical,
-        ReplicationState::Delta if trouble.is_some() => Health::Warning,
+        ReplicationState::Delta if trouble.is_some() || left_out => Health::Warning,
         ReplicationState::Delta => Health::Healthy,
         ReplicationState::InitialReplication | ReplicationState::Resynchronising => Health::Warning,
         ReplicationState::Error | ReplicationState::FailedOver => Health::Critical,
@@ -247,6 +248,10 @@ fn disk(volume: &super::shared::VolumeShared, handed_over: bool) -> DiskView {
             ),
         ),
         Some(trouble) => (Some(trouble), Some("do what the reason says".to_owned())),
+        None if left_out => (
+            Some("the process server does not take the disk now".to_owned()),
+            Some("wait a few seconds; then see why above, and what `tidegate status` says at the master target".to_owned()),
+        ),
         None => (None, None),
     };
     let rungs = volume.backlog().rungs();
