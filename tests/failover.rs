@@ -400,6 +400,17 @@ fn what_the_machine_was_writing_when_its_failover_was_cancelled_never_lands() {
     }
 }
 
+fn small_with_a_point() -> Cluster {
+    let mut cluster = Cluster::start(Options { disk_bytes: 8 << 20, interval: "1h", ..Options::default() });
+    cluster.wait_for_delta();
+    cluster.mark("a");
+    cluster
+}
+
+fn failover(cluster: &Cluster, args: &[&str]) {
+    cluster.tidegate(&[&["failover"], args, &["--control", &cluster.control("master-target")]].concat());
+}
+
 fn takes_writes(cluster: &Cluster) -> bool {
     let output = try_tool("qemu-io", &["-f", "raw", "-c", "write -P 1 0 4k", &cluster.nbd_uri(0)]);
     output.status.success() && !String::from_utf8_lossy(&output.stdout).contains("failed")
@@ -408,11 +419,7 @@ fn takes_writes(cluster: &Cluster) -> bool {
 /// What undid one failover does not wake the source beside the next one.
 #[test]
 fn a_source_that_missed_a_cancel_stays_stopped_while_it_fails_over_unplanned() {
-    let mut cluster = Cluster::start(Options { disk_bytes: 8 << 20, interval: "1h", ..Options::default() });
-    cluster.wait_for_delta();
-    cluster.mark("a");
-    let control = cluster.control("master-target");
-    let failover = |cluster: &Cluster, args: &[&str]| cluster.tidegate(&[&["failover"], args, &["--control", &control]].concat());
+    let mut cluster = small_with_a_point();
     failover(&cluster, &["planned", "m1", "--yes"]);
     cluster.kill("agent");
     failover(&cluster, &["cancel", "m1"]);
@@ -429,11 +436,7 @@ fn a_source_that_missed_a_cancel_stays_stopped_while_it_fails_over_unplanned() {
 /// The machine runs at the other site then: nothing but a person wakes it here.
 #[test]
 fn a_commit_does_not_wake_the_source_and_a_cancel_does() {
-    let mut cluster = Cluster::start(Options { disk_bytes: 8 << 20, interval: "1h", ..Options::default() });
-    cluster.wait_for_delta();
-    cluster.mark("a");
-    let control = cluster.control("master-target");
-    let failover = |cluster: &Cluster, args: &[&str]| cluster.tidegate(&[&["failover"], args, &["--control", &control]].concat());
+    let mut cluster = small_with_a_point();
     failover(&cluster, &["planned", "m1", "--yes"]);
     assert!(!takes_writes(&cluster));
     failover(&cluster, &["cancel", "m1"]);
@@ -472,11 +475,7 @@ fn a_commit_does_not_wake_the_source_and_a_cancel_does() {
 
 #[test]
 fn a_machine_that_came_back_is_not_stopped_again_by_an_old_word() {
-    let mut cluster = Cluster::start(Options { disk_bytes: 8 << 20, interval: "1h", ..Options::default() });
-    cluster.wait_for_delta();
-    cluster.mark("a");
-    let control = cluster.control("master-target");
-    let failover = |cluster: &Cluster, args: &[&str]| cluster.tidegate(&[&["failover"], args, &["--control", &control]].concat());
+    let mut cluster = small_with_a_point();
     failover(&cluster, &["planned", "m1", "--yes"]);
     assert!(!takes_writes(&cluster));
     // The other site is lost, the machine goes on at home, its agent connects again.

@@ -579,20 +579,26 @@ fn open_views_stay_exact_while_everything_else_goes_on() {
     assert!(merges > 200 && checked > 10_000 && elsewhere > 200, "{merges} merges, {checked} reads, {elsewhere} in two places");
 }
 
+/// A point whose old content is one record of sevens, by now eights in the replica; and where the record stands.
+async fn one_record() -> (Faulty, Image<FaultyFile>, Retention<Faulty>, PathBuf) {
+    let storage = Faulty::default();
+    let image = Image::create(&storage, Path::new("/r/image"), Format::Raw, SIZE).await.unwrap();
+    image.write(0, Bytes::from(vec![7; 65536])).await.unwrap();
+    let retention = Retention::open(storage.clone(), Path::new("/u"), subject(), None).await.unwrap();
+    retention.begin(Position::new(1, 1)).await.unwrap();
+    retention.preserve(&image, [Extent::new(0, 65536)].into_iter()).await.unwrap();
+    image.write(0, Bytes::from(vec![8; 65536])).await.unwrap();
+    let file = Path::new("/u").join(storage.list(Path::new("/u")).unwrap().remove(0));
+    (storage, image, retention, file)
+}
+
 #[test]
 fn rot_in_old_content_is_an_error_and_never_other_content() {
     run(async {
-        let storage = Faulty::default();
-        let image = Image::create(&storage, Path::new("/r/image"), Format::Raw, SIZE).await.unwrap();
-        image.write(0, Bytes::from(vec![7; 65536])).await.unwrap();
-        let retention = Retention::open(storage.clone(), Path::new("/u"), subject(), None).await.unwrap();
-        retention.begin(Position::new(1, 1)).await.unwrap();
-        retention.preserve(&image, [Extent::new(0, 65536)].into_iter()).await.unwrap();
-        image.write(0, Bytes::from(vec![8; 65536])).await.unwrap();
+        let (storage, image, retention, file) = one_record().await;
         let view = retention.view(Position::new(1, 1)).await.unwrap();
         assert_eq!(view.read(&image, Extent::new(0, 4096)).await.unwrap()[..], [7; 4096]);
-        let name = storage.list(Path::new("/u")).unwrap().remove(0);
-        storage.rot(&Path::new("/u").join(name), 4096 + 300, 1);
+        storage.rot(&file, 4096 + 300, 1);
         let view = retention.view(Position::new(1, 1)).await.unwrap();
         assert!(view.read(&image, Extent::new(0, 4096)).await.is_err());
     });
@@ -602,18 +608,11 @@ fn rot_in_old_content_is_an_error_and_never_other_content() {
 #[test]
 fn rot_around_a_record_is_told_while_its_content_can_still_be_read() {
     run(async {
-        let storage = Faulty::default();
-        let image = Image::create(&storage, Path::new("/r/image"), Format::Raw, SIZE).await.unwrap();
-        image.write(0, Bytes::from(vec![7; 65536])).await.unwrap();
-        let retention = Retention::open(storage.clone(), Path::new("/u"), subject(), None).await.unwrap();
-        retention.begin(Position::new(1, 1)).await.unwrap();
-        retention.preserve(&image, [Extent::new(0, 65536)].into_iter()).await.unwrap();
-        image.write(0, Bytes::from(vec![8; 65536])).await.unwrap();
+        let (storage, image, retention, file) = one_record().await;
         retention.begin(Position::new(1, 2)).await.unwrap();
         assert!(retention.inspect(Position::new(1, 1), async |_| {}).await.unwrap().is_none());
-        let name = storage.list(Path::new("/u")).unwrap().remove(0);
         // In its checksum.
-        storage.rot(&Path::new("/u").join(name), 4096 + 5, 1);
+        storage.rot(&file, 4096 + 5, 1);
         let view = retention.view(Position::new(1, 1)).await.unwrap();
         assert_eq!(view.read(&image, Extent::new(0, 4096)).await.unwrap()[..], [7; 4096]);
         assert!(retention.inspect(Position::new(1, 1), async |_| {}).await.unwrap().is_some());
